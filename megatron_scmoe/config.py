@@ -1,0 +1,51 @@
+"""The one configuration of ScMoE; command-line flags are generated from it (see arguments.py)."""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Literal
+
+Tap = Literal["pos1", "pos2", "pos3"]
+Combine = Literal["add", "cg1", "cg2"]
+RouterNorm = Literal["own", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScMoEConfig:
+    """ScMoE: a MoE layer that reads an earlier representation, the tap (arXiv 2404.05019)."""
+
+    tap: Tap = "pos2"
+    """What router and routed experts read: pos1, the output of the preceding block (with MoE in
+    every block: the block's own input); pos2, the preceding block between attention and MLP;
+    pos3, the input of the preceding block."""
+
+    combine: Combine = "cg1"
+    """How shared and routed output join: add, SE + routed; cg1, sigmoid(w.x) * SE + routed;
+    cg2, c0 * SE + c1 * routed with c = softmax(W x). x is the input of the shared expert."""
+
+    router_norm: RouterNorm = "own"
+    """The norm on the tap: own, a norm of its own; shared, the norm (its weights; with pos2 also its
+    output) of the preceding dense MLP, as in LongCat-Flash."""
+
+    post_norm: bool = False
+    """Put a norm on the joined shared and routed output, before the residual add."""
+
+    overlap: bool = field(
+        default=True,
+        metadata={
+            "argparse_meta": {
+                "arg_names": ["--scmoe-overlap"],
+                "action": argparse.BooleanOptionalAction,
+            }
+        },
+    )
+    """Keep both all-to-alls in flight while attention and dense MLPs compute. Off: every launch is
+    followed by its wait, with bit-identical results."""
+
+    expert_slot: int | None = None
+    """After how many backbone operators behind the tap the routed experts compute: 0 to 2 with pos1
+    (attention, shared expert), 0 to 3 with pos2 (and the preceding MLP before these), 0 to 4 with
+    pos3 (and the preceding attention before these). Default: 1 with pos1 and pos2, 2 with pos3."""
+
+
+DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
+"""Halves the window: each all-to-all keeps an attention or an MLP to hide under."""

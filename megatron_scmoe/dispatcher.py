@@ -1,0 +1,102 @@
+"""Megatron's token dispatchers with dispatch and combine split into launch and arrival.
+
+Each class keeps what Megatron's dispatcher does before and after the communication and replaces only
+the communication itself: ``launch_dispatch`` and ``launch_combine`` return a flight, whose ``arrive``
+gives what Megatron's ``token_dispatch`` and ``token_combine`` would have returned.
+"""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+    MoETokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_scmoe.exchange import AllToAll, Flight, Landed, SideStream, depart
+
+
+class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
+
+    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
+        """Start sending permuted tokens to the ranks of their experts.
+
+        Args:
+            tokens: [num_local_tokens * topk, h], sorted by expert.
+            probs: [num_local_tokens * topk], fp32 unless the router's dtype says otherwise.
+        """
+        if self.ep_size == 1:
+            return Landed(self.token_dispatch(tokens, probs))
+        # Megatron copied the split sizes to the host on a stream of their own; here they are needed.
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", self.tokens_per_expert
+        )
+        received, sent = _as_list(self.output_splits), _as_list(self.input_splits)
+        return depart(AllToAll(self.ep_group, received, sent), tokens, probs)
+
+    def launch_combine(self, tokens: Tensor) -> Flight | Landed:
+        """Start sending expert outputs [num_received_tokens, h] back to where the tokens came from."""
+        if self.ep_size == 1:
+            return Landed((self.token_combine(tokens),))
+        received, sent = _as_list(self.input_splits), _as_list(self.output_splits)
+        return depart(AllToAll(self.ep_group, received, sent), tokens)
+
+
+class ScMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
+    """DeepEP, HybridEP and NCCL EP; their kernels run on a stream beside the compute."""
+
+    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight:
+        """See :meth:`ScMoEAlltoAllTokenDispatcher.launch_dispatch`; tokens [num_local_tokens, h]."""
+        return depart(SideStream(self._dispatch), tokens, probs)
+
+    def launch_combine(self, tokens: Tensor) -> Flight:
+        """See :meth:`ScMoEAlltoAllTokenDispatcher.launch_combine`."""
+        return depart(SideStream(lambda tokens: (self.token_combine(tokens),)), tokens)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor):
+        """As in Megatron, whose manager reads the probabilities from itself: these are the arrived."""
+        self._comm_manager.dispatched_probs = probs
+        return super().dispatch_postprocess(hidden_states, probs)
+
+    def _dispatch(self, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self._comm_manager.token_probs = probs
+        return self.token_dispatch(tokens, probs)
+
+
+class ScMoEAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+    """The all-gather dispatcher, in line: it is wired for ``--no-scmoe-overlap`` only."""
+
+    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Landed:
+        """Gather the tokens of all ranks."""
+        return Landed(self.token_dispatch(tokens, probs))
+
+    def launch_combine(self, tokens: Tensor) -> Landed:
+        """Reduce and scatter the outputs of all ranks."""
+        return Landed((self.token_combine(tokens),))
+
+
+_DISPATCHERS = {
+    "alltoall": ScMoEAlltoAllTokenDispatcher,
+    "flex": ScMoEFlexTokenDispatcher,
+    "allgather": ScMoEAllGatherTokenDispatcher,
+}
+
+
+def build_token_dispatcher(
+    config: TransformerConfig,
+    num_local_experts: int,
+    local_expert_indices: list[int],
+    pg_collection: ProcessGroupCollection,
+) -> MoETokenDispatcher:
+    """The dispatcher named by ``--moe-token-dispatcher-type``."""
+    return _DISPATCHERS[config.moe_token_dispatcher_type](
+        num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection
+    )
+
+
+def _as_list(splits) -> list[int] | None:
+    """Split sizes as PyTorch's collectives want them; None (equal splits) stays None."""
+    return None if splits is None else [int(size) for size in splits]

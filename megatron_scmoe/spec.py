@@ -1,0 +1,158 @@
+"""The layer spec: which block of the model is built of what.
+
+Two ways in:
+
+- ``pretrain_gpt_scmoe.py`` calls :func:`build_block_spec` with the configuration its flags gave.
+- A Megatron-LM checkout's own ``pretrain_gpt.py``: ``--spec megatron_scmoe.spec scmoe_spec``, with the
+  ``--scmoe-*`` flags in ``$SCMOE_ARGS`` (see arguments.py).
+"""
+
+import functools
+from dataclasses import fields, replace
+
+import torch
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.arguments import scmoe_config_from_environment
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.moe_layer import ScMoELayer
+from megatron_scmoe.routed_path import RoutedPath
+from megatron_scmoe.schedule import Schedule, build_schedule
+from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
+from megatron_scmoe.validation import needs_dense_partner, validate
+
+
+def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The entry for ``--spec``; the configuration comes from ``$SCMOE_ARGS``.
+
+    Args:
+        config: Megatron 0.19's ``GPTModelConfig``, or the ``TransformerConfig`` which older
+            builders of a checkout pass.
+        vp_stage: virtual pipeline stage, if any.
+    """
+    return build_block_spec(
+        getattr(config, "transformer", config), scmoe_config_from_environment(), vp_stage
+    )
+
+
+def build_block_spec(
+    config: TransformerConfig, scmoe: ScMoEConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The specs of the blocks of this pipeline stage. Build a new one for each model.
+
+    Raises:
+        ScMoEConfigError: if configuration and model do not go together.
+    """
+    validate(scmoe, config)
+    use_te = config.transformer_impl == "transformer_engine"
+    stock = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    norm = LocalNorm if stock.layer_norm is WrappedTorchNorm else stock.layer_norm
+    specs: list[ModuleSpec] = []
+    path = None
+    # From the last block to the first: a dense block needs the path of the MoE block behind it.
+    for spec in reversed(stock.layer_specs):
+        submodules = replace(spec.submodules)
+        _use_local_norms(submodules)
+        if _is_moe(spec):
+            path = RoutedPath(resolve_schedule(scmoe))
+            specs.append(_moe_block(submodules, scmoe, path, norm))
+        elif needs_dense_partner(scmoe):
+            specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
+        else:
+            specs.append(ModuleSpec(module=spec.module, submodules=submodules))
+    return TransformerBlockSubmodules(layer_specs=specs[::-1], layer_norm=norm)
+
+
+def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
+    """The schedule that a configuration asks for."""
+    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
+    return build_schedule(scmoe.tap, slot, scmoe.overlap)
+
+
+class LocalNorm:
+    """PyTorch's LayerNorm or RMSNorm, for the local implementation.
+
+    Megatron's own wrapper (``WrappedTorchNorm``) refuses sequence parallelism, though all it needs
+    is the mark which makes Megatron sum the gradients over the tensor-parallel ranks.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
+    ) -> torch.nn.Module:
+        """Build the norm over the last dimension of [s, b, hidden_size]."""
+        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def _is_moe(spec: ModuleSpec) -> bool:
+    """Whether Megatron's layer spec builds a MoE layer (in 0.19: a partial of it)."""
+    return getattr(spec.submodules.mlp, "func", None) is MoELayer
+
+
+def _moe_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm) -> ModuleSpec:
+    """The MoE block's spec: Megatron's, with our MLP and with the keys of Transformer Engine.
+
+    Megatron's local spec saves the norm of a MoE block as if it were fused into a dense MLP
+    (``mlp.linear_fc1.layer_norm_weight``). Without that mapping, checkpoints of the local and of the
+    Transformer Engine implementation have the same keys.
+    """
+    experts = submodules.mlp.keywords["submodules"]
+    submodules.mlp = functools.partial(
+        ScMoELayer, submodules=experts, scmoe=scmoe, path=path, norm=norm
+    )
+    keys_map = dict(submodules.sharded_state_dict_keys_map)
+    keys_map.pop("pre_mlp_layernorm.", None)
+    submodules.sharded_state_dict_keys_map = keys_map
+    return ModuleSpec(
+        module=ScMoETransformerLayer,
+        params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},
+        submodules=submodules,
+    )
+
+
+def _dense_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, use_te) -> ModuleSpec:
+    """The dense block's spec: Megatron's; with a shared router norm, that norm is not fused."""
+    if scmoe.router_norm == "shared" and use_te:
+        mlp = submodules.mlp.keywords["submodules"]
+        submodules.mlp = functools.partial(
+            submodules.mlp.func,
+            submodules=replace(mlp, linear_fc1=TESpecProvider().column_parallel_linear()),
+        )
+        submodules.pre_mlp_layernorm = norm
+        submodules.sharded_state_dict_keys_map = {
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
+        }
+    return ModuleSpec(
+        module=ScMoEDenseLayer, params={"scmoe": scmoe, "path": path}, submodules=submodules
+    )
+
+
+def _use_local_norms(submodules) -> None:
+    """Replace Megatron's wrapper of PyTorch's norms wherever the local spec uses it."""
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        if getattr(submodules, name) is WrappedTorchNorm:
+            setattr(submodules, name, LocalNorm)
+    attention = submodules.self_attention
+    inner = {
+        field.name: LocalNorm
+        for field in fields(attention.submodules)
+        if getattr(attention.submodules, field.name) is WrappedTorchNorm
+    }
+    submodules.self_attention = replace(
+        attention, submodules=replace(attention.submodules, **inner)
+    )

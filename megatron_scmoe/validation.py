@@ -1,0 +1,426 @@
+"""Everything ScMoE cannot do, refused at start-up: one place, one line for each.
+
+:func:`validate` sees the model's settings twice: as parsed flags, before Megatron has judged them
+(so that the message is ours), and as the final ``TransformerConfig``, which every way into the
+package ends in.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.schedule import num_slots
+
+
+class ScMoEConfigError(ValueError):
+    """A setting that ScMoE cannot work with.
+
+    Args:
+        setting: the flag and its value, as given.
+        reason: why it cannot work.
+        accepted: the nearest settings that can.
+    """
+
+    def __init__(self, setting: str, reason: str, accepted: str):
+        super().__init__(f"{setting}: {reason}; accepted: {accepted}")
+
+
+def validate(scmoe: ScMoEConfig, settings) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        scmoe: the configuration of ScMoE.
+        settings: a ``TransformerConfig``, or Megatron's parsed arguments.
+
+    Raises:
+        ScMoEConfigError: at the first setting that cannot work.
+    """
+    view = _View(settings)
+    for check in _CHECKS:
+        check(scmoe, view)
+    if isinstance(settings, TransformerConfig):
+        _check_pipeline_split(scmoe, settings)
+
+
+def needs_dense_partner(scmoe: ScMoEConfig) -> bool:
+    """Whether the routed path needs something of the preceding dense block.
+
+    If it does not (Pos-1 with a norm of its own), it reads nothing but its own block's input, and
+    the two blocks of a pair may lie in different pipeline stages or recompute chunks.
+    """
+    return scmoe.tap != "pos1" or scmoe.router_norm == "shared"
+
+
+def moe_pattern(moe_layer_freq: int | list[int], num_layers: int) -> list[int]:
+    """Megatron's ``--moe-layer-freq`` as one 0 (dense) or 1 (MoE) per block."""
+    if isinstance(moe_layer_freq, int):
+        return [int(i % moe_layer_freq == 0) for i in range(num_layers)]
+    return list(moe_layer_freq)
+
+
+class _View:
+    """Settings by the names of ``TransformerConfig``, read from it or from parsed flags."""
+
+    _FLAG_NAMES = {"num_moe_experts": "num_experts"}
+
+    def __init__(self, settings):
+        self._settings = settings
+
+    def __getattr__(self, name):
+        settings = self._settings
+        if hasattr(settings, name):
+            return getattr(settings, name)
+        return getattr(settings, self._FLAG_NAMES.get(name, name), None)
+
+
+def _check_blocks(scmoe: ScMoEConfig, view: _View) -> None:
+    if not view.num_moe_experts:
+        raise ScMoEConfigError("--num-experts is not given", "ScMoE needs experts", "2 or more")
+    if view.num_layers is None or view.moe_layer_freq is None:
+        return
+    layers, freq = view.num_layers, view.moe_layer_freq
+    pattern = moe_pattern(freq, layers)
+    given = f"--moe-layer-freq {freq}"
+    if all(pattern):
+        if scmoe.tap != "pos1":
+            raise ScMoEConfigError(
+                f"--scmoe-tap {scmoe.tap} with MoE in every block ({given})",
+                "there is no preceding dense block to tap",
+                f"--scmoe-tap pos1, or --moe-layer-freq '[0,1]*{max(layers // 2, 1)}'",
+            )
+        if scmoe.router_norm == "shared":
+            raise ScMoEConfigError(
+                f"--scmoe-router-norm shared with MoE in every block ({given})",
+                "there is no preceding dense MLP whose norm could be shared",
+                "--scmoe-router-norm own",
+            )
+        return
+    if layers % 2:
+        raise ScMoEConfigError(
+            f"--num-layers {layers}",
+            "blocks come in pairs of a dense and a MoE block",
+            f"{layers - 1} or {layers + 1}",
+        )
+    if pattern != [0, 1] * (layers // 2):
+        raise ScMoEConfigError(
+            given,
+            "dense and MoE blocks must alternate, dense first",
+            f"'[0,1]*{layers // 2}', or 1 for MoE in every block with --scmoe-tap pos1",
+        )
+
+
+def _check_slot(scmoe: ScMoEConfig, view: _View) -> None:
+    last = num_slots(scmoe.tap) - 1
+    if scmoe.expert_slot is not None and not 0 <= scmoe.expert_slot <= last:
+        raise ScMoEConfigError(
+            f"--scmoe-expert-slot {scmoe.expert_slot}",
+            f"--scmoe-tap {scmoe.tap} has the slots 0 to {last}",
+            str(min(max(scmoe.expert_slot, 0), last)),
+        )
+
+
+def _check_combine(scmoe: ScMoEConfig, view: _View) -> None:
+    if scmoe.combine != "add" and view.moe_shared_expert_intermediate_size is None:
+        raise ScMoEConfigError(
+            f"--scmoe-combine {scmoe.combine} without --moe-shared-expert-intermediate-size",
+            "there is no shared expert to weigh",
+            "--scmoe-combine add, or a shared expert",
+        )
+    if view.moe_shared_expert_gate and scmoe.combine != "cg1":
+        raise ScMoEConfigError(
+            f"--moe-shared-expert-gate with --scmoe-combine {scmoe.combine}",
+            "the shared expert's gate is what CG-1 means",
+            "--scmoe-combine cg1",
+        )
+
+
+def _check_router(scmoe: ScMoEConfig, view: _View) -> None:
+    if (
+        view.moe_router_topk == 1
+        and view.moe_router_score_function == "softmax"
+        and not view.moe_router_pre_softmax
+        and view.moe_router_load_balancing_type != "sinkhorn"
+    ):
+        raise ScMoEConfigError(
+            "--moe-router-topk 1 without --moe-router-pre-softmax",
+            "a softmax over the one kept logit is 1 and gives the router no gradient",
+            "--moe-router-pre-softmax, or --moe-router-score-function sigmoid",
+        )
+    topk, experts = view.moe_router_topk, view.num_moe_experts
+    if topk is not None and not 1 <= topk <= experts:
+        raise ScMoEConfigError(
+            f"--moe-router-topk {topk}",
+            f"there are {experts} experts",
+            str(min(max(topk, 1), experts)),
+        )
+
+
+def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
+    kind = view.moe_token_dispatcher_type
+    if kind == "allgather" and scmoe.overlap:
+        raise ScMoEConfigError(
+            "--moe-token-dispatcher-type allgather with --scmoe-overlap",
+            "all-gather and reduce-scatter are not overlapped",
+            "--moe-token-dispatcher-type alltoall, or --no-scmoe-overlap",
+        )
+    packages = {"deepep": ("deep_ep",), "hybridep": ("deep_ep",), "ncclep": ()}
+    backend = view.moe_flex_dispatcher_backend
+    if kind == "flex":
+        for package in packages.get(backend, ()):
+            if importlib.util.find_spec(package) is None:
+                raise ScMoEConfigError(
+                    f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {backend}",
+                    f"the package {package} is not installed",
+                    "--moe-token-dispatcher-type alltoall, or install the package",
+                )
+
+
+def _check_recompute(scmoe: ScMoEConfig, view: _View) -> None:
+    if view.recompute_granularity == "selective" and "moe" in (view.recompute_modules or ()):
+        raise ScMoEConfigError(
+            "--recompute-modules moe",
+            "the routed path runs beside two blocks and cannot be recomputed as one piece",
+            "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
+        )
+    if view.recompute_granularity != "full" or not needs_dense_partner(scmoe):
+        return
+    number = view.recompute_num_layers
+    if view.recompute_method == "block":
+        raise ScMoEConfigError(
+            "--recompute-method block",
+            "it recomputes block by block and would split the pairs",
+            "--recompute-method uniform --recompute-num-layers 2",
+        )
+    if number is not None and number % 2:
+        raise ScMoEConfigError(
+            f"--recompute-num-layers {number}",
+            "a recompute chunk must hold whole pairs of blocks",
+            f"{number + 1}" if number == 1 else f"{number - 1} or {number + 1}",
+        )
+
+
+_REFUSED: tuple[tuple[str, Callable, str, str, str], ...] = (
+    (
+        "overlap_moe_expert_parallel_comm",
+        bool,
+        "--overlap-moe-expert-parallel-comm",
+        "the 1F1B overlap bypasses the layers' forward; ScMoE overlaps within the pair instead",
+        "--scmoe-overlap alone",
+    ),
+    (
+        "moe_shared_expert_overlap",
+        bool,
+        "--moe-shared-expert-overlap",
+        "it moves the shared expert into the dispatcher; ScMoE overlaps it anyway",
+        "--scmoe-overlap alone",
+    ),
+    (
+        "overlap_dispatch_backward_with_experts_wgrad",
+        bool,
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "ScMoE hides the dispatch under the backbone",
+        "--scmoe-overlap alone",
+    ),
+    (
+        "delay_wgrad_compute",
+        bool,
+        "--delay-wgrad-compute",
+        "it belongs to the 1F1B overlap",
+        "leave the flag out",
+    ),
+    (
+        "mtp_num_layers",
+        bool,
+        "--mtp-num-layers",
+        "a multi-token-prediction layer has no preceding block to tap",
+        "leave the flag out",
+    ),
+    (
+        "cuda_graph_impl",
+        lambda value: value not in (None, "none"),
+        "--cuda-graph-impl",
+        "a captured block cannot tell the routed path what it has passed",
+        "none",
+    ),
+    (
+        "transformer_impl",
+        lambda value: value == "inference_optimized",
+        "--transformer-impl",
+        "it replaces the layers that ScMoE extends",
+        "transformer_engine or local",
+    ),
+    (
+        "experimental_attention_variant",
+        bool,
+        "--experimental-attention-variant",
+        "its layer specs are not wired",
+        "leave the flag out",
+    ),
+    (
+        "heterogeneous_block_specs",
+        bool,
+        "--heterogeneous-layers-config-path",
+        "its layer specs are not wired",
+        "leave the flag out",
+    ),
+    (
+        "is_hybrid_model",
+        bool,
+        "--hybrid-layer-pattern",
+        "Mamba blocks do not tell the routed path what they have passed",
+        "leave the flag out",
+    ),
+    (
+        "hybrid_layer_pattern",
+        bool,
+        "--hybrid-layer-pattern",
+        "Mamba blocks do not tell the routed path what they have passed",
+        "leave the flag out",
+    ),
+    (
+        "mlp_chunks_for_training",
+        lambda value: (value or 1) > 1,
+        "--mlp-chunks-for-training",
+        "the routed path is collected once per block",
+        "1",
+    ),
+    (
+        "mlp_chunks_for_prefill",
+        lambda value: (value or 1) > 1,
+        "--mlp-chunks-for-prefill",
+        "the routed path is collected once per block",
+        "1",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        bool,
+        "--fine-grained-activation-offloading",
+        "its groups follow the stock order of the layer's operators",
+        "leave the flag out",
+    ),
+    (
+        "use_megatron_fsdp",
+        bool,
+        "--use-megatron-fsdp",
+        "it gathers parameters on entering a block, when the routed path has begun",
+        "--use-distributed-optimizer",
+    ),
+    (
+        "use_torch_fsdp2",
+        bool,
+        "--use-torch-fsdp2",
+        "it gathers parameters on entering a block, when the routed path has begun",
+        "--use-distributed-optimizer",
+    ),
+)
+
+
+def _check_refused(scmoe: ScMoEConfig, view: _View) -> None:
+    for name, is_given, flag, reason, accepted in _REFUSED:
+        value = getattr(view, name)
+        if is_given(value):
+            shown = flag if value is True else f"{flag} {value}"
+            raise ScMoEConfigError(shown, reason, accepted)
+
+
+def _check_local_implementation(scmoe: ScMoEConfig, view: _View) -> None:
+    """What Megatron's local specs would fail on, deep inside, or ignore."""
+    if view.transformer_impl != "local":
+        return
+    if view.layernorm_zero_centered_gamma or view.apply_layernorm_1p:
+        raise ScMoEConfigError(
+            "--apply-layernorm-1p with --transformer-impl local",
+            "PyTorch's norms have no zero-centred scale",
+            "--transformer-impl transformer_engine, or leave the flag out",
+        )
+    if (view.context_parallel_size or 1) > 1:
+        raise ScMoEConfigError(
+            f"--context-parallel-size {view.context_parallel_size} with --transformer-impl local",
+            "Megatron's local attention knows no context parallelism",
+            "--transformer-impl transformer_engine, or 1",
+        )
+
+
+_CHECKS = (
+    _check_refused,
+    _check_blocks,
+    _check_slot,
+    _check_combine,
+    _check_router,
+    _check_dispatcher,
+    _check_recompute,
+    _check_local_implementation,
+)
+
+
+def _check_pipeline_split(scmoe: ScMoEConfig, config: TransformerConfig) -> None:
+    """Refuse a pipeline layout in which the blocks of a pair lie in different (virtual) stages."""
+    if config.pipeline_model_parallel_size == 1 or not needs_dense_partner(scmoe):
+        return
+    for first, count in _stages(config):
+        split = first if first % 2 else first + count
+        if split % 2:
+            flag, nearest = _pipeline_flag(config)
+            raise ScMoEConfigError(
+                flag,
+                f"a pipeline stage would split the pair of blocks {split} and {split + 1} "
+                f"of {config.num_layers}",
+                nearest,
+            )
+
+
+def _stages(config: TransformerConfig) -> Iterator[tuple[int, int]]:
+    """First block (from 0) and number of blocks of each (virtual) pipeline stage."""
+    layout = config.pipeline_model_parallel_layout
+    virtual = config.virtual_pipeline_model_parallel_size
+    for vp_stage in range(virtual) if virtual else (None,):
+        for pp_rank in range(config.pipeline_model_parallel_size):
+            if layout is not None:
+                blocks = layout.get_layer_id_list(
+                    layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+                )
+                if blocks:
+                    yield blocks[0], len(blocks)
+            else:
+                count = get_num_layers_to_build(config, vp_stage, pp_rank)
+                if count:
+                    yield get_transformer_layer_offset(config, vp_stage, pp_rank), count
+
+
+def _pipeline_flag(config: TransformerConfig) -> tuple[str, str]:
+    """The flag that decides the layout, with its value, and the nearest valid one."""
+    pairs = config.num_layers // 2
+    size = config.pipeline_model_parallel_size
+    if config.pipeline_model_parallel_layout is not None:
+        return (
+            f"--pipeline-model-parallel-layout {config.pipeline_model_parallel_layout}",
+            "a layout with an even number of decoder blocks ('tt') in each stage",
+        )
+    for end in ("first", "last"):
+        number = getattr(config, f"num_layers_in_{end}_pipeline_stage")
+        if number is not None:
+            return f"--decoder-{end}-pipeline-num-layers {number}", "even numbers for every stage"
+    for part in ("embedding", "loss"):
+        if getattr(config, f"account_for_{part}_in_pipeline_split"):
+            return (
+                f"--account-for-{part}-in-pipeline-split",
+                "a --pipeline-model-parallel-layout with an even number of blocks in each stage",
+            )
+    virtual = config.virtual_pipeline_model_parallel_size
+    if virtual and pairs % size == 0:
+        return (
+            f"--num-virtual-stages-per-pipeline-rank {virtual}",
+            _nearest_divisor(pairs // size, virtual),
+        )
+    return f"--pipeline-model-parallel-size {size}", _nearest_divisor(pairs, size)
+
+
+def _nearest_divisor(number: int, wanted: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    distance = min(abs(d - wanted) for d in divisors)
+    return " or ".join(str(d) for d in divisors if abs(d - wanted) == distance)

@@ -1,0 +1,194 @@
+"""Run functions, and the pretraining script, on several ranks over gloo.
+
+Ranks are forked from a server that has imported Megatron already (tests/preload.py); a test on two
+ranks then costs tenths of a second instead of ten.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from multiprocessing import get_context, set_start_method
+from pathlib import Path
+
+TIMEOUT_S = 300
+"""Longest run of any test's ranks; a hang is a failure."""
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["tests.preload"])
+
+
+class RankFailure(AssertionError):
+    """Some ranks raised; the message holds their tracebacks."""
+
+
+def run_distributed(function, world_size: int, *args, backend: str = "gloo", **kwargs) -> list:
+    """Call ``function(*args, **kwargs)`` on ``world_size`` ranks with a process group.
+
+    Args:
+        function: importable by name; ``torch.distributed`` is initialised when it is called.
+        world_size: number of ranks.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RankFailure: if a rank raised, died or was still running after ``TIMEOUT_S``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(
+            world_size, _with_process_group, (folder, backend, world_size, function, args, kwargs)
+        )
+
+
+@dataclass
+class Run:
+    """A finished run of the pretraining script.
+
+    ``output`` is what all ranks printed, ``status`` the exit status of the first rank that failed.
+    """
+
+    status: int
+    output: str
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """``lm loss`` by iteration, as printed (7 digits)."""
+        return self._logged(r"lm loss: ([\d.E+-]+)")
+
+    @property
+    def grad_norms(self) -> dict[int, float]:
+        """Gradient norm by iteration, as printed (3 decimals)."""
+        return self._logged(r"grad norm: ([\d.]+)")
+
+    def _logged(self, pattern: str) -> dict[int, float]:
+        found = re.findall(r"iteration +(\d+)/.*?" + pattern, self.output)
+        return {int(iteration): float(value) for iteration, value in found}
+
+    @property
+    def error(self) -> str:
+        """The line that says why the start failed."""
+        lines = [line for line in self.output.splitlines() if " error: " in line]
+        return lines[0].split(" error: ", 1)[1] if lines else ""
+
+
+def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S) -> Run:
+    """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        port = _free_port()
+        processes = [
+            _context.Process(target=_pretrain, args=(rank, world_size, port, flags, str(log)))
+            for rank in range(world_size)
+        ]
+        statuses = _join(processes, timeout_s)
+        status = next((s for s in statuses if s not in (0, None)), 0)
+        if None in statuses:
+            status = -1
+        return Run(status, log.read_text() if log.exists() else "")
+
+
+def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> None:
+    with open(log, "a", buffering=1) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = stream
+        _set_rank(rank, world_size)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        sys.argv = ["pretrain_gpt_scmoe.py", *flags]
+        set_start_method("fork", force=True)  # what a rank started by a launcher has
+        from megatron_scmoe import training
+
+        training.LAST_WORD_S = 0.5
+        try:
+            training.main()
+        except SystemExit as stop:
+            stream.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+        except BaseException:
+            traceback.print_exc()
+            stream.flush()
+            os._exit(1)
+        stream.flush()
+        os._exit(0)
+
+
+def _set_rank(rank: int, world_size: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+
+
+def _with_process_group(rank, results, folder, backend, world_size, function, args, kwargs):
+    import torch
+
+    _set_rank(rank, world_size)
+    try:
+        torch.distributed.init_process_group(
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
+        results.put((rank, function(*args, **kwargs), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
+
+
+def _run(world_size: int, target, args) -> list:
+    results = _context.SimpleQueue()
+    processes = [
+        _context.Process(target=target, args=(rank, results, *args)) for rank in range(world_size)
+    ]
+    returned = {}
+    failures = []
+
+    def drain():
+        while not results.empty():
+            rank, value, failure = results.get()
+            returned[rank] = value
+            if failure is not None:
+                failures.append(f"rank {rank}:\n{failure}")
+
+    statuses = _join(processes, TIMEOUT_S, drain, lambda: bool(failures))
+    drain()
+    if failures:
+        raise RankFailure("\n".join(failures))
+    if len(returned) != world_size:
+        raise RankFailure(f"only ranks {sorted(returned)} finished; exit statuses {statuses}")
+    return [returned[rank] for rank in range(world_size)]
+
+
+def _join(processes, timeout_s: float, poll=lambda: None, stop=lambda: False) -> list[int | None]:
+    """Start and join; when one fails the others get a moment, then are ended, as a launcher does."""
+    import time
+
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes):
+        poll()
+        failed = stop() or any(p.exitcode not in (0, None) for p in processes)
+        if failed:
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    poll()
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    return statuses
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,203 @@
+"""Small ScMoE GPTs on any layout of ranks, built from Megatron's parts without its training loop."""
+
+from functools import partial
+
+import torch
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.spec import build_block_spec
+
+VOCAB = 64
+SEQUENCE = 16
+MICRO_BATCH = 2
+
+LAYOUTS = {
+    "1 rank": dict(world_size=1),
+    "EP2": dict(world_size=2, ep=2),
+    "TP2+SP": dict(world_size=2, tp=2),
+    "PP2": dict(world_size=2, pp=2),
+    "EP2xPP2": dict(world_size=4, ep=2, pp=2),
+    "EP2xTP2": dict(world_size=4, ep=2, tp=2),
+    "EP2xETP2": dict(world_size=4, ep=2, tp=2, etp=2),
+    "PP2xVPP2": dict(world_size=2, pp=2, vpp=2),
+}
+"""The layouts that tests compare, by the name the documentation uses."""
+
+
+_initialised: tuple | None = None
+
+
+def init_parallel(world_size=1, tp=1, ep=1, etp=1, pp=1, vpp=None, seed=1) -> None:
+    """Initialise Megatron's process groups (once: each holds threads for good) and random states."""
+    global _initialised
+    layout = (tp, ep, etp, pp, vpp)
+    if _initialised is None:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+        )
+        _initialised = layout
+    assert layout == _initialised, f"these ranks have the layout {_initialised}, not {layout}"
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+
+
+def transformer_config(tp=1, ep=1, etp=1, pp=1, vpp=None, world_size=1, **changes):
+    """A ``TransformerConfig`` of four blocks, hidden size 32; ``changes`` override its fields."""
+    fields = dict(
+        num_layers=4,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=4,
+        moe_ffn_hidden_size=40,
+        moe_shared_expert_intermediate_size=40,
+        moe_router_topk=2,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.01,
+        moe_token_dispatcher_type="alltoall",
+        transformer_impl="local",
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        pipeline_dtype=torch.float32,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        use_cpu_initialization=False,
+        calculate_per_token_loss=False,
+    )
+    fields["moe_layer_freq"] = [0, 1] * (changes.get("num_layers", 4) // 2)
+    return TransformerConfig(**(fields | changes))
+
+
+def build_chunks(config, scmoe: ScMoEConfig | None, position_embedding="rope", **gpt) -> list:
+    """This rank's model chunks (one without virtual stages); stock Megatron if ``scmoe`` is None."""
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = []
+    for vp_stage in range(vpp or 1):
+        stage = vp_stage if vpp else None
+        if vpp:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
+        if scmoe is None:
+            spec = get_gpt_decoder_block_spec(
+                config,
+                use_transformer_engine=config.transformer_impl == "transformer_engine",
+                normalization=config.normalization,
+                vp_stage=stage,
+            )
+        else:
+            spec = build_block_spec(config, scmoe, stage)
+        chunk = GPTModel(
+            config,
+            spec,
+            vocab_size=VOCAB,
+            max_sequence_length=SEQUENCE,
+            pre_process=rank == 0 and vp_stage == 0,
+            post_process=rank == pp - 1 and vp_stage == (vpp or 1) - 1,
+            position_embedding_type=position_embedding,
+            share_embeddings_and_output_weights=False,
+            vp_stage=stage,
+            **gpt,
+        )
+        chunks.append(chunk.cuda())
+    return chunks
+
+
+def build_scmoe(scmoe: ScMoEConfig, layout: dict | None = None, **changes) -> list:
+    """Process groups and model chunks of a ScMoE GPT on ``layout``."""
+    layout = layout or {}
+    init_parallel(**layout)
+    if scmoe.combine == "cg1":
+        changes["moe_shared_expert_gate"] = True
+    return build_chunks(transformer_config(**layout, **changes), scmoe)
+
+
+def batch(index: int, size: int = MICRO_BATCH):
+    """Micro-batch ``index``: tokens and labels, [size, SEQUENCE] each; the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    tokens = torch.randint(0, VOCAB, (size, SEQUENCE + 1), generator=generator)
+    return tokens[:, :-1].contiguous().cuda(), tokens[:, 1:].contiguous().cuda()
+
+
+def positions(tokens):
+    """Position ids of ``tokens``, [b, s]."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+def forward(model, tokens, labels=None):
+    """Token losses [b, s], or logits [b, s, v] without labels, of a model on one pipeline stage."""
+    return model(tokens, positions(tokens), None, labels=labels)
+
+
+def loss_and_gradients(model, tokens, labels):
+    """Mean loss and gradients by name after one forward and backward."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss = forward(model, tokens, labels).float().mean()
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
+
+
+def run_micro_batches(chunks, first: int, count: int, forward_only=False) -> float:
+    """Mean loss of ``count`` micro-batches of this data-parallel rank through Megatron's schedule.
+
+    The chunks are wrapped in Megatron's DDP; gradients are accumulated and reduced there.
+    """
+    dp, dp_rank = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    indices = [iter(range(first + dp_rank, first + count, dp)) for _ in chunks]
+
+    def step(iterator, model):
+        tokens, labels = batch(next(iterator))
+        output = model(tokens, positions(tokens), None, labels=labels)
+
+        def mean(output):
+            loss = output.float().mean()
+            return loss, {"loss": loss.detach()}
+
+        return output, mean
+
+    config = chunks[0].config
+    config.finalize_model_grads_func = partial(finalize_model_grads)
+    losses = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=indices if len(chunks) > 1 else indices[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=count // dp,
+        seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=forward_only,
+    )
+    total = torch.tensor([sum(float(loss["loss"]) for loss in losses), float(len(losses))])
+    torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).item()

@@ -46,6 +46,7 @@ def enable() -> None:
     _map_factories()
     _map_tensor_methods()
     _map_data_loader()
+    _map_uneven_collectives()
 
 
 class _Stream:
@@ -233,3 +234,40 @@ def _map_data_loader() -> None:
         init(self, *args, **kwargs)
 
     DataLoader.__init__ = init_with_generator
+
+
+def _map_uneven_collectives() -> None:
+    """Collectives of tensors of unequal length, which expert tensor parallelism uses; gloo has none.
+
+    all-gather: pad to the longest. reduce-scatter: a sum of each part on all ranks.
+    """
+    from torch import distributed
+
+    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def all_gather_uneven(tensor_list, tensor, group=None, async_op=False):
+        lengths = [output.shape[0] for output in tensor_list]
+        if len(set(lengths)) == 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        work = all_gather(gathered, padded, group=group)
+        for output, part, length in zip(tensor_list, gathered, lengths):
+            output.copy_(part[:length])
+        return work
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_uneven(output, input_list, op=distributed.ReduceOp.SUM, group=None, **kwargs):
+        if len({part.shape[0] for part in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, **kwargs)
+        rank = distributed.get_rank(group)
+        for index, part in enumerate(input_list):
+            total = part.clone()
+            distributed.all_reduce(total, op=op, group=group)
+            if index == rank:
+                output.copy_(total)
+
+    distributed.all_gather = all_gather_uneven
+    distributed.reduce_scatter = reduce_scatter_uneven

@@ -1,27 +1,405 @@
-"""Files and folders that the flags name, checked before a process group or a model exists."""
+"""Files and folders that the flags name, checked before a process group or a model exists.
 
+What is wrong with them is said in one line that names the flag, instead of minutes later in a stack
+trace of every rank. The checks are cheap whatever the size of the data: sizes, headers, and bounded
+samples.
+
+The first rank alone checks, as thousands of ranks would keep a file system busy with it. The others
+go on to the rendezvous; if the first one stops, the launcher ends them there.
+"""
+
+import copy
+import json
 import os
+import pickle
+import struct
 import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+from megatron.training.utils import get_blend_and_blend_per_split
+
+SAMPLE = 4_000_000
+"""Tokens (or index entries) of a dataset that are looked at: beginning, middle and end."""
+
+SAMPLE_OF_ALL = 64_000_000
+"""Tokens looked at in all datasets of a blend together."""
 
 
 class PreflightError(ValueError):
-    """A file or folder that cannot serve; the message names the flag and the path."""
+    """A file or folder that cannot serve; the message names the flag and the path.
+
+    Args:
+        given: the flag and its value, as given.
+        flaw: what is wrong with it.
+        accepted: what could be given instead.
+    """
+
+    def __init__(self, given: str, flaw: str, accepted: str):
+        super().__init__(f"{given}: {flaw}; accepted: {accepted}")
 
 
 def check_files(args) -> None:
-    """Check what ``args`` names.
+    """Check what the flags name; to be called before Megatron acts on ``args``.
 
     Raises:
         PreflightError: at the first file or folder that cannot serve.
     """
-    if args.save is not None:
-        _check_writable("--save", args.save)
+    if args.rank != 0:
+        return
+    for dataset in _datasets(args):
+        dataset.read_index()
+        if args.data_cache_path is None:
+            _check_cache_beside(dataset)
+    if not args.use_checkpoint_args:  # they name another tokenizer
+        _check_tokenizer(args)
+    _check_checkpoint(args)
+    for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
+        folder = getattr(args, flag[2:].replace("-", "_"))
+        if folder is not None:
+            _check_writable(flag, folder)
+
+
+def check_tokens(args, tokenizer) -> None:
+    """Check that the tokenizer's vocabulary has the ids that the data has (a sample of them).
+
+    Raises:
+        PreflightError: at the first dataset with an id that the tokenizer does not have.
+    """
+    if args.rank != 0:
+        return
+    datasets = list(_datasets(args))
+    size = tokenizer.vocab_size
+    for dataset in datasets:
+        found = dataset.find_token_outside(size, min(SAMPLE, SAMPLE_OF_ALL // len(datasets)))
+        if found is not None:
+            position, token = found
+            raise PreflightError(
+                dataset.given,
+                f"token {position} of {dataset.bin} has the id {token}, but the vocabulary of "
+                f"{_given_tokenizer(args)} has {size} ids",
+                f"the tokenizer that the data was made with, or data with ids from 0 to {size - 1}",
+            )
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""
+
+    given: str  # the flag and its value
+    prefix: str
+
+    # Magic, version, code of the data type, number of sequences and of document boundaries. Then
+    # follow the length of each sequence (int32), its first byte (int64) and the boundaries (int64).
+    _HEADER = struct.Struct("<9sQBQQ")
+    _MAGIC = b"MMIDIDX\x00\x00"
+    _MADE_BY = "a pair of .bin and .idx files written by tools/preprocess_data.py"
+
+    @property
+    def bin(self) -> str:
+        return get_bin_path(self.prefix)
+
+    @property
+    def idx(self) -> str:
+        return get_idx_path(self.prefix)
+
+    def read_index(self) -> type[np.number]:
+        """Check that index and data are whole. Returns the data type of a token."""
+        for file in (self.idx, self.bin):
+            self._require(os.path.isfile(file), f"there is no file {file}")
+            self._require(os.access(file, os.R_OK), f"{file} cannot be read")
+        with open(self.idx, "rb") as stream:
+            header = stream.read(self._HEADER.size)
+        size = os.path.getsize(self.idx)
+        self._require(
+            len(header) == self._HEADER.size and header.startswith(self._MAGIC),
+            f"{self.idx} does not begin like an index",
+        )
+        _, version, code, sequences, documents = self._HEADER.unpack(header)
+        self._require(version == 1, f"{self.idx} has version {version}, not 1")
+        self._require(code in {d.value for d in DType}, f"{self.idx} has the data type {code}")
+        self._require(sequences > 0 and documents > 0, f"{self.idx} has no sequence")
+        expected = self._HEADER.size + sequences * (4 + 8) + documents * 8
+        self._require(  # one more byte for each sequence of a multimodal dataset
+            size in (expected, expected + sequences),
+            f"{self.idx} has {size} bytes, and {expected} by its header",
+        )
+        dtype = DType.dtype_from_code(code)
+        self._check_entries(sequences, documents, np.dtype(dtype).itemsize)
+        return dtype
+
+    def find_token_outside(self, vocab_size: int, sample: int) -> tuple[int, int] | None:
+        """Position and id of a token outside the vocabulary, among ``sample`` tokens; or None."""
+        tokens = np.memmap(self.bin, self.read_index(), mode="r")
+        for window in _windows(tokens.size, sample):
+            ids = tokens[window]
+            if ids.max() >= vocab_size or ids.min() < 0:
+                position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+                return window.start + position, int(ids[position])
+        return None
+
+    def _check_entries(self, sequences: int, documents: int, itemsize: int) -> None:
+        offset = self._HEADER.size
+        lengths = np.memmap(self.idx, "<i4", "r", offset, sequences)
+        starts = np.memmap(self.idx, "<i8", "r", offset + sequences * 4, sequences)
+        bounds = np.memmap(self.idx, "<i8", "r", offset + sequences * 12, documents)
+        self._require(
+            starts[0] == 0 and bounds[-1] == sequences, f"{self.idx} has entries that do not agree"
+        )
+        for window in _windows(sequences, SAMPLE):
+            length, start = lengths[window].astype(np.int64), starts[window]
+            agree = (length >= 0).all() and (np.diff(start) == length[:-1] * itemsize).all()
+            self._require(agree, f"{self.idx} has entries that do not agree")
+        size, expected = os.path.getsize(self.bin), int(starts[-1]) + int(lengths[-1]) * itemsize
+        self._require(
+            size == expected, f"{self.bin} has {size} bytes, and {expected} by its .idx file"
+        )
+        self._require(size > 0, f"{self.bin} has no token")
+
+    def _require(self, whole: bool, flaw: str) -> None:
+        if not whole:
+            raise PreflightError(self.given, flaw, self._MADE_BY)
+
+
+def _datasets(args) -> Iterator[_Dataset]:
+    """The datasets that the flags name."""
+    if args.mock_data:
+        return
+    file_flag = next(
+        (f for f in ("--data-args-path", "--per-split-data-args-path") if _value(args, f)), None
+    )
+    given = f"{file_flag} {_value(args, file_flag)}" if file_flag else "--data-path"
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except OSError as error:
+        raise PreflightError(given, error.strerror, "a readable file") from error
+    except (KeyError, ValueError, TypeError) as error:
+        wanted = 'a JSON file like {"train": [PREFIX, ...], "valid": ..., "test": ...}'
+        raise PreflightError(given, f"cannot be parsed ({error!r})", wanted) from error
+    except AssertionError as error:
+        wanted = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
+        raise PreflightError(given, "weights and prefixes do not alternate", wanted) from error
+    named = False
+    for split, part in zip(("", "train", "valid", "test"), (blend, *(per_split or ()))):
+        flag = f"--{split}-data-path" if split else "--data-path"
+        for prefix in part[0] if part else ():
+            named = True
+            if "://" not in prefix:  # object storage is left to its own library
+                yield _Dataset(given if file_flag else f"{flag} {prefix}", prefix)
+    if not named and args.ckpt_convert_format is None:
+        raise PreflightError(
+            given if file_flag else "no data is given",
+            "there is nothing to train on",
+            "--data-path PREFIX, --train-data-path PREFIX (and valid, test), or --mock-data",
+        )
+
+
+def _value(args, flag: str):
+    return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _windows(total: int, limit: int) -> list[slice]:
+    """At most ``limit`` of ``total`` elements: the beginning, the middle and the end."""
+    part = limit // 3
+    if total <= 3 * part:
+        return [slice(0, total)]
+    return [slice(start, start + part) for start in (0, (total - part) // 2, total - part)]
+
+
+def _check_cache_beside(dataset: _Dataset) -> None:
+    """Without --data-cache-path, Megatron keeps the order of the samples in PREFIX/cache."""
+    folder = os.path.dirname(dataset.prefix) or "."
+    if not os.path.isdir(f"{dataset.prefix}/cache") and not os.access(folder, os.W_OK):
+        raise PreflightError(
+            dataset.given,
+            f"cannot write the order of the samples into {dataset.prefix}/cache",
+            "--data-cache-path FOLDER with a writable folder",
+        )
+
+
+def _given_tokenizer(args) -> str:
+    model = f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
+    return f"--tokenizer-type {args.tokenizer_type}{model}"
+
+
+def _check_tokenizer(args) -> None:
+    """Load the tokenizer once, since Megatron's own attempt ends in a stack trace."""
+    given, model = _given_tokenizer(args), args.tokenizer_model
+    if args.tokenizer_type is None:
+        raise PreflightError(
+            "--tokenizer-type is not given",
+            "the vocabulary has no size",
+            "SentencePieceTokenizer, HuggingFaceTokenizer, ... (see --help)",
+        )
+    accepted = "the tokenizer that the data was made with"
+    if args.tokenizer_type in (*SP_TOKENIZERS, "TikTokenizer"):
+        if model is None:
+            raise PreflightError(given, "--tokenizer-model is not given", accepted)
+        if not os.path.isfile(model):
+            raise PreflightError(given, "there is no such file", accepted)
+    trial = copy.copy(args)
+    trial.pad_vocab_size = False
+    try:
+        build_tokenizer(trial)
+    except Exception as error:  # its library may raise anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise PreflightError(given, f"it cannot be loaded ({reason})", accepted) from error
+
+
+def _check_checkpoint(args) -> None:
+    """Check that the checkpoint to load, if there is one, is complete."""
+    if args.non_persistent_ckpt_type is not None:
+        return  # there are two, and which is newer is only known to Megatron
+    flag, folder = "--load", args.load
+    if args.pretrained_checkpoint is not None and not (folder and _has_tracker(folder)):
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if folder is None or "://" in folder:
+        return
+    step = _read_tracker(flag, folder) if _has_tracker(folder) else None
+    if args.ckpt_step:
+        step = args.ckpt_step
+    if step is None:
+        if flag == "--load" and not args.exit_on_missing_checkpoint:
+            return  # a first start; Megatron says so and begins at random
+        raise PreflightError(
+            f"{flag} {folder}",
+            f"there is no checkpoint (no {get_checkpoint_tracker_filename(folder)})",
+            "a folder that was a --save",
+        )
+    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if args.ckpt_step else "")
+    flaw = _find_flaw(_step_folder(folder, step), args.ckpt_format)
+    if flaw is not None:
+        nearest = _nearest_complete(folder, step, args.ckpt_format)
+        accepted = "another folder; no checkpoint in this one is complete"
+        if nearest is not None:
+            accepted = f"--ckpt-step {nearest}, the nearest complete checkpoint"
+        raise PreflightError(given, f"the checkpoint is not complete: {flaw}", accepted)
+
+
+def _has_tracker(folder: str) -> bool:
+    return os.path.isfile(get_checkpoint_tracker_filename(folder))
+
+
+def _read_tracker(flag: str, folder: str) -> int | str:
+    """The iteration of the last complete checkpoint, or "release"."""
+    file = get_checkpoint_tracker_filename(folder)
+    word = Path(file).read_text(errors="replace").strip()
+    if word == "release" or (word.isascii() and word.isdigit()):
+        return word if word == "release" else int(word)
+    nearest = _nearest_complete(folder, float("inf"), "torch_dist")
+    accepted = "the number of a complete checkpoint in it"
+    raise PreflightError(
+        f"{flag} {folder}",
+        f"{file} names no iteration (it holds {word[:20]!r})",
+        accepted if nearest is None else f"{accepted}: echo {nearest} > {file}",
+    )
+
+
+def _step_folder(folder: str, step: int | str) -> Path:
+    release = step == "release"
+    return Path(get_checkpoint_name(folder, 0 if release else step, release, return_base_dir=True))
+
+
+def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | None:
+    """The complete checkpoint nearest to ``step``, an earlier one if there is any."""
+    found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+    wanted = float("inf") if step == "release" else step
+    earlier = sorted((s for s in found if s < wanted), reverse=True)
+    later = sorted(s for s in found if s > wanted)
+    complete = (s for s in earlier + later if not _find_flaw(_step_folder(folder, s), ckpt_format))
+    return next(complete, None)
+
+
+def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
+    """What a checkpoint lacks, as far as names and sizes tell; None if it is complete."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    whole_files = [*folder.glob("mp_rank_*/*.pt"), *folder.glob("common.pt")]
+    for file in sorted(whole_files):  # torch.save writes an archive; its end is its directory
+        if not zipfile.is_zipfile(file):
+            return f"{file} is truncated ({file.stat().st_size} bytes)"
+    if any(file.name != "common.pt" for file in whole_files):
+        return None  # one file for each rank: Megatron's format "torch"
+    if ckpt_format != "torch_dcp":  # written last
+        try:
+            json.loads((folder / "metadata.json").read_text())
+        except (OSError, ValueError) as error:
+            return f"{folder / 'metadata.json'} is missing or unreadable ({_reason(error)})"
+    return _find_flaw_of_shards(folder)
+
+
+def _find_flaw_of_shards(folder: Path) -> str | None:
+    """Compare the files of a distributed checkpoint with the byte ranges in its ``.metadata``."""
+    try:
+        with open(folder / ".metadata", "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+        items = metadata.storage_data.items()
+    except FileNotFoundError:
+        return f"{folder / '.metadata'} is missing"
+    except Exception as error:  # what a damaged pickle raises is anyone's guess
+        return f"{folder / '.metadata'} is unreadable ({_reason(error)})"
+    ends = {}
+    for _, place in items:
+        end = place.offset + place.length
+        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+    for name, end in sorted(ends.items()):
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size < end:
+            return f"{file} is truncated ({file.stat().st_size} of {end} bytes)"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the ``.metadata`` of torch.distributed.checkpoint and runs nothing of anyone else's."""
+
+    _KNOWN: ClassVar[Mapping[str, Set[str]]] = {
+        "torch": {"Size"} | {n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "pathlib": {"Path", "PosixPath"},
+    }
+
+    def find_class(self, module: str, name: str):
+        if name not in self._KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def _check_writable(flag: str, folder: str) -> None:
+    """Try to write where ``folder`` is or would be; leaves nothing behind."""
+    if "://" in folder:
+        return
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise PreflightError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+        raise PreflightError(
+            f"{flag} {folder}", f"cannot write there ({error.strerror})", "a writable folder"
+        ) from error

@@ -40,7 +40,7 @@ def main() -> None:
         compat.leave_out_missing_fusions(args)
         config = core_transformer_config_from_args(args)
         validate(scmoe, config)
-        preflight.check_files(args)
+        preflight.check_tokens(args, get_tokenizer())
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
         # Megatron reports unusable settings as assertions; the message is what matters of them.
         fail(str(error))
@@ -66,11 +66,13 @@ def parse_settings():
 
     Raises:
         ScMoEConfigError: for settings that ScMoE cannot work with.
+        PreflightError: for files and folders that cannot serve.
     """
     given = parse_args(add_scmoe_args)
     scmoe = scmoe_config_from_args(given)
     validate(scmoe, given)
     _refuse_foreign_settings(given)
+    preflight.check_files(given)
     args = parse_and_validate_args(add_scmoe_args)
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True

@@ -15,11 +15,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
+from megatron_scmoe import cpu
+
+cpu.enable_if_no_gpu()
+
 TIMEOUT_S = 300
 """Longest run of any test's ranks; a hang is a failure."""
 
-_context = get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+# CUDA does not survive a fork; ranks with a GPU each start from nothing.
+_context = get_context("forkserver" if cpu.is_enabled() else "spawn")
+if cpu.is_enabled():
+    _context.set_forkserver_preload(["tests.preload"])
 
 
 class RankFailure(AssertionError):
@@ -129,6 +135,8 @@ def _with_process_group(rank, results, folder, backend, world_size, function, ar
 
     _set_rank(rank, world_size)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         torch.distributed.init_process_group(
             backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )

@@ -53,7 +53,7 @@ def init_parallel(world_size=1, tp=1, ep=1, etp=1, pp=1, vpp=None, seed=1) -> No
     assert layout == _initialised, f"these ranks have the layout {_initialised}, not {layout}"
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
 
 
 def transformer_config(tp=1, ep=1, etp=1, pp=1, vpp=None, world_size=1, **changes):

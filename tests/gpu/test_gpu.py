@@ -1,0 +1,206 @@
+"""On GPUs: Transformer Engine, bf16, NCCL; overlap seen in a profiler's trace.
+
+Needs one GPU; what needs two says so. Run it with ``make test-gpu``.
+"""
+
+import hashlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from megatron_scmoe import cpu
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots
+from tests import models
+from tests.harness import run_distributed, run_pretrain
+
+GPUS = 0 if cpu.is_enabled() else torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.skipif(GPUS == 0, reason="needs a GPU"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+    ),
+]
+requires_multi_gpu = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+FLAGS = """
+    --transformer-impl transformer_engine --bf16 --num-layers 4 --hidden-size 256
+    --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
+    --ffn-hidden-size 512 --moe-ffn-hidden-size 512 --swiglu --disable-bias-linear
+    --normalization RMSNorm --position-embedding-type rope --num-experts 8 --moe-layer-freq [0,1]*2
+    --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-grouped-gemm
+    --moe-permute-fusion --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+    --moe-shared-expert-intermediate-size 512 --micro-batch-size 4 --global-batch-size 16
+    --train-iters 30 --lr 1e-3 --lr-warmup-iters 2 --log-interval 1 --eval-iters 1
+    --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --no-gradient-accumulation-fusion --num-workers 0 --distributed-timeout-minutes 2
+""".split()
+
+
+@pytest.mark.parametrize("norm", ["own", "shared"])
+def test_transformer_engine_trains_in_bf16_on_one_gpu(norm):
+    run = run_pretrain([*FLAGS, "--scmoe-router-norm", norm], 1)
+    assert run.status == 0, run.output[-2000:]
+    assert run.losses[30] < run.losses[1] - 1.0
+
+
+@requires_multi_gpu
+def test_distributed_optimizer_with_its_overlaps_trains_over_nccl():
+    flags = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]
+    flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    overlapped = run_pretrain([*FLAGS, *flags], 2)
+    serial = run_pretrain([*FLAGS, *flags, "--no-scmoe-overlap"], 2)
+    assert overlapped.status == serial.status == 0, overlapped.output[-2000:]
+    assert overlapped.losses[30] < overlapped.losses[1] - 1.0
+    assert overlapped.losses[1] == serial.losses[1]
+
+
+@requires_multi_gpu
+def test_tensor_and_context_parallel_train():
+    for flags in (
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        ["--context-parallel-size", "2"],
+    ):
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        run = run_pretrain([*FLAGS, *flags, "--expert-model-parallel-size", "2"], 2)
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
+        assert run.status == 0, run.output[-2000:]
+        assert run.losses[30] < run.losses[1] - 1.0
+
+
+@requires_multi_gpu
+def test_overlap_on_and_off_are_bit_identical():
+    for digests in run_distributed(_train_all, 2, backend="nccl"):
+        for (tap, slot), (overlapped, serial, again) in digests.items():
+            assert serial == again, "the kernels themselves are not deterministic"
+            assert overlapped == serial, (tap, slot)
+            assert len(set(overlapped)) == len(overlapped)
+
+
+@requires_multi_gpu
+def test_all_to_alls_lie_beside_compute_in_forward_and_backward():
+    shares = run_distributed(_trace, 2, backend="nccl")[0]
+    print({name: {k: round(v, 3) for k, v in share.items()} for name, share in shares.items()})
+    for direction in ("forward", "backward"):
+        assert shares["overlapped"][direction] > 0.5
+        assert shares["serial"][direction] < 0.1
+
+
+TE = dict(
+    transformer_impl="transformer_engine",
+    bf16=True,
+    params_dtype=torch.bfloat16,
+    pipeline_dtype=torch.bfloat16,
+    moe_grouped_gemm=True,
+    moe_permute_fusion=True,
+)
+
+
+def _build(scmoe: ScMoEConfig, **changes):
+    world = torch.distributed.get_world_size()
+    (model,) = models.build_scmoe(scmoe, dict(world_size=world, ep=world), **(TE | changes))
+    return model.bfloat16()
+
+
+def _train_all() -> dict:
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return {
+        (tap, slot): tuple(
+            _train(ScMoEConfig(tap=tap, expert_slot=slot, overlap=overlap))
+            for overlap in (True, False, False)
+        )
+        for tap in TAP_BOUNDARY
+        for slot in range(num_slots(tap))
+    }
+
+
+def _train(scmoe, steps: int = 20) -> list[str]:
+    model = _build(
+        scmoe,
+        hidden_size=128,
+        num_attention_heads=2,
+        num_query_groups=2,
+        ffn_hidden_size=256,
+        moe_ffn_hidden_size=256,
+        moe_shared_expert_intermediate_size=256,
+        hidden_dropout=0.1,
+    )
+    rank = torch.distributed.get_rank()
+    digests = []
+    for step in range(steps):
+        tokens, labels = models.batch(2 * step + rank)
+        loss, gradients = models.loss_and_gradients(model, tokens, labels)
+        digest = hashlib.sha256(loss.cpu().numpy().tobytes())
+        for name in sorted(gradients):
+            digest.update(gradients[name].float().cpu().numpy().tobytes())
+        digests.append(digest.hexdigest())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= 0.1 * gradients[name]
+    return digests
+
+
+def _trace() -> dict:
+    return {
+        name: _hidden_shares(ScMoEConfig(tap="pos2", overlap=overlap))
+        for name, overlap in (("overlapped", True), ("serial", False))
+    }
+
+
+def _hidden_shares(scmoe) -> dict:
+    """The share of all-to-all kernel time during which a compute kernel ran, by direction."""
+    models.SEQUENCE, models.MICRO_BATCH = 2048, 4
+    model = _build(
+        scmoe,
+        hidden_size=1024,
+        num_attention_heads=16,
+        num_query_groups=16,
+        ffn_hidden_size=4096,
+        moe_ffn_hidden_size=4096,
+        moe_shared_expert_intermediate_size=4096,
+        moe_router_force_load_balancing=True,
+    )
+    tokens, labels = models.batch(torch.distributed.get_rank(), size=models.MICRO_BATCH)
+    for _ in range(3):
+        models.loss_and_gradients(model, tokens, labels)
+    shares = {}
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    for parameter in model.parameters():
+        parameter.grad = None
+    for direction in ("forward", "backward"):
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+        with torch.profiler.profile(activities=activities) as profile:
+            if direction == "forward":
+                loss = models.forward(model, tokens, labels).float().mean()
+            else:
+                loss.backward()
+            torch.cuda.synchronize()
+        shares[direction] = _share(profile)
+    return shares
+
+
+def _share(profile) -> float:
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in kernels]
+    exchanges = [(a, b) for name, a, b in spans if "SendRecv" in name or "AllToAll" in name]
+    compute = sorted(
+        (a, b) for name, a, b in spans if "nccl" not in name.lower() and "Mem" not in name
+    )
+    merged: list[list[float]] = []
+    for start, end in compute:
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    total = sum(end - start for start, end in exchanges)
+    covered = sum(
+        max(0.0, min(end, b) - max(start, a)) for start, end in exchanges for a, b in merged
+    )
+    assert total > 0, "no all-to-all kernel in the trace"
+    return covered / total

@@ -1,0 +1,389 @@
+"""The launch scripts in examples/: what they print under --dry-run is what Megatron accepts.
+
+A machine with GPUs and Transformer Engine is imitated for the parser's checks alone. Everything
+behind the command line is Megatron's and the package's own code, which the last test runs.
+"""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import run_distributed, run_pretrain
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt2_moe_medium"
+TRAIN, SBATCH = EXAMPLE / "train.sh", EXAMPLE / "train.sbatch"
+SCRIPTS = [TRAIN, SBATCH]
+SOURCES = [*SCRIPTS, EXAMPLE / "config.sh", EXAMPLE / "launch.sh"]
+
+DATA = {"DATA_PATH": "/d/text_document", "TOKENIZER_MODEL": "/d/gpt2", "CHECKPOINT_DIR": "/run"}
+MOCK = {"MOCK_DATA": "1", "CHECKPOINT_DIR": "/run"}
+SLURM_JOB = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NODELIST": "gpu[03-06]",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+GPU_FLAGS = {"--bf16", "--moe-grouped-gemm", "--moe-permute-fusion"}
+"""Flags without a value that a CPU run has to leave out: there is no flag that takes them back."""
+
+
+def launch(script: Path, variables: dict, *words: str, folder: Path | str = "/usr/bin"):
+    """Run a script with nothing in its environment but ``variables``; ``folder`` precedes PATH."""
+    return subprocess.run(
+        [script, *words],
+        env={"PATH": f"{folder}:/usr/bin:/bin", **variables},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def dry_run(script: Path, variables: dict, *words: str, **where) -> list[str]:
+    """The command that ``script`` would run, word by word."""
+    finished = launch(script, variables, "--dry-run", *words, **where)
+    assert finished.returncode == 0, finished.stderr
+    [line] = finished.stdout.splitlines()
+    return shlex.split(line)
+
+
+def pretrain_flags(command: list[str]) -> list[str]:
+    """What of a command goes to pretrain_gpt_scmoe.py."""
+    [script] = [i for i, word in enumerate(command) if word.endswith("pretrain_gpt_scmoe.py")]
+    return command[script + 1 :]
+
+
+def world_size(command: list[str]) -> int:
+    """How many ranks a torchrun command line starts."""
+    nodes = int(value(command, "--nnodes")) if "--nnodes" in command else 1
+    return nodes * int(value(command, "--nproc-per-node"))
+
+
+def value(command: list[str], flag: str) -> str:
+    """The word behind the last ``flag``."""
+    return command[len(command) - command[::-1].index(flag)]
+
+
+def accept(command: list[str]):
+    """In a fork: read ``command`` as its ranks would on Hopper GPUs with Transformer Engine.
+
+    Returns:
+        Megatron's arguments, the transformer's configuration, and that of ScMoE.
+    """
+    import sys
+
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+    from megatron_scmoe.validation import validate
+
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    for name in dir(moe_utils):  # kernels of Transformer Engine that the configuration asks for
+        if name.startswith("fused_") and getattr(moe_utils, name) is None:
+            setattr(moe_utils, name, NotImplemented)
+    os.environ["WORLD_SIZE"] = str(world_size(command))
+    os.environ |= dict(word.split("=", 1) for word in command if re.match(r"[A-Z_]+=", word))
+    sys.argv = ["pretrain_gpt_scmoe.py", *pretrain_flags(command)]
+    args = parse_args(add_scmoe_args)
+    scmoe = scmoe_config_from_args(args)
+    validate(scmoe, args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        validate_args(args)
+    config = core_transformer_config_from_args(args)
+    validate(scmoe, config)
+    return args, config, scmoe
+
+
+def accepted(command: list[str]) -> tuple:
+    """The settings that a command's flags give; fails as the start of training would."""
+    return run_distributed(accept, 1, command)[0]
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Path:
+    """A folder with the one Slurm command that the batch script asks."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "gpu[03-06]" ] && printf "gpu%s\\n" 03 04 05 06\n')
+    scontrol.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_shell_syntax(source):
+    subprocess.run(["bash", "-n", source], check=True, timeout=30)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *SOURCES], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("missing", DATA)
+def test_a_missing_variable_is_named(script, missing):
+    given = {name: word for name, word in DATA.items() if name != missing}
+
+    finished = launch(script, given, "--dry-run")
+
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    errors = [line for line in finished.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"{script.name}: error: {missing} is not set: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_all_missing_variables_are_named_at_once(script):
+    errors = launch(script, {}, "--dry-run").stderr
+
+    assert [name for name in DATA if f"{name} is not set" in errors] == list(DATA)
+
+
+@pytest.mark.parametrize(
+    "variables, words, message",
+    [
+        ({"NUM_EXPERTS": "eight"}, (), "NUM_EXPERTS=eight: accepted: a whole number, 1 or more"),
+        ({"TENSOR_PARALLEL": "0"}, (), "TENSOR_PARALLEL=0: accepted: a whole number, 1 or more"),
+        ({}, ("--train-iters", "10"), "--train-iters: accepted: --dry-run, --help, and behind --"),
+    ],
+)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_wrong_value_is_named(script, variables, words, message):
+    finished = launch(script, DATA | variables, "--dry-run", *words)
+
+    assert finished.returncode == 2
+    assert f"{script.name}: error: {message}" in finished.stderr
+
+
+def test_the_flags_describe_the_papers_model():
+    args, config, scmoe = accepted(dry_run(TRAIN, DATA))
+
+    assert (config.num_layers, config.hidden_size, config.num_attention_heads) == (24, 1024, 16)
+    assert (args.seq_length, args.position_embedding_type) == (2048, "learned_absolute")
+    assert config.ffn_hidden_size == 4 * 1024
+    assert config.normalization == "LayerNorm"
+    assert (config.activation_func, config.gated_linear_unit) == (torch.nn.functional.gelu, False)
+    assert (config.num_moe_experts, config.moe_layer_freq) == (8, [0, 1] * 12)
+    assert (config.moe_router_topk, config.moe_router_pre_softmax) == (1, True)
+    assert config.moe_aux_loss_coeff == 0.01
+    assert config.moe_ffn_hidden_size == config.moe_shared_expert_intermediate_size == 4 * 1024
+    assert (scmoe.tap, scmoe.combine, scmoe.overlap) == ("pos2", "cg1", True)
+
+
+def test_experts_without_biases_ask_for_no_fused_gelu():
+    _, config, _ = accepted(dry_run(TRAIN, DATA))
+
+    assert not config.add_bias_linear  # shared experts assert it
+    assert not config.bias_activation_fusion  # experts raise on fused GELU
+
+
+@pytest.mark.parametrize(
+    "variables, experts, layout",
+    [
+        ({}, 8, (1, 1, 8)),
+        ({"NUM_EXPERTS": "16"}, 16, (1, 1, 8)),
+        ({"GPUS_PER_NODE": "4"}, 8, (1, 1, 4)),
+        ({"NUM_EXPERTS": "4"}, 4, (1, 1, 4)),
+        ({"EXPERT_PARALLEL": "2"}, 8, (1, 1, 2)),
+        ({"TENSOR_PARALLEL": "2"}, 8, (2, 1, 8)),
+        ({"PIPELINE_PARALLEL": "2", "EXPERT_PARALLEL": "4"}, 8, (1, 2, 4)),
+    ],
+)
+def test_variables_reach_the_layout(variables, experts, layout):
+    _, config, _ = accepted(dry_run(TRAIN, DATA | variables))
+
+    assert config.num_moe_experts == experts
+    assert layout == (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.expert_model_parallel_size,
+    )
+    assert config.sequence_parallel == (layout[0] > 1)
+
+
+@pytest.mark.parametrize(
+    "variables, data_path, tokenizer",
+    [
+        (DATA, ["/d/text_document"], ("HuggingFaceTokenizer", "/d/gpt2")),
+        (
+            DATA | {"DATA_PATH": "0.3 /d/a 0.7 /d/b"},
+            ["0.3", "/d/a", "0.7", "/d/b"],
+            ("HuggingFaceTokenizer", "/d/gpt2"),
+        ),
+        (
+            DATA | {"TOKENIZER_MODEL": "/d/sp.model"},
+            ["/d/text_document"],
+            ("SentencePieceTokenizer", "/d/sp.model"),
+        ),
+        (MOCK, None, ("NullTokenizer", None)),
+    ],
+    ids=["prefix", "blend", "sentencepiece", "mock"],
+)
+def test_data_and_tokenizer(variables, data_path, tokenizer):
+    args, _, _ = accepted(dry_run(TRAIN, variables))
+
+    assert args.data_path == data_path
+    assert (args.tokenizer_type, args.tokenizer_model) == tokenizer
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_flags_behind_the_dashes_override(script):
+    words = ["--train-iters", "10", "--scmoe-tap", "pos3"]
+    args, _, scmoe = accepted(dry_run(script, DATA, "--", *words))
+
+    assert (args.train_iters, scmoe.tap) == (10, "pos3")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_word_survives_the_printing(script):
+    words = ["--wandb-exp-name", 'it\'s a "run"; $HOME', "--title", ""]
+    command = dry_run(script, DATA | {"CHECKPOINT_DIR": "/my runs/[1]*"}, "--", *words)
+
+    assert command[-len(words) :] == words
+    assert value(command, "--save") == "/my runs/[1]*"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_dry_run_leaves_nothing_behind(script, tmp_path):
+    dry_run(script, DATA | {"CHECKPOINT_DIR": str(tmp_path / "run")})
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_dry_run_the_command_runs(tmp_path):
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
+    torchrun.chmod(0o755)
+    variables = MOCK | {"GPUS_PER_NODE": "2"}
+
+    finished = launch(TRAIN, variables, "--", "--title", "a b", folder=tmp_path)
+
+    assert finished.returncode == 3
+    assert finished.stdout.splitlines() == dry_run(TRAIN, variables, "--", "--title", "a b")[1:]
+
+
+def test_outside_slurm_the_batch_script_only_prints():
+    finished = launch(SBATCH, DATA)
+
+    assert finished.returncode == 2
+    assert "SLURM_JOB_NODELIST is not set" in finished.stderr
+
+
+def test_all_nodes_meet_at_the_first(slurm):
+    command = dry_run(SBATCH, DATA | SLURM_JOB, folder=slurm)
+
+    assert command[0] == "srun"
+    assert "--nodes=4" in command
+    assert world_size(command) == 32
+    assert value(command, "--rdzv-endpoint") == "gpu03:29500"
+    assert value(command, "--rdzv-id") == "77"
+
+
+def test_slurm_runs_a_copy_of_the_batch_script(slurm):
+    spooled = slurm / "slurm_script"
+    shutil.copy(SBATCH, spooled)
+    variables = DATA | SLURM_JOB | {"SLURM_SUBMIT_DIR": str(EXAMPLE.parents[1])}
+
+    command = dry_run(spooled, variables, folder=slurm)
+
+    assert str(EXAMPLE.parents[1] / "pretrain_gpt_scmoe.py") in command
+
+
+def test_a_copy_that_cannot_find_the_example_says_so(tmp_path):
+    shutil.copy(SBATCH, tmp_path)
+
+    finished = launch(tmp_path / SBATCH.name, DATA | {"SLURM_SUBMIT_DIR": "/nowhere"})
+
+    assert finished.returncode == 2
+    assert "error: no /nowhere/examples/gpt2_moe_medium/launch.sh" in finished.stderr
+
+
+def test_the_container_is_named_before_the_command():
+    command = dry_run(
+        SBATCH, DATA | {"CONTAINER_IMAGE": "/i/scmoe.sqsh", "CONTAINER_MOUNTS": "/d:/d,/run:/run"}
+    )
+
+    container = command[: command.index("torchrun")]
+    assert "--container-image=/i/scmoe.sqsh" in container
+    assert "--container-mounts=/d:/d,/run:/run" in container
+    assert "/workspace/megatron_scmoe/pretrain_gpt_scmoe.py" in command
+
+
+def test_a_container_needs_mounts():
+    finished = launch(SBATCH, DATA | {"CONTAINER_IMAGE": "/i/scmoe.sqsh"}, "--dry-run")
+
+    assert finished.returncode == 2
+    assert "error: CONTAINER_MOUNTS is not set: " in finished.stderr
+
+
+def test_ranks_save_at_the_signal_that_slurm_sends():
+    [sent] = re.findall(r"^#SBATCH --signal=(\w+)@", SBATCH.read_text(), re.MULTILINE)
+    command = dry_run(SBATCH, DATA)
+
+    args, _, _ = accepted(command)
+    assert (args.exit_signal_handler, args.exit_signal.name) == (True, f"SIG{sent}")
+    assert command[command.index("torchrun") - 1] == f"--ignore-signal={sent}"
+
+
+def test_the_readme_explains_every_variable():
+    text = "".join(source.read_text() for source in SOURCES)
+    assigned = re.findall(r'"\$\{([A-Z_]+):=', text)
+    defaulted = re.findall(r"\$\{([A-Z_]+):-", text)
+    required = re.findall(r"^ +([A-Z_]+) \"", text, re.MULTILINE)
+    ours = {n for n in (*assigned, *defaulted, *required) if not n.startswith("SLURM_")}
+    table = re.findall(r"^\| `([A-Z_]+)` \|", (EXAMPLE / "README.md").read_text(), re.MULTILINE)
+
+    assert ours == set(table)
+
+
+def count_parameters(experts: int) -> tuple[int, int]:
+    """In a fork: the counts that the example's own script gives."""
+    os.environ["NUM_EXPERTS"] = str(experts)
+    script = runpy.run_path(str(EXAMPLE / "count_parameters.py"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script["count"](script["model_flags"]())
+
+
+@pytest.mark.parametrize("experts", [8, 16])
+def test_the_readme_has_the_models_size(experts):
+    h, vocabulary, sequence, pairs = 1024, 50304, 2048, 12
+    mlp = 2 * h * 4 * h
+    dense = 2 * 4 * h * h + 2 * mlp  # both attentions, the dense MLP and the shared expert
+    norms = 5 * 2 * h  # two a block, and the one on the tap
+    pair = dense + norms + experts * h + h  # router; gate of the shared expert
+    rest = (vocabulary + sequence) * h + 2 * h  # tied embeddings, positions, the last norm
+    active = pairs * (pair + mlp) + rest
+    total = pairs * (pair + experts * mlp) + rest
+
+    assert run_distributed(count_parameters, 1, experts) == [(total, active)]
+    row = f"| {experts} | {total / 1e6:,.1f} M | {active / 1e6:,.1f} M |"
+    assert row in (EXAMPLE / "README.md").read_text()
+
+
+def test_the_flags_train(tmp_path):
+    """A small model on the CPU, by the example's flags: only its size and its kernels differ."""
+    smaller = shlex.split(
+        "--num-layers 4 --moe-layer-freq [0,1]*2 --hidden-size 32 --ffn-hidden-size 64"
+        " --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64"
+        " --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --vocab-size 128"
+        " --micro-batch-size 2 --global-batch-size 4 --train-iters 10 --eval-iters 1"
+        " --transformer-impl local --distributed-backend gloo"
+    )
+    variables = MOCK | {"CHECKPOINT_DIR": str(tmp_path), "GPUS_PER_NODE": "2", "NUM_EXPERTS": "2"}
+    flags = pretrain_flags(dry_run(TRAIN, variables, "--", *smaller))
+
+    run = run_pretrain([flag for flag in flags if flag not in GPU_FLAGS], world_size=2)
+
+    assert run.status == 0, run.output
+    assert run.losses.keys() == {10}
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "10"

@@ -259,7 +259,9 @@ def _map_uneven_collectives() -> None:
         return work
 
     @functools.wraps(reduce_scatter)
-    def reduce_scatter_uneven(output, input_list, op=distributed.ReduceOp.SUM, group=None, **kwargs):
+    def reduce_scatter_uneven(
+        output, input_list, op=distributed.ReduceOp.SUM, group=None, **kwargs
+    ):
         if len({part.shape[0] for part in input_list}) == 1:
             return reduce_scatter(output, input_list, op=op, group=group, **kwargs)
         rank = distributed.get_rank(group)

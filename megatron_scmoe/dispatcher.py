@@ -1,8 +1,8 @@
 """Megatron's token dispatchers with dispatch and combine split into launch and arrival.
 
-Each class keeps what Megatron's dispatcher does before and after the communication and replaces only
-the communication itself: ``launch_dispatch`` and ``launch_combine`` return a flight, whose ``arrive``
-gives what Megatron's ``token_dispatch`` and ``token_combine`` would have returned.
+Each class keeps what Megatron's dispatcher does before and after the communication and replaces
+only the communication itself: the ``arrive`` of a launched flight gives what Megatron's
+``token_dispatch`` and ``token_combine`` would have returned.
 """
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,49 +15,63 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.exchange import AllToAll, Flight, Landed, SideStream, depart
+from megatron_scmoe.exchange import AllToAll, Flight, Landed, OnLaunchStream
 
 
 class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
-    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
-        """Start sending permuted tokens to the ranks of their experts.
+    def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
+        """Take the permuted tokens as they are now; the host need not know the split sizes yet.
 
         Args:
             tokens: [num_local_tokens * topk, h], sorted by expert.
             probs: [num_local_tokens * topk], fp32 unless the router's dtype says otherwise.
         """
         if self.ep_size == 1:
-            return Landed(self.token_dispatch(tokens, probs))
-        # Megatron copied the split sizes to the host on a stream of their own; here they are needed.
+            return Landed(*self.token_dispatch(tokens, probs))
+        return Flight(tokens, probs)
+
+    def launch_dispatch(self, flight: Flight | Landed) -> None:
+        """Start sending the tokens to the ranks of their experts; the host waits for the sizes."""
+        if self.ep_size == 1:
+            return
+        # Megatron copies the split sizes to the host on a stream of their own; now they are needed.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
         received, sent = _as_list(self.output_splits), _as_list(self.input_splits)
-        return depart(AllToAll(self.ep_group, received, sent), tokens, probs)
+        flight.launch(AllToAll(self.ep_group, received, sent))
 
     def launch_combine(self, tokens: Tensor) -> Flight | Landed:
-        """Start sending expert outputs [num_received_tokens, h] back to where the tokens came from."""
+        """Start sending expert outputs [num_received_tokens, h] back where the tokens came from."""
         if self.ep_size == 1:
-            return Landed((self.token_combine(tokens),))
+            return Landed(self.token_combine(tokens))
+        flight = Flight(tokens)
         received, sent = _as_list(self.input_splits), _as_list(self.output_splits)
-        return depart(AllToAll(self.ep_group, received, sent), tokens)
+        flight.launch(AllToAll(self.ep_group, received, sent))
+        return flight
 
 
 class ScMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
     """DeepEP, HybridEP and NCCL EP; their kernels run on a stream beside the compute."""
 
-    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight:
-        """See :meth:`ScMoEAlltoAllTokenDispatcher.launch_dispatch`; tokens [num_local_tokens, h]."""
-        return depart(SideStream(self._dispatch), tokens, probs)
+    def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight:
+        """See :meth:`ScMoEAlltoAllTokenDispatcher.prepare_dispatch`; tokens [num_local_tokens, h]."""
+        return Flight(tokens, probs)
+
+    def launch_dispatch(self, flight: Flight) -> None:
+        """Start the fused permutation and dispatch."""
+        flight.launch(OnLaunchStream(self._dispatch))
 
     def launch_combine(self, tokens: Tensor) -> Flight:
         """See :meth:`ScMoEAlltoAllTokenDispatcher.launch_combine`."""
-        return depart(SideStream(lambda tokens: (self.token_combine(tokens),)), tokens)
+        flight = Flight(tokens)
+        flight.launch(OnLaunchStream(lambda tokens: (self.token_combine(tokens),)))
+        return flight
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor):
-        """As in Megatron, whose manager reads the probabilities from itself: these are the arrived."""
+        """As in Megatron, whose manager reads its own probabilities: these are the arrived ones."""
         self._comm_manager.dispatched_probs = probs
         return super().dispatch_postprocess(hidden_states, probs)
 
@@ -69,13 +83,16 @@ class ScMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
 class ScMoEAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     """The all-gather dispatcher, in line: it is wired for ``--no-scmoe-overlap`` only."""
 
-    def launch_dispatch(self, tokens: Tensor, probs: Tensor) -> Landed:
+    def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Landed:
         """Gather the tokens of all ranks."""
-        return Landed(self.token_dispatch(tokens, probs))
+        return Landed(*self.token_dispatch(tokens, probs))
+
+    def launch_dispatch(self, flight: Landed) -> None:
+        """Nothing is left to do."""
 
     def launch_combine(self, tokens: Tensor) -> Landed:
         """Reduce and scatter the outputs of all ranks."""
-        return Landed((self.token_combine(tokens),))
+        return Landed(self.token_combine(tokens))
 
 
 _DISPATCHERS = {

@@ -1,23 +1,40 @@
 """The only module that touches streams, events and asynchronous collectives.
 
-An *exchange* moves tensors between the expert-parallel ranks, in two halves:
+An *exchange* moves tensors between the expert-parallel ranks:
 
-    flight = depart(exchange, *tensors)   # launched; the caller computes something else
-    tensors = flight.arrive()             # waited for
+    flight = Flight(tokens, probs)     # ready to leave; the caller may compute something else
+    flight.launch(exchange)            # on its way; the caller computes something else
+    tokens, probs = flight.arrive()    # waited for
 
-Each half is an autograd node of its own. Autograd runs the ready node that was created last, so the
-forward's order is mirrored in backward: the backward of arrive launches the reverse exchange, every
-backbone operator issued in between runs its backward, and only then the backward of depart waits.
-The gradient travels from one node to the other as a buffer still being filled; nothing reads it on
-the way, since each node is the other's only neighbour.
+Leaving and arriving are autograd nodes of their own. Autograd runs the ready node that was created
+last, so the forward's order is mirrored in backward: the backward of arrive launches the reverse
+exchange, every backbone operator issued in between runs its backward, and only then the backward of
+leaving waits. The gradient travels from one node to the other as a buffer still being filled;
+nothing reads it on the way, since each node is the other's only neighbour.
+
+The launch itself is no node. It may come later than the leaving, when the host has learned the
+split sizes: it goes to a stream that waits for the moment of leaving only, so compute issued in
+between does not hold the exchange back.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_scmoe import cpu
+
+
+def can_launch_late() -> bool:
+    """Whether an exchange launched after some compute can still run beside it.
+
+    Not on the CPU, where compute is done when the call returns, and not with one hardware queue,
+    which runs kernels in the order of their launches.
+    """
+    return not cpu.is_enabled() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
 
 
 class Exchange(ABC):
@@ -41,22 +58,34 @@ class Exchange(ABC):
 
 
 class Flight:
-    """Tensors between departure and arrival."""
+    """Tensors on their way, from leaving to arrival.
 
-    def __init__(self, exchange: Exchange, departed: tuple[Tensor, ...]):
+    Args:
+        tensors: what is to be exchanged; their values at this moment of the current stream count.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self._exchange: Exchange | None = None
+        self._departed = _Depart.apply(self, *tensors)
+        self._ready = torch.cuda.current_stream().record_event()
+
+    def launch(self, exchange: Exchange) -> None:
+        """Start ``exchange`` as soon as the tensors are ready."""
         self._exchange = exchange
-        self._departed = departed
+        with _launch_stream(self._ready):
+            exchange.launch([tensor.detach() for tensor in self._departed])
+        self._ready = None
 
     def arrive(self) -> tuple[Tensor, ...]:
         """Wait for the exchange and return what arrived, attached to the autograd graph."""
         departed, self._departed = self._departed, ()
-        return _Arrive.apply(self._exchange, *departed)
+        return _Arrive.apply(self, *departed)
 
 
 class Landed:
     """A flight that needed none of this: the exchange was computed in line."""
 
-    def __init__(self, tensors: tuple[Tensor, ...]):
+    def __init__(self, *tensors: Tensor):
         self._tensors = tensors
 
     def arrive(self) -> tuple[Tensor, ...]:
@@ -64,37 +93,44 @@ class Landed:
         return self._tensors
 
 
-def depart(exchange: Exchange, *tensors: Tensor) -> Flight:
-    """Launch ``exchange`` with ``tensors``."""
-    departed = _Depart.apply(exchange, *tensors)
-    exchange.launch([tensor.detach() for tensor in departed])
-    return Flight(exchange, departed)
+_stream: torch.cuda.Stream | None = None
+
+
+def _launch_stream(ready: torch.cuda.Event):
+    """The one stream that exchanges are launched from, once ``ready`` has happened."""
+    global _stream
+    if _stream is None:
+        _stream = torch.cuda.Stream()
+    _stream.wait_event(ready)
+    return torch.cuda.stream(_stream)
 
 
 class _Depart(torch.autograd.Function):
     """Forward: nothing. Backward: wait for the gradients under way."""
 
     @staticmethod
-    def forward(ctx, exchange: Exchange, *tensors: Tensor):
-        ctx.exchange = exchange
+    def forward(ctx, flight: Flight, *tensors: Tensor):
+        ctx.flight = flight
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *buffers: Tensor):
-        return None, *ctx.exchange.wait_backward(buffers)
+        return None, *ctx.flight._exchange.wait_backward(buffers)
 
 
 class _Arrive(torch.autograd.Function):
     """Forward: wait for the tensors under way. Backward: launch their gradients."""
 
     @staticmethod
-    def forward(ctx, exchange: Exchange, *departed: Tensor):
-        ctx.exchange = exchange
-        return exchange.wait()
+    def forward(ctx, flight: Flight, *departed: Tensor):
+        ctx.flight = flight
+        return flight._exchange.wait()
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, *ctx.exchange.launch_backward(grads)
+        ready = torch.cuda.current_stream().record_event()
+        with _launch_stream(ready):
+            return None, *ctx.flight._exchange.launch_backward(grads)
 
 
 class AllToAll(Exchange):
@@ -116,94 +152,83 @@ class AllToAll(Exchange):
         self.output_splits = output_splits
         self.input_splits = input_splits
         self._outputs: list[Tensor] = []
-        self._works: list[torch.distributed.Work] = []
+        self._works: list[tuple[torch.distributed.Work, Tensor, Tensor]] = []
 
     def launch(self, tensors):
         self._outputs = self._start(tensors, self.output_splits, self.input_splits)
 
     def wait(self):
-        self._finish()
         outputs, self._outputs = self._outputs, []
-        return tuple(outputs)
+        return self._finish(outputs)
 
     def launch_backward(self, grads):
         return tuple(self._start(grads, self.input_splits, self.output_splits))
 
     def wait_backward(self, buffers):
-        self._finish()
-        return tuple(buffers)
+        return self._finish(buffers)
 
     def _start(self, tensors, output_splits, input_splits) -> list[Tensor]:
         outputs = []
         for tensor in tensors:
-            tensor = tensor.contiguous()
             rows = tensor.shape[0] if output_splits is None else sum(output_splits)
             output = tensor.new_empty((rows, *tensor.shape[1:]))
+            source = tensor.contiguous()
             work = torch.distributed.all_to_all_single(
-                output, tensor, output_splits, input_splits, group=self.group, async_op=True
+                output, source, output_splits, input_splits, group=self.group, async_op=True
             )
             outputs.append(output)
-            # The work keeps the input alive until it is waited for.
-            self._works.append(work)
+            self._works.append((work, tensor, source))
         return outputs
 
-    def _finish(self) -> None:
-        for work in self._works:
+    def _finish(self, outputs) -> tuple[Tensor, ...]:
+        """Let the current stream wait; inputs are kept until here, outputs change their stream."""
+        for work, *_ in self._works:
             work.wait()
         self._works = []
+        for output in outputs:
+            output.record_stream(torch.cuda.current_stream())
+        return tuple(outputs)
 
 
-class SideStream(Exchange):
-    """Any differentiable communication, run with its backward on a stream beside the compute.
+class OnLaunchStream(Exchange):
+    """Any differentiable communication, run with its backward on the launch stream.
 
-    For dispatchers whose kernels block the stream they are issued on (DeepEP, HybridEP).
+    For dispatchers whose kernels block the stream they are issued on (DeepEP, HybridEP, NCCL EP).
 
     Args:
         function: tensors -> tensors; it communicates on the current stream.
     """
 
-    _stream: torch.cuda.Stream | None = None
-
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
         self.function = function
-        if SideStream._stream is None:
-            SideStream._stream = torch.cuda.Stream()
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
 
     def launch(self, tensors):
+        # A graph of its own, so that its backward runs on the launch stream as a whole.
         needs_graph = torch.is_grad_enabled()
-        with self._beside(tensors):
-            # A graph of its own, so that its backward can run on the side stream as a whole.
-            with torch.set_grad_enabled(needs_graph):
-                self._inputs = [t.requires_grad_(needs_graph) for t in tensors]
-                self._outputs = self.function(*self._inputs)
+        self._inputs = [tensor.requires_grad_(needs_graph) for tensor in tensors]
+        self._outputs = self.function(*self._inputs)
 
     def wait(self):
-        self._join(self._outputs)
-        return tuple(output.detach() for output in self._outputs)
+        return self._join([output.detach() for output in self._outputs])
 
     def launch_backward(self, grads):
-        with self._beside(grads):
-            outputs = [output for output in self._outputs if output.requires_grad]
-            grads = [g for g, output in zip(grads, self._outputs) if output.requires_grad]
-            buffers = torch.autograd.grad(outputs, self._inputs, grads)
+        used = [index for index, output in enumerate(self._outputs) if output.requires_grad]
+        buffers = torch.autograd.grad(
+            [self._outputs[index] for index in used],
+            self._inputs,
+            [grads[index] for index in used],
+        )
         self._inputs, self._outputs = [], ()
         return buffers
 
     def wait_backward(self, buffers):
-        self._join(buffers)
-        return tuple(buffers)
+        return self._join(buffers)
 
-    def _beside(self, tensors):
-        """The side stream, once the compute issued so far has produced ``tensors``."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        for tensor in tensors:
-            tensor.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
-
-    def _join(self, tensors) -> None:
+    def _join(self, tensors) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream()
-        current.wait_stream(self._stream)
+        current.wait_stream(_stream)
         for tensor in tensors:
             tensor.record_stream(current)
+        return tuple(tensors)

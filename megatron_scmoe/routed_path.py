@@ -113,12 +113,12 @@ class RoutedPath:
         state.probs, state.routing_map = self._moe.route(state.tap, mask)
 
     def _permute(self, state: _Pass) -> None:
-        state.tokens, state.probs = self._moe.preprocess(state.tap, state.probs, state.routing_map)
-        state.tap = state.routing_map = None
+        tokens, probs = self._moe.preprocess(state.tap, state.probs, state.routing_map)
+        state.tap = state.probs = state.routing_map = None
+        state.flight = self._moe.token_dispatcher.prepare_dispatch(tokens, probs)
 
     def _launch_dispatch(self, state: _Pass) -> None:
-        state.flight = self._moe.token_dispatcher.launch_dispatch(state.tokens, state.probs)
-        state.tokens = state.probs = None
+        self._moe.token_dispatcher.launch_dispatch(state.flight)
 
     def _wait_dispatch(self, state: _Pass) -> None:
         state.tokens, state.probs = state.flight.arrive()

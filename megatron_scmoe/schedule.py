@@ -83,7 +83,7 @@ class Schedule:
         return "\n".join(lines)
 
 
-def build_schedule(tap: Tap, slot: int, overlap: bool) -> Schedule:
+def build_schedule(tap: Tap, slot: int, overlap: bool, launch_late: bool = False) -> Schedule:
     """The schedule of one pair (scmoe.md section 2; ICML 2025, section 3.2).
 
     Gate and encode come as early as possible, decode as late as possible. With ``overlap`` the
@@ -94,6 +94,9 @@ def build_schedule(tap: Tap, slot: int, overlap: bool) -> Schedule:
         tap: what the routed path reads.
         slot: number of backbone operators between the tap and the expert compute.
         overlap: whether launches and waits are apart.
+        launch_late: whether the host issues one backbone operator before it launches the dispatch.
+            The launch needs split sizes that the GPU computes: so it always has work while the
+            host waits for them. The exchange itself still begins when the tokens are ready.
 
     Raises:
         ValueError: if the slot is outside the tap's range.
@@ -105,7 +108,9 @@ def build_schedule(tap: Tap, slot: int, overlap: bool) -> Schedule:
     last = Boundary.AFTER_SHARED_EXPERT
 
     steps: dict[Boundary, list[Step]] = {boundary: [] for boundary in Boundary}
-    steps[first] += [Step.ROUTE, Step.PERMUTE, Step.LAUNCH_DISPATCH]
+    steps[first] += [Step.ROUTE, Step.PERMUTE]
+    late = launch_late and overlap and slot > 0
+    steps[Boundary(first + 1) if late else first].append(Step.LAUNCH_DISPATCH)
     steps[middle if overlap else first].append(Step.WAIT_DISPATCH)
     steps[middle] += [Step.EXPERTS, Step.LAUNCH_COMBINE]
     steps[last if overlap else middle].append(Step.WAIT_COMBINE)

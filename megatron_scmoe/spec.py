@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.schedule import Schedule, build_schedule
@@ -78,7 +79,7 @@ def build_block_spec(
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
     """The schedule that a configuration asks for."""
     slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
-    return build_schedule(scmoe.tap, slot, scmoe.overlap)
+    return build_schedule(scmoe.tap, slot, scmoe.overlap, launch_late=can_launch_late())
 
 
 class LocalNorm:

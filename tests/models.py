@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel

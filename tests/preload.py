@@ -7,7 +7,6 @@ from megatron_scmoe import cpu
 cpu.enable_if_no_gpu()
 warnings.simplefilter("ignore")  # Megatron warns of what is not installed, on every rank
 
-import megatron.training
 
 import megatron_scmoe.spec
 import megatron_scmoe.training  # noqa: F401

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

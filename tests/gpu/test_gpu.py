@@ -25,19 +25,78 @@ pytestmark = [
 ]
 requires_multi_gpu = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
-FLAGS = """
-    --transformer-impl transformer_engine --bf16 --num-layers 4 --hidden-size 256
-    --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
-    --ffn-hidden-size 512 --moe-ffn-hidden-size 512 --swiglu --disable-bias-linear
-    --normalization RMSNorm --position-embedding-type rope --num-experts 8 --moe-layer-freq [0,1]*2
-    --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-grouped-gemm
-    --moe-permute-fusion --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
-    --moe-shared-expert-intermediate-size 512 --micro-batch-size 4 --global-batch-size 16
-    --train-iters 30 --lr 1e-3 --lr-warmup-iters 2 --log-interval 1 --eval-iters 1
-    --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024
-    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --no-gradient-accumulation-fusion --num-workers 0 --distributed-timeout-minutes 2
-""".split()
+FLAGS = [
+    "--transformer-impl",
+    "transformer_engine",
+    "--bf16",
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "256",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "256",
+    "--max-position-embeddings",
+    "256",
+    "--ffn-hidden-size",
+    "512",
+    "--moe-ffn-hidden-size",
+    "512",
+    "--swiglu",
+    "--disable-bias-linear",
+    "--normalization",
+    "RMSNorm",
+    "--position-embedding-type",
+    "rope",
+    "--num-experts",
+    "8",
+    "--moe-layer-freq",
+    "[0,1]*2",
+    "--moe-router-topk",
+    "2",
+    "--moe-token-dispatcher-type",
+    "alltoall",
+    "--moe-grouped-gemm",
+    "--moe-permute-fusion",
+    "--moe-router-load-balancing-type",
+    "aux_loss",
+    "--moe-aux-loss-coeff",
+    "1e-2",
+    "--moe-shared-expert-intermediate-size",
+    "512",
+    "--micro-batch-size",
+    "4",
+    "--global-batch-size",
+    "16",
+    "--train-iters",
+    "30",
+    "--lr",
+    "1e-3",
+    "--lr-warmup-iters",
+    "2",
+    "--log-interval",
+    "1",
+    "--eval-iters",
+    "1",
+    "--eval-interval",
+    "100",
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "1024",
+    "--untie-embeddings-and-output-weights",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+    "--no-gradient-accumulation-fusion",
+    "--num-workers",
+    "0",
+    "--distributed-timeout-minutes",
+    "2",
+]
 
 
 @pytest.mark.parametrize("norm", ["own", "shared"])
@@ -61,7 +120,13 @@ def test_distributed_optimizer_with_its_overlaps_trains_over_nccl():
 @requires_multi_gpu
 def test_tensor_and_context_parallel_train():
     for flags in (
-        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        [
+            "--tensor-model-parallel-size",
+            "2",
+            "--sequence-parallel",
+            "--expert-tensor-parallel-size",
+            "1",
+        ],
         ["--context-parallel-size", "2"],
     ):
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
@@ -154,15 +219,15 @@ def _trace() -> dict:
 
 def _hidden_shares(scmoe) -> dict:
     """The share of all-to-all kernel time during which a compute kernel ran, by direction."""
-    models.SEQUENCE, models.MICRO_BATCH = 2048, 4
+    models.SEQUENCE, models.MICRO_BATCH = 4096, 4
     model = _build(
         scmoe,
-        hidden_size=1024,
+        hidden_size=2048,
         num_attention_heads=16,
         num_query_groups=16,
-        ffn_hidden_size=4096,
-        moe_ffn_hidden_size=4096,
-        moe_shared_expert_intermediate_size=4096,
+        ffn_hidden_size=8192,
+        moe_ffn_hidden_size=8192,
+        moe_shared_expert_intermediate_size=8192,
         moe_router_force_load_balancing=True,
     )
     tokens, labels = models.batch(torch.distributed.get_rank(), size=models.MICRO_BATCH)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.schedule import num_slots
 from tests import models
 from tests.reference import (
     ReferenceConfig,

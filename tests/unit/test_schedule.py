@@ -58,6 +58,17 @@ def test_serial_waits_follow_their_launches(tap, slot):
     assert _between(events, Step.LAUNCH_COMBINE, Step.WAIT_COMBINE) == []
 
 
+@pytest.mark.parametrize("tap,slot", ALL)
+def test_late_launch_comes_one_backbone_operator_after_the_permutation(tap, slot):
+    events = build_schedule(tap, slot, overlap=True, launch_late=True).events()
+    behind_tap = list(BACKBONE_OPERATORS[TAP_BOUNDARY[tap] :])
+    assert _between(events, Step.PERMUTE, Step.LAUNCH_DISPATCH) == behind_tap[: min(slot, 1)]
+    assert _between(events, Step.PERMUTE, Step.WAIT_DISPATCH) in (
+        [*behind_tap[:1], "launch dispatch", *behind_tap[1:slot]],
+        ["launch dispatch"],
+    )
+
+
 @pytest.mark.parametrize("tap,slot", [("pos1", 3), ("pos2", 4), ("pos3", 5), ("pos2", -1)])
 def test_slot_outside_the_range_of_its_tap(tap, slot):
     with pytest.raises(ValueError, match=rf"slot {slot} is outside 0 to {num_slots(tap) - 1}"):

@@ -3,8 +3,13 @@
 import importlib.util
 import os
 
+import torch
+from torch.optim.adam import adam
+
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.utils import warn_rank_0
+
+from megatron_scmoe import cpu
 
 
 def leave_out_missing_fusions(args) -> None:
@@ -24,6 +29,8 @@ def leave_out_missing_fusions(args) -> None:
 def apply() -> None:
     """Close the gaps that need a change in Megatron itself."""
     _use_built_dataset_helper()
+    if cpu.is_enabled():
+        _use_adam_with_group_steps()
 
 
 def _use_built_dataset_helper() -> None:
@@ -37,3 +44,64 @@ def _use_built_dataset_helper() -> None:
     built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
     if built and not os.path.exists(os.path.join(folder, "Makefile")):
         utils.compile_helpers = lambda: None
+
+
+def _use_adam_with_group_steps() -> None:
+    """``DistributedOptimizer`` over PyTorch's Adam loads ``step`` as 0, and asserts on the way.
+
+    PyTorch counts steps per parameter, Apex and Transformer Engine per group, and only the latter
+    finds its way through a checkpoint. So on the CPU Megatron gets an Adam of Apex's kind.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = AdamWithGroupSteps
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+class AdamWithGroupSteps(torch.optim.Optimizer):
+    """PyTorch's Adam and AdamW with the step count of Apex's FusedAdam: one per group.
+
+    Args:
+        adam_w_mode: decoupled weight decay (AdamW) instead of L2 regularisation (Adam).
+    """
+
+    def __init__(
+        self, params, lr, weight_decay, betas, eps, capturable=False, adam_w_mode=True
+    ):
+        if capturable:
+            raise ValueError("--optimizer-cuda-graph: there are no CUDA graphs on the CPU")
+        defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            done = group.get("step", 0)
+            beta1, beta2 = group["betas"]
+            adam(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(done)) for _ in params],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self.adam_w_mode,
+            )
+            group["step"] = done + 1

@@ -63,9 +63,8 @@ def check_files(args) -> None:
         _check_tokenizer(args)
     _check_checkpoint(args)
     for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
-        folder = getattr(args, flag[2:].replace("-", "_"))
-        if folder is not None:
-            _check_writable(flag, folder)
+        if _value(args, flag) is not None:
+            _check_writable(flag, _value(args, flag))
 
 
 def check_tokens(args, tokenizer) -> None:
@@ -171,35 +170,53 @@ class _Dataset:
 
 def _datasets(args) -> Iterator[_Dataset]:
     """The datasets that the flags name."""
-    if args.mock_data:
+    source = _data_source(args)
+    if source in (None, "--mock-data"):
         return
-    file_flag = next(
-        (f for f in ("--data-args-path", "--per-split-data-args-path") if _value(args, f)), None
-    )
-    given = f"{file_flag} {_value(args, file_flag)}" if file_flag else "--data-path"
+    in_file = source in _LISTS
+    given = f"{source} {_value(args, source)}" if in_file else source
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
-        raise PreflightError(given, error.strerror, "a readable file") from error
-    except (KeyError, ValueError, TypeError) as error:
-        wanted = 'a JSON file like {"train": [PREFIX, ...], "valid": ..., "test": ...}'
-        raise PreflightError(given, f"cannot be parsed ({error!r})", wanted) from error
+        raise PreflightError(given, _reason(error), "a readable file") from error
     except AssertionError as error:
-        wanted = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
-        raise PreflightError(given, "weights and prefixes do not alternate", wanted) from error
-    named = False
-    for split, part in zip(("", "train", "valid", "test"), (blend, *(per_split or ()))):
-        flag = f"--{split}-data-path" if split else "--data-path"
+        raise PreflightError(given, "weights and prefixes do not alternate", _BLEND) from error
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = _LISTS.get(source, _BLEND)
+        raise PreflightError(given, f"cannot be parsed ({_reason(error)})", wanted) from error
+    splits = ("", "train-", "valid-", "test-")
+    for split, part in zip(splits, (blend, *(per_split or ()))):
         for prefix in part[0] if part else ():
-            named = True
             if "://" not in prefix:  # object storage is left to its own library
-                yield _Dataset(given if file_flag else f"{flag} {prefix}", prefix)
-    if not named and args.ckpt_convert_format is None:
+                yield _Dataset(given if in_file else f"--{split}data-path {prefix}", prefix)
+
+
+_BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
+_LISTS = {
+    "--data-args-path": f"a file with {_BLEND}",
+    "--per-split-data-args-path": 'a JSON file {"train": [PREFIX, ...], "valid": ..., "test": ...}',
+}
+_SOURCES = (
+    ("--mock-data",),
+    ("--data-path",),
+    ("--train-data-path", "--valid-data-path", "--test-data-path"),
+    *((flag,) for flag in _LISTS),
+)
+
+
+def _data_source(args) -> str | None:
+    """The (first) flag that says where the data is; None if a checkpoint is converted without."""
+    given = [next((f for f in flags if _value(args, f)), None) for flags in _SOURCES]
+    given = [flag for flag in given if flag is not None]
+    if len(given) > 1:
+        raise PreflightError(" with ".join(given), "the data is named twice", "one of them")
+    if not given and args.ckpt_convert_format is None:
         raise PreflightError(
-            given if file_flag else "no data is given",
+            "no data is given",
             "there is nothing to train on",
             "--data-path PREFIX, --train-data-path PREFIX (and valid, test), or --mock-data",
         )
+    return given[0] if given else None
 
 
 def _value(args, flag: str):
@@ -340,14 +357,13 @@ def _find_flaw_of_shards(folder: Path) -> str | None:
     """Compare the files of a distributed checkpoint with the byte ranges in its ``.metadata``."""
     try:
         with open(folder / ".metadata", "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-        items = metadata.storage_data.items()
+            places = _MetadataUnpickler(stream).load().storage_data
     except FileNotFoundError:
         return f"{folder / '.metadata'} is missing"
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         return f"{folder / '.metadata'} is unreadable ({_reason(error)})"
     ends = {}
-    for _, place in items:
+    for place in places.values():
         end = place.offset + place.length
         ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
     for name, end in sorted(ends.items()):

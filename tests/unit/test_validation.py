@@ -1,0 +1,169 @@
+"""Refusals: one line that names the flag, the value and what is accepted."""
+
+import sys
+from unittest.mock import patch
+
+import pytest
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.training.arguments import parse_args
+
+from megatron_scmoe.arguments import (
+    add_scmoe_args,
+    scmoe_config_from_args,
+    scmoe_config_from_environment,
+)
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.validation import ScMoEConfigError, validate
+from tests import models
+
+PLAIN = """--num-layers 8 --num-experts 4 --moe-layer-freq [0,1]*4 --moe-router-topk 2
+    --moe-token-dispatcher-type alltoall --moe-shared-expert-intermediate-size 64
+    --transformer-impl local""".split()
+
+
+def judge(*flags: str) -> None:
+    """Parse the flags as the entry point does and validate them."""
+    with patch.object(sys, "argv", ["pretrain_gpt_scmoe.py", *PLAIN, *flags]):
+        args = parse_args(add_scmoe_args)
+    validate(scmoe_config_from_args(args), args)
+
+
+REFUSED = [
+    ("--num-layers 7 --moe-layer-freq [0,1]*3+[0]", "--num-layers 7", "6 or 8"),
+    ("--moe-layer-freq 2", "--moe-layer-freq 2", "'[0,1]*4'"),
+    ("--moe-layer-freq [1,0]*4", "--moe-layer-freq [1, 0, ", "'[0,1]*4'"),
+    ("--moe-layer-freq 1", "--scmoe-tap pos2 with MoE in every block", "--scmoe-tap pos1"),
+    (
+        "--moe-layer-freq 1 --scmoe-tap pos1 --scmoe-router-norm shared",
+        "--scmoe-router-norm shared",
+        "--scmoe-router-norm own",
+    ),
+    ("--scmoe-expert-slot 4", "--scmoe-expert-slot 4", "accepted: 3"),
+    ("--scmoe-tap pos1 --scmoe-expert-slot 3", "--scmoe-expert-slot 3", "accepted: 2"),
+    ("--scmoe-expert-slot -1", "--scmoe-expert-slot -1", "accepted: 0"),
+    (
+        "--scmoe-combine cg2 --moe-shared-expert-gate",
+        "--moe-shared-expert-gate with --scmoe-combine cg2",
+        "--scmoe-combine cg1",
+    ),
+    ("--moe-router-topk 1", "--moe-router-topk 1", "--moe-router-pre-softmax"),
+    ("--moe-router-topk 5", "--moe-router-topk 5", "accepted: 4"),
+    (
+        "--moe-token-dispatcher-type allgather",
+        "--moe-token-dispatcher-type allgather",
+        "--no-scmoe-overlap",
+    ),
+    (
+        "--moe-token-dispatcher-type flex",
+        "--moe-token-dispatcher-type flex",
+        "--moe-token-dispatcher-type alltoall",
+    ),
+    ("--recompute-granularity selective --recompute-modules moe", "moe", "moe_act"),
+    (
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
+        "--recompute-method block",
+        "--recompute-method uniform",
+    ),
+    (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+        "--recompute-num-layers 3",
+        "2 or 4",
+    ),
+    ("--overlap-moe-expert-parallel-comm", "--overlap-moe-expert-parallel-comm", "--scmoe-overlap"),
+    ("--moe-shared-expert-overlap", "--moe-shared-expert-overlap", "--scmoe-overlap"),
+    ("--delay-wgrad-compute", "--delay-wgrad-compute", "leave the flag out"),
+    ("--mtp-num-layers 1", "--mtp-num-layers 1", "leave the flag out"),
+    ("--cuda-graph-impl local", "--cuda-graph-impl local", "none"),
+    ("--cuda-graph-impl transformer_engine", "--cuda-graph-impl transformer_engine", "none"),
+    ("--transformer-impl inference_optimized", "inference_optimized", "transformer_engine"),
+    ("--mlp-chunks-for-training 2", "--mlp-chunks-for-training 2", "1"),
+    ("--use-megatron-fsdp", "--use-megatron-fsdp", "--use-distributed-optimizer"),
+    ("--use-torch-fsdp2", "--use-torch-fsdp2", "--use-distributed-optimizer"),
+    ("--context-parallel-size 2", "--context-parallel-size 2", "transformer_engine"),
+    ("--apply-layernorm-1p", "--apply-layernorm-1p", "leave the flag out"),
+]
+
+
+@pytest.mark.parametrize("flags,named,accepted", REFUSED, ids=[row[0] for row in REFUSED])
+def test_refused_in_one_line(flags, named, accepted):
+    with pytest.raises(ScMoEConfigError) as refusal:
+        judge(*flags.split())
+    message = str(refusal.value)
+    given, _, nearest = message.rpartition("; accepted: ")
+    assert named in given
+    assert accepted.removeprefix("accepted: ") in nearest
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("combine", ["cg1", "cg2"])
+def test_gates_need_a_shared_expert(combine):
+    with pytest.raises(ScMoEConfigError, match=f"--scmoe-combine {combine} without"):
+        validate(
+            ScMoEConfig(combine=combine),
+            models.transformer_config(moe_shared_expert_intermediate_size=None),
+        )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--scmoe-tap pos3 --scmoe-expert-slot 4",
+        "--moe-layer-freq 1 --scmoe-tap pos1",
+        "--num-layers 7 --moe-layer-freq 1 --scmoe-tap pos1",
+        "--moe-token-dispatcher-type allgather --no-scmoe-overlap",
+        "--moe-router-topk 1 --moe-router-pre-softmax",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 4",
+        # Pos-1 with its own norm reads nothing of the preceding block: pairs may be split.
+        "--scmoe-tap pos1 --recompute-granularity full --recompute-method block "
+        "--recompute-num-layers 1",
+    ],
+)
+def test_accepted(flags):
+    judge(*flags.split())
+
+
+PIPELINES = [
+    (dict(pp=4), 12, "--pipeline-model-parallel-size 4", "accepted: 3"),
+    (dict(pp=2, vpp=2), 4, "--num-virtual-stages-per-pipeline-rank 2", "accepted: 1"),
+    (
+        dict(pp=2, num_layers_in_first_pipeline_stage=3),
+        8,
+        "--decoder-first-pipeline-num-layers 3",
+        "accepted: even numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize("layout,blocks,flag,accepted", PIPELINES)
+def test_a_pipeline_that_splits_a_pair(layout, blocks, flag, accepted):
+    config = models.transformer_config(num_layers=blocks, **layout)
+    with pytest.raises(ScMoEConfigError) as refusal:
+        validate(ScMoEConfig(), config)
+    assert flag in str(refusal.value) and accepted in str(refusal.value)
+    validate(ScMoEConfig(tap="pos1"), config)
+
+
+def test_a_layout_that_splits_a_pair():
+    layout = PipelineParallelLayerLayout("Ettt|tL", 2)
+    config = models.transformer_config(pp=2, pipeline_model_parallel_layout=layout)
+    with pytest.raises(ScMoEConfigError, match="--pipeline-model-parallel-layout"):
+        validate(ScMoEConfig(), config)
+
+
+def test_flags_are_generated_from_the_dataclass():
+    with patch.object(sys, "argv", ["x", "--scmoe-tap", "pos3", "--no-scmoe-overlap"]):
+        scmoe = scmoe_config_from_args(parse_args(add_scmoe_args))
+    assert scmoe == ScMoEConfig(tap="pos3", overlap=False)
+
+
+def test_environment_of_a_foreign_entry_point(monkeypatch, capsys):
+    monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos1 --scmoe-expert-slot 2 --scmoe-post-norm")
+    assert scmoe_config_from_environment() == ScMoEConfig(
+        tap="pos1", expert_slot=2, post_norm=True
+    )
+    monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos4")
+    with pytest.raises(SystemExit) as stop:
+        scmoe_config_from_environment()
+    assert stop.value.code == 2
+    assert "invalid choice: 'pos4'" in capsys.readouterr().err

@@ -4,10 +4,15 @@ import importlib.util
 import os
 
 import torch
-from torch.optim.adam import adam
-
+from megatron.core import dist_checkpointing
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.checkpointing import (
+    get_checkpoint_name,
+    get_checkpoint_tracker_filename,
+    read_metadata,
+)
 from megatron.training.utils import warn_rank_0
+from torch.optim.adam import adam
 
 from megatron_scmoe import cpu
 
@@ -24,6 +29,34 @@ def leave_out_missing_fusions(args) -> None:
     if args.gradient_accumulation_fusion and not have_apex:
         args.gradient_accumulation_fusion = False
         warn_rank_0("no Apex: no fused accumulation (--no-gradient-accumulation-fusion)")
+    if args.masked_softmax_fusion and not importlib.util.find_spec("scaled_masked_softmax_cuda"):
+        args.masked_softmax_fusion = False
+        if args.transformer_impl == "local":
+            warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
+
+
+def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> bool:
+    """Whether a checkpoint was written by Megatron's own local implementation of a MoE.
+
+    That one saves the norm before a MoE as ``mlp.linear_fc1.layer_norm_weight``, where Transformer
+    Engine and this package save ``pre_mlp_layernorm.weight``.
+
+    Args:
+        folder: what ``--load`` names; None and folders without a checkpoint have no such keys.
+        iteration: the checkpoint in it; None for the last one.
+    """
+    if folder is None or not os.path.isfile(get_checkpoint_tracker_filename(folder)):
+        return False
+    if iteration is None:
+        iteration, release = read_metadata(get_checkpoint_tracker_filename(folder))
+    else:
+        release = False
+    path = get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+    if not dist_checkpointing.check_is_distributed_checkpoint(path):
+        return False
+    keys = dist_checkpointing.load_tensors_metadata(path).keys()
+    blocks_with_router = {key.split(".mlp.")[0] for key in keys if ".mlp.router." in key}
+    return any(f"{block}.mlp.linear_fc1.layer_norm_weight" in keys for block in blocks_with_router)
 
 
 def apply() -> None:
@@ -55,6 +88,11 @@ def _use_adam_with_group_steps() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
+    # In fp32 the main parameters are the model's own leaves: loading writes to them in place.
+    kind = distrib_optimizer.DistributedOptimizer
+    kind._set_main_param_and_optimizer_states = torch.no_grad()(
+        kind._set_main_param_and_optimizer_states
+    )
     optimizer.Adam = AdamWithGroupSteps
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -68,9 +106,7 @@ class AdamWithGroupSteps(torch.optim.Optimizer):
         adam_w_mode: decoupled weight decay (AdamW) instead of L2 regularisation (Adam).
     """
 
-    def __init__(
-        self, params, lr, weight_decay, betas, eps, capturable=False, adam_w_mode=True
-    ):
+    def __init__(self, params, lr, weight_decay, betas, eps, capturable=False, adam_w_mode=True):
         if capturable:
             raise ValueError("--optimizer-cuda-graph: there are no CUDA graphs on the CPU")
         defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)

@@ -22,16 +22,24 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split
 
 SAMPLE = 4_000_000
-"""Tokens (or index entries) of a dataset that are looked at: beginning, middle and end."""
+"""Tokens of a dataset that are looked at: beginning, middle and end."""
 
 SAMPLE_OF_ALL = 64_000_000
 """Tokens looked at in all datasets of a blend together."""
+
+INDEX_SAMPLE = 1_000_000
+"""Sequences whose entries in the index are looked at."""
 
 
 class PreflightError(ValueError):
@@ -56,7 +64,10 @@ def check_files(args) -> None:
     if args.rank != 0:
         return
     for dataset in _datasets(args):
-        dataset.read_index()
+        _, starts = dataset.check()
+        if dataset.is_split:
+            split = "969, 30, 1" if args.split is None else args.split  # Megatron's default
+            dataset.check_split(split, starts)
         if args.data_cache_path is None:
             _check_cache_beside(dataset)
     if not args.use_checkpoint_args:  # they name another tokenizer
@@ -95,6 +106,7 @@ class _Dataset:
 
     given: str  # the flag and its value
     prefix: str
+    is_split: bool  # whether --split divides it
 
     # Magic, version, code of the data type, number of sequences and of document boundaries. Then
     # follow the length of each sequence (int32), its first byte (int64) and the boundaries (int64).
@@ -110,34 +122,35 @@ class _Dataset:
     def idx(self) -> str:
         return get_idx_path(self.prefix)
 
-    def read_index(self) -> type[np.number]:
-        """Check that index and data are whole. Returns the data type of a token."""
+    def check(self) -> tuple[np.dtype, np.ndarray]:
+        """Check that index and data are whole.
+
+        Returns:
+            The type of a token, and the first byte of each sequence in the .bin file.
+        """
         for file in (self.idx, self.bin):
             self._require(os.path.isfile(file), f"there is no file {file}")
             self._require(os.access(file, os.R_OK), f"{file} cannot be read")
         with open(self.idx, "rb") as stream:
             header = stream.read(self._HEADER.size)
-        size = os.path.getsize(self.idx)
-        self._require(
-            len(header) == self._HEADER.size and header.startswith(self._MAGIC),
-            f"{self.idx} does not begin like an index",
-        )
+        whole = len(header) == self._HEADER.size and header.startswith(self._MAGIC)
+        self._require(whole, f"{self.idx} does not begin like an index")
         _, version, code, sequences, documents = self._HEADER.unpack(header)
         self._require(version == 1, f"{self.idx} has version {version}, not 1")
         self._require(code in {d.value for d in DType}, f"{self.idx} has the data type {code}")
         self._require(sequences > 0 and documents > 0, f"{self.idx} has no sequence")
-        expected = self._HEADER.size + sequences * (4 + 8) + documents * 8
+        size, expected = os.path.getsize(self.idx), len(header) + 12 * sequences + 8 * documents
         self._require(  # one more byte for each sequence of a multimodal dataset
             size in (expected, expected + sequences),
             f"{self.idx} has {size} bytes, and {expected} by its header",
         )
-        dtype = DType.dtype_from_code(code)
-        self._check_entries(sequences, documents, np.dtype(dtype).itemsize)
-        return dtype
+        dtype = np.dtype(DType.dtype_from_code(code))
+        return dtype, self._check_entries(sequences, documents, dtype.itemsize)
 
     def find_token_outside(self, vocab_size: int, sample: int) -> tuple[int, int] | None:
         """Position and id of a token outside the vocabulary, among ``sample`` tokens; or None."""
-        tokens = np.memmap(self.bin, self.read_index(), mode="r")
+        dtype, _ = self.check()
+        tokens = np.memmap(self.bin, dtype, mode="r")
         for window in _windows(tokens.size, sample):
             ids = tokens[window]
             if ids.max() >= vocab_size or ids.min() < 0:
@@ -145,23 +158,37 @@ class _Dataset:
                 return window.start + position, int(ids[position])
         return None
 
-    def _check_entries(self, sequences: int, documents: int, itemsize: int) -> None:
+    def check_split(self, split: str, starts: np.ndarray) -> None:
+        """Refuse a part without a token: Megatron would go round in it for ever."""
+        for part, share in zip(Split, convert_split_vector_to_split_matrix(_parse_split(split))):
+            if share is None:
+                continue
+            first, last = (round(edge * starts.size) for edge in share)
+            end = starts[last] if last < starts.size else os.path.getsize(self.bin)
+            if first == last or starts[first] == end:
+                raise PreflightError(
+                    self.given,
+                    f"no token of its {starts.size} sequences falls to the {part.name} part of "
+                    f"--split {split}",
+                    "more documents, or --split 1,0,0",
+                )
+
+    def _check_entries(self, sequences: int, documents: int, itemsize: int) -> np.ndarray:
         offset = self._HEADER.size
         lengths = np.memmap(self.idx, "<i4", "r", offset, sequences)
-        starts = np.memmap(self.idx, "<i8", "r", offset + sequences * 4, sequences)
-        bounds = np.memmap(self.idx, "<i8", "r", offset + sequences * 12, documents)
-        self._require(
-            starts[0] == 0 and bounds[-1] == sequences, f"{self.idx} has entries that do not agree"
-        )
-        for window in _windows(sequences, SAMPLE):
+        starts = np.memmap(self.idx, "<i8", "r", offset + 4 * sequences, sequences)
+        bounds = np.memmap(self.idx, "<i8", "r", offset + 12 * sequences, documents)
+        agree = starts[0] == 0 and bounds[-1] == sequences
+        for window in _windows(sequences, INDEX_SAMPLE):
             length, start = lengths[window].astype(np.int64), starts[window]
-            agree = (length >= 0).all() and (np.diff(start) == length[:-1] * itemsize).all()
-            self._require(agree, f"{self.idx} has entries that do not agree")
+            agree &= (length >= 0).all() and (np.diff(start) == length[:-1] * itemsize).all()
+        self._require(agree, f"{self.idx} has entries that do not agree")
         size, expected = os.path.getsize(self.bin), int(starts[-1]) + int(lengths[-1]) * itemsize
         self._require(
             size == expected, f"{self.bin} has {size} bytes, and {expected} by its .idx file"
         )
         self._require(size > 0, f"{self.bin} has no token")
+        return starts
 
     def _require(self, whole: bool, flaw: str) -> None:
         if not whole:
@@ -188,7 +215,8 @@ def _datasets(args) -> Iterator[_Dataset]:
     for split, part in zip(splits, (blend, *(per_split or ()))):
         for prefix in part[0] if part else ():
             if "://" not in prefix:  # object storage is left to its own library
-                yield _Dataset(given if in_file else f"--{split}data-path {prefix}", prefix)
+                flag = given if in_file else f"--{split}data-path {prefix}"
+                yield _Dataset(flag, prefix, is_split=part is blend)
 
 
 _BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
@@ -221,6 +249,17 @@ def _data_source(args) -> str | None:
 
 def _value(args, flag: str):
     return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _parse_split(split: str) -> list[float]:
+    try:
+        with np.errstate(invalid="ignore"):  # 0,0,0
+            shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = []
+    if not shares or not np.isfinite(shares).all():
+        raise PreflightError(f"--split {split}", "cannot be parsed", "shares such as 969,30,1")
+    return shares
 
 
 def _windows(total: int, limit: int) -> list[slice]:

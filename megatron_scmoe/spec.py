@@ -43,9 +43,19 @@ def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodule
 
 
 def build_block_spec(
-    config: TransformerConfig, scmoe: ScMoEConfig, vp_stage: int | None = None
+    config: TransformerConfig,
+    scmoe: ScMoEConfig,
+    vp_stage: int | None = None,
+    local_norm_keys: bool = False,
 ) -> TransformerBlockSubmodules:
     """The specs of the blocks of this pipeline stage. Build a new one for each model.
+
+    Args:
+        config: Megatron's settings of the model.
+        scmoe: the configuration of ScMoE.
+        vp_stage: virtual pipeline stage, if any.
+        local_norm_keys: use the checkpoint key that Megatron's local implementation gives the norm
+            of a MoE block, to load its checkpoints (see :func:`_moe_block`).
 
     Raises:
         ScMoEConfigError: if configuration and model do not go together.
@@ -68,7 +78,7 @@ def build_block_spec(
         _use_local_norms(submodules)
         if _is_moe(spec):
             path = RoutedPath(resolve_schedule(scmoe))
-            specs.append(_moe_block(submodules, scmoe, path, norm))
+            specs.append(_moe_block(submodules, scmoe, path, norm, local_norm_keys))
         elif needs_dense_partner(scmoe):
             specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
         else:
@@ -105,7 +115,9 @@ def _is_moe(spec: ModuleSpec) -> bool:
     return getattr(spec.submodules.mlp, "func", None) is MoELayer
 
 
-def _moe_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm) -> ModuleSpec:
+def _moe_block(
+    submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
+) -> ModuleSpec:
     """The MoE block's spec: Megatron's, with our MLP and with the keys of Transformer Engine.
 
     Megatron's local spec saves the norm of a MoE block as if it were fused into a dense MLP
@@ -116,9 +128,10 @@ def _moe_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm) -> Module
     submodules.mlp = functools.partial(
         ScMoELayer, submodules=experts, scmoe=scmoe, path=path, norm=norm
     )
-    keys_map = dict(submodules.sharded_state_dict_keys_map)
-    keys_map.pop("pre_mlp_layernorm.", None)
-    submodules.sharded_state_dict_keys_map = keys_map
+    if not local_norm_keys:
+        keys_map = dict(submodules.sharded_state_dict_keys_map)
+        keys_map.pop("pre_mlp_layernorm.", None)
+        submodules.sharded_state_dict_keys_map = keys_map
     return ModuleSpec(
         module=ScMoETransformerLayer,
         params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},

@@ -37,6 +37,12 @@ def main() -> None:
     """Train, as the flags on the command line say. Exits with status 2 on unusable settings."""
     try:
         args, scmoe = parse_settings()
+        if args.eval_interval is None:
+            raise ScMoEConfigError(
+                "--eval-interval is not given",
+                "Megatron counts its evaluations with it",
+                "1 or more",
+            )
         compat.leave_out_missing_fusions(args)
         config = core_transformer_config_from_args(args)
         validate(scmoe, config)
@@ -47,7 +53,11 @@ def main() -> None:
 
     compat.apply()
     model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
+    model_config.transformer_layer_spec = partial(
+        _block_spec,
+        scmoe=scmoe,
+        local_norm_keys=compat.has_local_norm_keys(args.load, args.ckpt_step),
+    )
     print_rank_0(_describe(scmoe))
     datasets_provider.is_distributed = True
     pretrain(
@@ -210,9 +220,9 @@ def _needs_data(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def _block_spec(model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig):
+def _block_spec(model_config, vp_stage=None, *, scmoe: ScMoEConfig, local_norm_keys: bool):
     """The callable that Megatron's model builder asks for the spec of a stage."""
-    return build_block_spec(model_config.transformer, scmoe, vp_stage)
+    return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
 def _describe(scmoe: ScMoEConfig) -> str:

@@ -7,6 +7,7 @@ package ends in.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -66,7 +67,7 @@ def moe_pattern(moe_layer_freq: int | list[int], num_layers: int) -> list[int]:
 class _View:
     """Settings by the names of ``TransformerConfig``, read from it or from parsed flags."""
 
-    _FLAG_NAMES = {"num_moe_experts": "num_experts"}
+    _FLAG_NAMES: ClassVar[dict[str, str]] = {"num_moe_experts": "num_experts"}
 
     def __init__(self, settings):
         self._settings = settings
@@ -337,6 +338,13 @@ def _check_local_implementation(scmoe: ScMoEConfig, view: _View) -> None:
             "--apply-layernorm-1p with --transformer-impl local",
             "PyTorch's norms have no zero-centred scale",
             "--transformer-impl transformer_engine, or leave the flag out",
+        )
+    needs_te = {"layernorm", "moe_act", "mla_up_proj"} & set(view.recompute_modules or ())
+    if view.recompute_granularity == "selective" and needs_te:
+        raise ScMoEConfigError(
+            f"--recompute-modules {sorted(needs_te)[0]} with --transformer-impl local",
+            "Megatron recomputes it with Transformer Engine",
+            "core_attn, mlp, shared_experts, or --transformer-impl transformer_engine",
         )
     if (view.context_parallel_size or 1) > 1:
         raise ScMoEConfigError(

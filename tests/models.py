@@ -99,7 +99,7 @@ def transformer_config(tp=1, ep=1, etp=1, pp=1, vpp=None, world_size=1, **change
     return TransformerConfig(**(fields | changes))
 
 
-def build_chunks(config, scmoe: ScMoEConfig | None, position_embedding="rope", **gpt) -> list:
+def build_chunks(config, scmoe: ScMoEConfig | None, local_norm_keys=False) -> list:
     """This rank's model chunks (one without virtual stages); stock Megatron if ``scmoe`` is None."""
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -116,7 +116,7 @@ def build_chunks(config, scmoe: ScMoEConfig | None, position_embedding="rope", *
                 vp_stage=stage,
             )
         else:
-            spec = build_block_spec(config, scmoe, stage)
+            spec = build_block_spec(config, scmoe, stage, local_norm_keys)
         chunk = GPTModel(
             config,
             spec,
@@ -124,10 +124,9 @@ def build_chunks(config, scmoe: ScMoEConfig | None, position_embedding="rope", *
             max_sequence_length=SEQUENCE,
             pre_process=rank == 0 and vp_stage == 0,
             post_process=rank == pp - 1 and vp_stage == (vpp or 1) - 1,
-            position_embedding_type=position_embedding,
+            position_embedding_type="rope",
             share_embeddings_and_output_weights=False,
             vp_stage=stage,
-            **gpt,
         )
         chunks.append(chunk.cuda())
     return chunks

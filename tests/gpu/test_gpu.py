@@ -106,6 +106,15 @@ def test_transformer_engine_trains_in_bf16_on_one_gpu(norm):
     assert run.losses[30] < run.losses[1] - 1.0
 
 
+def test_selective_recompute_trains():
+    flags = "--recompute-granularity selective --recompute-modules layernorm moe_act".split()
+    plain = run_pretrain([*FLAGS, "--scmoe-router-norm", "shared"], 1)
+    recomputed = run_pretrain([*FLAGS, "--scmoe-router-norm", "shared", *flags], 1)
+    assert recomputed.status == 0, recomputed.output[-2000:]
+    assert recomputed.losses[1] == plain.losses[1]
+    assert recomputed.losses[30] == pytest.approx(plain.losses[30], abs=0.1)
+
+
 @requires_multi_gpu
 def test_distributed_optimizer_with_its_overlaps_trains_over_nccl():
     flags = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]

@@ -79,6 +79,11 @@ REFUSED = [
     ("--mlp-chunks-for-training 2", "--mlp-chunks-for-training 2", "1"),
     ("--use-megatron-fsdp", "--use-megatron-fsdp", "--use-distributed-optimizer"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2", "--use-distributed-optimizer"),
+    (
+        "--recompute-granularity selective --recompute-modules layernorm",
+        "--recompute-modules layernorm",
+        "core_attn",
+    ),
     ("--context-parallel-size 2", "--context-parallel-size 2", "transformer_engine"),
     ("--apply-layernorm-1p", "--apply-layernorm-1p", "leave the flag out"),
 ]
@@ -159,9 +164,7 @@ def test_flags_are_generated_from_the_dataclass():
 
 def test_environment_of_a_foreign_entry_point(monkeypatch, capsys):
     monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos1 --scmoe-expert-slot 2 --scmoe-post-norm")
-    assert scmoe_config_from_environment() == ScMoEConfig(
-        tap="pos1", expert_slot=2, post_norm=True
-    )
+    assert scmoe_config_from_environment() == ScMoEConfig(tap="pos1", expert_slot=2, post_norm=True)
     monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos4")
     with pytest.raises(SystemExit) as stop:
         scmoe_config_from_environment()

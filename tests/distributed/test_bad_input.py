@@ -1,0 +1,204 @@
+"""Bad input and dying ranks, through the pretraining script.
+
+A file that cannot serve is one line and status 2. A rank that dies takes the others with it at once,
+and leaves neither a process nor a checkpoint that would be loaded half.
+"""
+
+import functools
+import os
+import re
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from tests import harness
+
+VOCAB = 128
+STEPS = 5
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL = (
+    "--transformer-impl local --distributed-backend gloo --num-layers 2 --hidden-size 32 "
+    "--num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 --ffn-hidden-size 64 "
+    "--swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope "
+    "--num-experts 4 --moe-layer-freq [0,1]*1 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
+    "--moe-shared-expert-intermediate-size 32 --moe-token-dispatcher-type alltoall "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --num-workers 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --eval-iters 0 --eval-interval 100 "
+    f"--log-interval 1 --train-iters {STEPS} --save-interval 2 --distributed-timeout-minutes 1"
+).split()
+EP2 = ("--expert-model-parallel-size", "2")
+CALLS_PER_STEP = 2  # of forward_step: 8 sequences a step, 2 a micro-batch, on 2 ranks
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in np.random.default_rng(1).integers(0, VOCAB, (40, 50)):
+        builder.add_document(document, [document.size])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture
+def own_dataset(dataset, tmp_path) -> Path:
+    """A copy, to be damaged."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(dataset.with_suffix(suffix), tmp_path)
+    return tmp_path / dataset.name
+
+
+def flags(dataset: Path, folder: Path | None = None) -> list[str]:
+    words = [*MODEL, "--train-data-path", str(dataset)]
+    return [*words, "--save", str(folder), "--load", str(folder)] if folder else words
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """A run of 5 steps on 2 ranks, and its folder with the checkpoints of steps 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = harness.run_pretrain([*flags(dataset, folder), *EP2], world_size=2)
+    assert run.status == 0, run.output
+    assert sorted(run.losses) == [1, 2, 3, 4, 5]
+    return run, folder
+
+
+def damage(file: Path, offset: int, content: bytes = b"") -> None:
+    """Overwrite bytes; without any, cut the file there."""
+    with open(file, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(content) if content else stream.truncate()
+
+
+class TestFiles:
+    def refusal(self, *words) -> str:
+        run = harness.run_pretrain(list(words))
+        assert run.status == 2
+        assert "Traceback" not in run.output
+        assert run.output.count(" error: ") == 1
+        return run.error
+
+    def test_missing_data(self, tmp_path):
+        message = self.refusal(*flags(tmp_path / "nowhere"))
+        assert message.startswith(f"--train-data-path {tmp_path}/nowhere: there is no file ")
+
+    def test_truncated_data(self, own_dataset):
+        damage(own_dataset.with_suffix(".bin"), 3000)
+        message = self.refusal(*flags(own_dataset))
+        assert f"{own_dataset}.bin has 3000 bytes, and 4000 by its .idx file" in message
+
+    def test_corrupt_index(self, own_dataset):
+        damage(own_dataset.with_suffix(".idx"), 0, b"\0" * 20)
+        assert f"{own_dataset}.idx does not begin like" in self.refusal(*flags(own_dataset))
+
+    def test_split_that_leaves_a_part_empty(self, dataset):
+        message = self.refusal(*MODEL, "--data-path", str(dataset))
+        assert "falls to the test part of --split 969, 30, 1" in message
+
+    def test_tokenizer_that_is_too_small(self, dataset):
+        message = self.refusal(*flags(dataset), "--vocab-size", "100")
+        assert f"of {dataset}.bin has the id " in message
+        assert message.endswith("data with ids from 0 to 99")
+
+    def test_file_that_is_no_tokenizer(self, dataset):
+        tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model")
+        message = self.refusal(*flags(dataset), *tokenizer, f"{dataset}.bin")
+        assert f"--tokenizer-model {dataset}.bin: it cannot be loaded" in message
+
+    def test_folder_that_cannot_be_written(self, dataset):
+        folder = dataset.with_suffix(".bin") / "checkpoints"
+        assert f"--save {folder}: cannot write there" in self.refusal(*flags(dataset, folder))
+
+    def test_truncated_checkpoint_and_its_remedy(self, dataset, undisturbed, tmp_path):
+        folder = shutil.copytree(undisturbed[1], tmp_path / "copy")
+        damage(folder / "iter_0000005" / "__1_0.distcp", 5000)
+        damage(folder / "iter_0000004" / ".metadata", 5000)
+        message = self.refusal(*flags(dataset, folder))
+        assert f"{folder}/iter_0000005/__1_0.distcp is truncated (5000 of " in message
+
+        remedy = re.search("accepted: (--ckpt-step [0-9]+)", message)[1].split()
+        run = harness.run_pretrain([*flags(dataset, folder), *EP2, *remedy], world_size=2)
+        assert_continues_after_step_2(run, undisturbed[0])
+
+
+@pytest.mark.parametrize("moment", ["in mid-step", "in mid-save"])
+def test_rank_that_dies(moment, dataset, undisturbed, tmp_path):
+    folder = tmp_path / "checkpoints"
+    words = [*flags(dataset, folder), *EP2]
+    statuses, output = run_until_death(words, moment)
+    assert -signal.SIGKILL in statuses
+    assert None not in statuses, f"a rank went on without the other:\n{output}"
+    assert 0 not in statuses
+    assert (folder / TRACKER).read_text() == "2"
+
+    run = harness.run_pretrain(words, world_size=2)
+    assert_continues_after_step_2(run, undisturbed[0])
+    assert (folder / TRACKER).read_text() == "5"
+
+
+def assert_continues_after_step_2(run, undisturbed) -> None:
+    assert run.status == 0, run.output
+    assert sorted(run.losses) == [3, 4, 5]
+    # Megatron's second line after a start shows the mean of the first two steps: not step 4.
+    for step in (3, 5):
+        assert run.losses[step] == undisturbed.losses[step]
+
+
+def run_until_death(words: list[str], moment: str) -> tuple[list[int | None], str]:
+    """Run on 2 ranks, one of which kills itself. Returns the exit statuses and all output.
+
+    A status is None where a rank was still running 5 s after the other's death.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        port = harness._free_port()
+        processes = [
+            harness._context.Process(
+                target=_pretrain_and_die, args=(moment, rank, 2, port, words, str(log))
+            )
+            for rank in range(2)
+        ]
+        statuses = harness._join(processes, harness.TIMEOUT_S)
+        left = [p for p in psutil.process_iter() if _is_of_run(p, port)]
+        for process in left:
+            process.kill()
+        assert not left, "processes outlived the ranks that had started them"
+        return statuses, log.read_text()
+
+
+def _is_of_run(process: psutil.Process, port: int) -> bool:
+    try:
+        return process.environ().get("MASTER_PORT") == str(port)
+    except psutil.Error:
+        return False
+
+
+def _pretrain_and_die(moment: str, rank: int, *args) -> None:
+    from megatron_scmoe import training
+
+    module, name, calls = {
+        "in mid-step": (training, "forward_step", 3 * CALLS_PER_STEP),
+        "in mid-save": (os, "fsync", 2),  # of the second save: its data is not on the disk yet
+    }[moment]
+    if rank == 1:
+        setattr(module, name, _die_at_call(calls, getattr(module, name)))
+    harness._pretrain(rank, *args)
+
+
+def _die_at_call(last: int, function):
+    calls = iter(range(1, last + 1))
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return wrapper

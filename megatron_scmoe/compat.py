@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import queue
 
 import torch
 from megatron.core import dist_checkpointing
@@ -59,11 +60,13 @@ def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> boo
     return any(f"{block}.mlp.linear_fc1.layer_norm_weight" in keys for block in blocks_with_router)
 
 
-def apply() -> None:
-    """Close the gaps that need a change in Megatron itself."""
+def apply(args) -> None:
+    """Close the gaps that need a change in Megatron itself; all but the first on the CPU only."""
     _use_built_dataset_helper()
     if cpu.is_enabled():
         _use_adam_with_group_steps()
+        if not args.async_save:
+            _keep_write_results_in_process()
 
 
 def _use_built_dataset_helper() -> None:
@@ -97,6 +100,17 @@ def _use_adam_with_group_steps() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _keep_write_results_in_process() -> None:
+    """A synchronous save hands its results to itself through a server process.
+
+    That costs seconds of the first save and half a gigabyte on every rank, and if the rank is killed
+    it stays and keeps the rank's output open: ``torchrun ... | tee log`` never ends.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
 
 
 class AdamWithGroupSteps(torch.optim.Optimizer):

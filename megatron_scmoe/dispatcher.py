@@ -21,6 +21,8 @@ from megatron_scmoe.exchange import AllToAll, Flight, Landed, OnLaunchStream
 class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
+    exchange = AllToAll
+
     def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
         """Take the permuted tokens as they are now; the host need not know the split sizes yet.
 
@@ -41,7 +43,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             "before_ep_alltoall", self.tokens_per_expert
         )
         received, sent = _as_list(self.output_splits), _as_list(self.input_splits)
-        flight.launch(AllToAll(self.ep_group, received, sent))
+        flight.launch(self.exchange(self.ep_group, received, sent))
 
     def launch_combine(self, tokens: Tensor) -> Flight | Landed:
         """Start sending expert outputs [num_received_tokens, h] back where the tokens came from."""
@@ -49,7 +51,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             return Landed(self.token_combine(tokens))
         flight = Flight(tokens)
         received, sent = _as_list(self.input_splits), _as_list(self.output_splits)
-        flight.launch(AllToAll(self.ep_group, received, sent))
+        flight.launch(self.exchange(self.ep_group, received, sent))
         return flight
 
 

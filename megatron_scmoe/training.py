@@ -50,14 +50,14 @@ def main() -> None:
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
         # Megatron reports unusable settings as assertions; the message is what matters of them.
         fail(str(error))
+    except BaseException:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(LAST_WORD_S)  # the first rank may be about to say it in one line
+        raise
 
-    compat.apply()
+    compat.apply(args)
     model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = partial(
-        _block_spec,
-        scmoe=scmoe,
-        local_norm_keys=compat.has_local_norm_keys(args.load, args.ckpt_step),
-    )
+    model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
     print_rank_0(_describe(scmoe))
     datasets_provider.is_distributed = True
     pretrain(
@@ -220,8 +220,10 @@ def _needs_data(vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def _block_spec(model_config, vp_stage=None, *, scmoe: ScMoEConfig, local_norm_keys: bool):
+def _block_spec(model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig):
     """The callable that Megatron's model builder asks for the spec of a stage."""
+    args = get_args()
+    local_norm_keys = compat.has_local_norm_keys(args.load, args.ckpt_step)
     return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 

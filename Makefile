@@ -36,6 +36,6 @@ $(INSTALLED): requirements.txt pyproject.toml
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.12 is needed: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing into $(VENV) (a few minutes the first time: PyTorch is large)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

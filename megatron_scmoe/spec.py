@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -78,6 +79,8 @@ def build_block_spec(
         _use_local_norms(submodules)
         if _is_moe(spec):
             path = RoutedPath(resolve_schedule(scmoe))
+            if config.moe_shared_expert_intermediate_size is None:
+                submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
             specs.append(_moe_block(submodules, scmoe, path, norm, local_norm_keys))
         elif needs_dense_partner(scmoe):
             specs.append(_dense_block(submodules, scmoe, path, norm, use_te))

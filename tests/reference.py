@@ -240,7 +240,9 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = Norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = Norm(config)
+        # Without a shared expert nothing reads x, and the block has no norm for it.
+        reads_x = not has_moe or config.shared_ffn_hidden_size is not None
+        self.mlp_norm = Norm(config) if reads_x or config.tap == "current" else nn.Identity()
         self.mlp = None if has_moe else MLP(config, config.ffn_hidden_size, config.dense_bias)
         self.moe = MoE(config) if has_moe else None
 

@@ -84,7 +84,7 @@ class Plan:
     every: int  # of the text: one module in so many
 
 
-FULL = Plan(first=240, last=300, eval_every=70, warmup=20, every=1)
+FULL = Plan(first=200, last=240, eval_every=50, warmup=20, every=1)
 SMOKE = Plan(first=6, last=10, eval_every=100, warmup=2, every=10)
 
 

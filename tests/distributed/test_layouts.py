@@ -61,6 +61,16 @@ def test_virtual_pipeline_gives_the_same_curve(tmp_path):
     assert [loss for loss, _ in virtual] == pytest.approx([loss for loss, _ in single], rel=2e-4)
 
 
+def test_pos1_may_be_split_between_stages(tmp_path):
+    scmoe = ScMoEConfig(tap="pos1")
+    run_distributed(_save, 1, scmoe, str(tmp_path))
+    (single,) = run_distributed(_train, 1, scmoe, str(tmp_path), models.LAYOUTS["1 rank"])
+    layout = dict(world_size=4, pp=4)
+    split = run_distributed(_train, 4, scmoe, str(tmp_path), layout)[0]
+    assert split[0][0] == pytest.approx(single[0][0], rel=1e-6)
+    assert split[0][1] == pytest.approx(single[0][1], rel=1e-5)
+
+
 def test_training_moves_the_loss(curves):
     for variant in VARIANTS:
         losses = [loss for loss, _ in curves["1 rank"][variant]]

@@ -31,7 +31,10 @@ VARIANTS = [
 ]
 
 
-def compare(moe_every, scmoe, top_k, reference=None, gpt=None, **changes):
+COMMON = dict(num_query_groups=2, shared_ffn_hidden_size=40, aux_loss_coeff=0.01)
+
+
+def compare(moe_every, scmoe, top_k, reference=None, **changes):
     """Build both with the same weights and compare loss, logits and every gradient."""
     if moe_every == 1:
         changes["moe_layer_freq"] = 1
@@ -41,7 +44,6 @@ def compare(moe_every, scmoe, top_k, reference=None, gpt=None, **changes):
         num_layers=4,
         hidden_size=32,
         num_heads=4,
-        num_query_groups=2,
         ffn_hidden_size=48,
         vocab_size=models.VOCAB,
         tap=scmoe.tap,
@@ -52,9 +54,7 @@ def compare(moe_every, scmoe, top_k, reference=None, gpt=None, **changes):
         num_experts=4,
         top_k=top_k,
         expert_ffn_hidden_size=40,
-        shared_ffn_hidden_size=40,
-        aux_loss_coeff=0.01,
-        **(reference or {}),
+        **(COMMON | (reference or {})),
     )
     oracle = ReferenceScMoE(config)
     with torch.no_grad():
@@ -86,3 +86,35 @@ def assert_close(name, actual, expected):
 def test_forward_and_gradients(moe_every, tap, combine, router_norm, post_norm, top_k):
     scmoe = ScMoEConfig(tap=tap, combine=combine, router_norm=router_norm, post_norm=post_norm)
     compare(moe_every, scmoe, top_k)
+
+
+ROUTER_OPTIONS = {
+    "softmax of the kept logits": (dict(pre_softmax=False), dict(moe_router_pre_softmax=False)),
+    "sigmoid": (
+        dict(score_function="sigmoid", pre_softmax=False),
+        dict(moe_router_score_function="sigmoid", moe_router_pre_softmax=False),
+    ),
+    "sigmoid, expert bias, scaled": (
+        dict(score_function="sigmoid", pre_softmax=False, expert_bias=True, scaling_factor=2.5),
+        dict(
+            moe_router_score_function="sigmoid",
+            moe_router_pre_softmax=False,
+            moe_router_enable_expert_bias=True,
+            moe_router_topk_scaling_factor=2.5,
+        ),
+    ),
+    "z-loss": (dict(z_loss_coeff=1e-3), dict(moe_z_loss_coeff=1e-3)),
+    "LayerNorm": (dict(norm="LayerNorm"), dict(normalization="LayerNorm")),
+    "no shared expert": (
+        dict(shared_ffn_hidden_size=None),
+        dict(moe_shared_expert_intermediate_size=None),
+    ),
+    "plain multi-head attention": (dict(num_query_groups=4), dict(num_query_groups=None)),
+}
+
+
+@pytest.mark.parametrize("option", ROUTER_OPTIONS)
+@pytest.mark.parametrize("tap", ["pos1", "pos2", "pos3"])
+def test_options_of_megatron_keep_working(tap, option):
+    reference, changes = ROUTER_OPTIONS[option]
+    compare(2, ScMoEConfig(tap=tap, combine="add"), 2, reference, **changes)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -267,6 +268,12 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="SYSTEM")
     parser.add_argument("--tap", choices=("pos1", "pos2", "pos3"), default="pos2")
     parser.add_argument("--slot", type=int, help="expert slot (default: the tap's)")
+    parser.add_argument(
+        "--ep-channels",
+        type=int,
+        metavar="N",
+        help="NCCL channels of the expert group at most (Megatron's communicator configuration)",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
     parser.add_argument("--warmup", type=int, default=4, help="rounds before (default 4)")
     parser.add_argument("--json", metavar="FILE", help="write the result")
@@ -279,9 +286,14 @@ def main() -> None:
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("gloo" if ON_CPU else "nccl")
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=torch.distributed.get_world_size()
-    )
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as channels:
+        if options.ep_channels:
+            channels.write(f"ep: {{min_ctas: 1, max_ctas: {options.ep_channels}}}\n")
+            channels.flush()
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=torch.distributed.get_world_size(),
+            nccl_communicator_config_path=channels.name if options.ep_channels else None,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
 
@@ -292,6 +304,7 @@ def main() -> None:
         "sizes": asdict(shape),
         "tap": options.tap,
         "slot": options.slot,
+        "ep_channels": options.ep_channels,
         "link": link_name(),
         "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
         "world_size": torch.distributed.get_world_size(),

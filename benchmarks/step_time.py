@@ -29,9 +29,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
-from megatron_scmoe import dispatcher
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.exchange import AllToAll
+from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.spec import build_block_spec
 
 
@@ -83,12 +83,6 @@ class NoExchange(AllToAll):
                 tensor = torch.cat([tensor, padding])
             outputs.append(tensor[:rows])
         return outputs
-
-
-class FloorDispatcher(dispatcher.ScMoEAlltoAllTokenDispatcher):
-    """The all-to-all dispatcher without its all-to-alls: what perfect hiding would give."""
-
-    exchange = NoExchange
 
 
 def build(system: str, shape: Shape, options) -> GPTModel:
@@ -144,13 +138,13 @@ def build(system: str, shape: Shape, options) -> GPTModel:
         spec = build_block_spec(config, scmoe)
     else:
         spec = get_gpt_decoder_block_spec(config, te, normalization="RMSNorm")
-    stock = dispatcher._DISPATCHERS["alltoall"]
-    if system == "floor":
-        dispatcher._DISPATCHERS["alltoall"] = FloorDispatcher
     model = GPTModel(
         config, spec, shape.vocab, shape.sequence, position_embedding_type="rope"
     ).cuda()
-    dispatcher._DISPATCHERS["alltoall"] = stock
+    if system == "floor":  # what perfect hiding would give
+        for module in model.modules():
+            if isinstance(module, ScMoELayer):
+                module.token_dispatcher.exchange = NoExchange
     return model if ON_CPU else model.bfloat16()
 
 

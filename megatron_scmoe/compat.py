@@ -1,5 +1,6 @@
 """Gaps of Megatron-Core 0.19.2, closed in one place; each with the reason and when it applies."""
 
+import functools
 import importlib.util
 import os
 import queue
@@ -36,6 +37,7 @@ def leave_out_missing_fusions(args) -> None:
             warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
 
 
+@functools.cache
 def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> bool:
     """Whether a checkpoint was written by Megatron's own local implementation of a MoE.
 

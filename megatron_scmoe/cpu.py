@@ -11,6 +11,7 @@ Kernels stay PyTorch's own CPU kernels: nothing here changes a number.
 import contextlib
 import functools
 import os
+import time
 from types import SimpleNamespace
 
 import torch
@@ -85,8 +86,6 @@ class _Event:
         self._time = None
 
     def record(self, stream=None):
-        import time
-
         self._time = time.perf_counter()
 
     def synchronize(self):

@@ -50,7 +50,6 @@ class ScMoELayer(MoELayer):
         self.token_dispatcher = build_token_dispatcher(
             config, self.num_local_experts, self.local_expert_indices, pg_collection
         )
-        self.combine_rule = scmoe.combine
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(

@@ -127,9 +127,11 @@ def _moe_block(
     (``mlp.linear_fc1.layer_norm_weight``). Without that mapping, checkpoints of the local and of the
     Transformer Engine implementation have the same keys.
     """
-    experts = submodules.mlp.keywords["submodules"]
+    parts = submodules.mlp.keywords["submodules"]
+    if scmoe.combine == "cg1":
+        parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
     submodules.mlp = functools.partial(
-        ScMoELayer, submodules=experts, scmoe=scmoe, path=path, norm=norm
+        ScMoELayer, submodules=parts, scmoe=scmoe, path=path, norm=norm
     )
     if not local_norm_keys:
         keys_map = dict(submodules.sharded_state_dict_keys_map)
@@ -140,6 +142,11 @@ def _moe_block(
         params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},
         submodules=submodules,
     )
+
+
+def _with_gate(build_shared_experts, *, gate: bool, **kwargs):
+    """Build the shared expert with its sigmoid gate, which is CG-1, whatever Megatron's flag says."""
+    return build_shared_experts(gate=True, **kwargs)
 
 
 def _dense_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, use_te) -> ModuleSpec:

@@ -28,7 +28,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
-SPIKY_LOSS_FACTOR = 10  # a loss this many times the previous one is reported by the rerun machine
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 LAST_WORD_S = 10  # how long other ranks wait for the first to say why the start failed
 
@@ -85,7 +85,7 @@ def parse_settings():
     preflight.check_files(given)
     args = parse_and_validate_args(add_scmoe_args)
     if scmoe.combine == "cg1":
-        args.moe_shared_expert_gate = True
+        args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe
 
 
@@ -124,14 +124,13 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> tuple[Tensor | None
         this rank's share.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
-        return (None,) * 5
+        return (None,) * len(BATCH_KEYS)
     args = get_args()
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch = {}
     if tp_rank == 0:
-        keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
         data = next(data_iterator)
-        batch = {key: data[key].cuda(non_blocking=True) for key in keys if key in data}
+        batch = {key: data[key].cuda(non_blocking=True) for key in BATCH_KEYS if key in data}
         batch.setdefault("attention_mask", None)
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -153,8 +152,7 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> tuple[Tensor | None
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
-    keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-    return tuple(batch.get(key) for key in keys)
+    return tuple(batch.get(key) for key in BATCH_KEYS)
 
 
 def loss_function(loss_mask: Tensor, output: Tensor):

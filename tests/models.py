@@ -1,7 +1,5 @@
 """Small ScMoE GPTs on any layout of ranks, built from Megatron's parts without its training loop."""
 
-from functools import partial
-
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
@@ -136,9 +134,15 @@ def build_scmoe(scmoe: ScMoEConfig, layout: dict | None = None, **changes) -> li
     """Process groups and model chunks of a ScMoE GPT on ``layout``."""
     layout = layout or {}
     init_parallel(**layout)
-    if scmoe.combine == "cg1":
-        changes["moe_shared_expert_gate"] = True
     return build_chunks(transformer_config(**layout, **changes), scmoe)
+
+
+def checkpoint_metadata() -> dict:
+    """What Megatron's loop tells ``sharded_state_dict`` about the checkpoint."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "non_homogeneous_layers": True,
+    }
 
 
 def batch(index: int, size: int = MICRO_BATCH):
@@ -174,7 +178,7 @@ def loss_and_gradients(model, tokens, labels):
     return loss.detach(), gradients
 
 
-def run_micro_batches(chunks, first: int, count: int, forward_only=False) -> float:
+def run_micro_batches(chunks, first: int, count: int) -> float:
     """Mean loss of ``count`` micro-batches of this data-parallel rank through Megatron's schedule.
 
     The chunks are wrapped in Megatron's DDP; gradients are accumulated and reduced there.
@@ -187,7 +191,7 @@ def run_micro_batches(chunks, first: int, count: int, forward_only=False) -> flo
 
     def step(iterator, model):
         tokens, labels = batch(next(iterator))
-        output = model(tokens, positions(tokens), None, labels=labels)
+        output = forward(model, tokens, labels)
 
         def mean(output):
             loss = output.float().mean()
@@ -196,7 +200,7 @@ def run_micro_batches(chunks, first: int, count: int, forward_only=False) -> flo
         return output, mean
 
     config = chunks[0].config
-    config.finalize_model_grads_func = partial(finalize_model_grads)
+    config.finalize_model_grads_func = finalize_model_grads
     losses = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=indices if len(chunks) > 1 else indices[0],
@@ -204,7 +208,7 @@ def run_micro_batches(chunks, first: int, count: int, forward_only=False) -> flo
         num_microbatches=count // dp,
         seq_length=SEQUENCE,
         micro_batch_size=MICRO_BATCH,
-        forward_only=forward_only,
+        forward_only=False,
     )
     total = torch.tensor([sum(float(loss["loss"]) for loss in losses), float(len(losses))])
     torch.distributed.all_reduce(total)

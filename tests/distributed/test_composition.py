@@ -14,7 +14,6 @@ from megatron_scmoe.exchange import Flight, OnLaunchStream
 from megatron_scmoe.schedule import Boundary
 from megatron_scmoe.spec import build_block_spec, scmoe_spec
 from tests import models
-from tests.distributed.test_layouts import _metadata
 from tests.harness import run_distributed
 
 EP2 = models.LAYOUTS["EP2"]
@@ -119,13 +118,13 @@ def _load_stock(path: str) -> None:
     config = models.transformer_config()
     (stock,) = models.build_chunks(config, None)
     stock_keys = _tensor_keys(stock)
-    dist_checkpointing.save(stock.sharded_state_dict(metadata=_metadata()), path)
+    dist_checkpointing.save(stock.sharded_state_dict(metadata=models.checkpoint_metadata()), path)
     scmoe = ScMoEConfig(combine="add")
     (model,) = models.build_chunks(config, scmoe, local_norm_keys=True)
 
     assert _tensor_keys(model) ^ stock_keys == NEW_KEYS
 
-    sharded = model.sharded_state_dict(metadata=_metadata())
+    sharded = model.sharded_state_dict(metadata=models.checkpoint_metadata())
     known = {name: value for name, value in sharded.items() if value.key not in NEW_KEYS}
     loaded = dist_checkpointing.load(known, path)
     result = model.load_state_dict(loaded, strict=False)
@@ -153,7 +152,7 @@ def _keys() -> set[str]:
 
 
 def _tensor_keys(model) -> set[str]:
-    state = model.sharded_state_dict(metadata=_metadata())
+    state = model.sharded_state_dict(metadata=models.checkpoint_metadata())
     return {value.key for value in state.values() if hasattr(value, "key")}
 
 
@@ -176,9 +175,12 @@ def test_spec_of_a_foreign_entry_point(wrapped):
 
 
 def _build_from_environment(wrapped: bool) -> None:
-    os.environ["SCMOE_ARGS"] = "--scmoe-tap pos3 --scmoe-combine cg2"
     models.init_parallel()
     config = models.transformer_config()
+    default = GPTModel(config, scmoe_spec(config), models.VOCAB, models.SEQUENCE)
+    assert "decoder.layers.1.mlp.shared_experts.gate_weight" in default.state_dict()
+
+    os.environ["SCMOE_ARGS"] = "--scmoe-tap pos3 --scmoe-combine cg2"
     spec = scmoe_spec(SimpleNamespace(transformer=config) if wrapped else config)
     model = GPTModel(config, spec, models.VOCAB, models.SEQUENCE, position_embedding_type="rope")
     assert "decoder.layers.1.mlp.combine_gate.weight" in model.state_dict()

@@ -85,7 +85,7 @@ def _save_all(folder: str) -> None:
 def _save(scmoe: ScMoEConfig, path: str, **changes) -> None:
     (model,) = models.build_scmoe(scmoe, **changes)
     os.makedirs(path, exist_ok=True)
-    dist_checkpointing.save(model.sharded_state_dict(metadata=_metadata()), path)
+    dist_checkpointing.save(model.sharded_state_dict(metadata=models.checkpoint_metadata()), path)
 
 
 def _train_all(folder: str, layout: dict) -> dict:
@@ -99,7 +99,9 @@ def _train(scmoe, path: str, layout: dict, **changes) -> list[tuple[float, float
     chunks = models.build_scmoe(scmoe, layout, **changes)
     virtual = len(chunks) > 1
     sharded = {
-        f"model{index}" if virtual else "model": chunk.sharded_state_dict(metadata=_metadata())
+        f"model{index}" if virtual else "model": chunk.sharded_state_dict(
+            metadata=models.checkpoint_metadata()
+        )
         for index, chunk in enumerate(chunks)
     }
     state = dist_checkpointing.load(sharded, path)
@@ -121,15 +123,6 @@ def _train(scmoe, path: str, layout: dict, **changes) -> list[tuple[float, float
         _, norm, _ = optimizer.step()
         steps.append((loss, float(norm)))
     return steps
-
-
-def _metadata() -> dict:
-    from megatron.core import parallel_state
-
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "non_homogeneous_layers": True,
-    }
 
 
 def test_gradients_do_not_depend_on_the_layout_of_experts():

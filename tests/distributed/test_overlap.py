@@ -100,7 +100,7 @@ def _record_slots(tap: str) -> list[tuple[list[str], list[str]]]:
     recorded = []
     for slot in range(num_slots(tap)):
         scmoe = ScMoEConfig(tap=tap, expert_slot=slot, combine="add")
-        (model,) = models.build_scmoe(scmoe, EP2, num_layers=2, moe_shared_expert_gate=False)
+        (model,) = models.build_scmoe(scmoe, EP2, num_layers=2)
         recorded.append(_record(model))
     return recorded
 

@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_scmoe import cpu
@@ -144,11 +144,12 @@ def build(system: str, shape: Shape, options) -> GPTModel:
     if system == "floor":  # what perfect hiding would give
         for module in model.modules():
             if isinstance(module, ScMoELayer):
-                module.token_dispatcher.exchange = NoExchange
+                for dispatcher in module.token_dispatchers:
+                    dispatcher.exchange = NoExchange
     return model if ON_CPU else model.bfloat16()
 
 
-def measure(models: dict, shape: Shape, rounds: int, warmup: int) -> dict:
+def measure(models: dict, shape: Shape, rounds: int, warmup: int, trace: str | None) -> dict:
     """Medians in ms of forward, and of forward with backward, by system; interleaved."""
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     tokens = torch.randint(
@@ -156,6 +157,8 @@ def measure(models: dict, shape: Shape, rounds: int, warmup: int) -> dict:
     ).cuda()
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(shape.sequence, device=ids.device).expand_as(ids)
+    if trace:
+        _trace(trace, models["scmoe"], lambda m: _forward(m, ids, positions, labels).backward())
     times = {name: {"step_ms": [], "forward_ms": []} for name in models}
     peaks = {}
     for turn in range(warmup + rounds):
@@ -180,6 +183,21 @@ def measure(models: dict, shape: Shape, rounds: int, warmup: int) -> dict:
 def _forward(model, ids, positions, labels, grad=True):
     with torch.set_grad_enabled(grad):
         return model(ids, positions, None, labels=labels).float().mean()
+
+
+def _trace(path: str, model, step) -> None:
+    """Write a profiler trace of one warm step of the first rank, forward and backward."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not ON_CPU:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(3):
+        step(model)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        step(model)
+        torch.cuda.synchronize()
+    if torch.distributed.get_rank() == 0:
+        profile.export_chrome_trace(path)
 
 
 def _timed(function) -> float:
@@ -268,12 +286,16 @@ def main() -> None:
         metavar="N",
         help="NCCL channels of the expert group at most (Megatron's communicator configuration)",
     )
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
+    parser.add_argument("--trace", metavar="FILE", help="write a profiler trace of a scmoe step")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
     parser.add_argument("--warmup", type=int, default=4, help="rounds before (default 4)")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG)")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
+    if options.micro_batch:
+        shape = replace(shape, micro_batch=options.micro_batch)
 
     if ON_CPU:
         torch.set_num_threads(1)
@@ -292,7 +314,7 @@ def main() -> None:
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
 
     models = {name: build(name, shape, options) for name in options.systems}
-    systems = measure(models, shape, options.rounds, options.warmup)
+    systems = measure(models, shape, options.rounds, options.warmup, options.trace)
     result = {
         "shape": options.shape,
         "sizes": asdict(shape),

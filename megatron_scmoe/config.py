@@ -46,6 +46,10 @@ class ScMoEConfig:
     (attention, shared expert), 0 to 3 with pos2 (and the preceding MLP before these), 0 to 4 with
     pos3 (and the preceding attention before these). Default: 1 with pos1 and pos2, 2 with pos3."""
 
+    chunks: int = 1
+    """How many chunks the routed tokens are split into. With more than one, the experts of one chunk
+    compute while others are under way: where communication is longer than what hides it."""
+
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
 """Halves the window: each all-to-all keeps an attention or an MLP to hide under."""

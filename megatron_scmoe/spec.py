@@ -92,7 +92,7 @@ def build_block_spec(
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
     """The schedule that a configuration asks for."""
     slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
-    return build_schedule(scmoe.tap, slot, scmoe.overlap, launch_late=can_launch_late())
+    return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
 
 
 class LocalNorm:

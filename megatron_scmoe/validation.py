@@ -125,6 +125,23 @@ def _check_slot(scmoe: ScMoEConfig, view: _View) -> None:
         )
 
 
+def _check_chunks(scmoe: ScMoEConfig, view: _View) -> None:
+    if scmoe.chunks < 1:
+        raise ScMoEConfigError(f"--scmoe-chunks {scmoe.chunks}", "it counts chunks", "1 or more")
+    if scmoe.chunks > 1 and view.moe_pad_expert_input_to_capacity:
+        raise ScMoEConfigError(
+            f"--scmoe-chunks {scmoe.chunks} with --moe-pad-expert-input-to-capacity",
+            "the capacity counts the tokens of all chunks",
+            "--scmoe-chunks 1",
+        )
+    if scmoe.chunks > 1 and view.moe_router_padding_for_quantization:
+        raise ScMoEConfigError(
+            f"--scmoe-chunks {scmoe.chunks} with --moe-router-padding-for-quantization",
+            "the router pads the tokens of all chunks together",
+            "--scmoe-chunks 1, or leave the flag out",
+        )
+
+
 def _check_combine(scmoe: ScMoEConfig, view: _View) -> None:
     if scmoe.combine != "add" and view.moe_shared_expert_intermediate_size is None:
         raise ScMoEConfigError(
@@ -358,6 +375,7 @@ _CHECKS = (
     _check_refused,
     _check_blocks,
     _check_slot,
+    _check_chunks,
     _check_combine,
     _check_router,
     _check_dispatcher,

@@ -32,6 +32,8 @@ from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_scmoe.timeline import OperatorTimes
+
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
 
@@ -76,6 +78,7 @@ def check_files(args) -> None:
     for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
         if _value(args, flag) is not None:
             _check_writable(flag, _value(args, flag))
+    _check_operator_times(args)
 
 
 def check_tokens(args, tokenizer) -> None:
@@ -442,6 +445,25 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name not in self._KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
+
+
+def _check_operator_times(args) -> None:
+    """The file is read if it exists, and written otherwise."""
+    flag = "--scmoe-operator-times"
+    path = _value(args, flag)
+    if path is None:
+        return
+    if not Path(path).exists():
+        _check_writable(flag, str(Path(path).absolute().parent))
+        return
+    try:
+        OperatorTimes.read(path)
+    except ValueError as error:
+        raise PreflightError(
+            f"{flag} {error}",
+            "it does not hold operator times",
+            "a file that this flag has written",
+        ) from error
 
 
 def _check_writable(flag: str, folder: str) -> None:

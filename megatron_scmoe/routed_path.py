@@ -117,15 +117,16 @@ class RoutedPath:
             return chunks[0].output
         return torch.cat([chunk.output for chunk in chunks])
 
-    def _route(self, state: _Pass) -> None:
+    def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""
         tap, mask, _ = self._unflatten(
-            self._norm(state.tap),
-            state.batch.get("padding_mask"),
-            state.batch.get("packed_seq_params"),
+            self._norm(tap), batch.get("padding_mask"), batch.get("packed_seq_params")
         )
+        return tap, None if mask is None else mask.transpose(0, 1).bool()
+
+    def _route(self, state: _Pass) -> None:
+        tap, mask = self.prepare(state.tap, state.batch)
         state.tap = None
-        if mask is not None:
-            mask = mask.transpose(0, 1).bool()  # the router wants [s, b]
         probs, routing_map = self._moe.route(tap, mask)
         taps = tap.tensor_split(self.schedule.chunks)
         tokens = [part.shape[0] * part.shape[1] for part in taps]

@@ -9,7 +9,7 @@ The *routed path* acts when the backbone tells it of a boundary. :func:`build_sc
 from tap, slot and overlap, which steps it takes at which boundary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
@@ -152,3 +152,8 @@ def build_schedule(
         add(middle, [Step.WAIT_DISPATCH, Step.EXPERTS, Step.LAUNCH_COMBINE])
         add(last, [Step.WAIT_COMBINE, Step.UNPERMUTE])
     return Schedule(first, middle, chunks, {b: tuple(a) for b, a in actions.items() if a})
+
+
+def idle_schedule(schedule: Schedule) -> Schedule:
+    """The same tap, slot and chunks without any action: the backbone runs alone."""
+    return replace(schedule, actions={})

@@ -117,7 +117,33 @@ def _check_blocks(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_slot(scmoe: ScMoEConfig, view: _View) -> None:
     last = num_slots(scmoe.tap) - 1
-    if scmoe.expert_slot is not None and not 0 <= scmoe.expert_slot <= last:
+    if scmoe.operator_times and scmoe.expert_slot != "auto":
+        raise ScMoEConfigError(
+            f"--scmoe-operator-times {scmoe.operator_times} without --scmoe-expert-slot auto",
+            "nothing would read or write it",
+            "--scmoe-expert-slot auto, or leave the flag out",
+        )
+    if scmoe.expert_slot == "auto":
+        if not scmoe.overlap:
+            raise ScMoEConfigError(
+                "--scmoe-expert-slot auto with --no-scmoe-overlap",
+                "without overlap every slot takes the same time",
+                "--scmoe-overlap, or a number",
+            )
+        for name in ("fp8", "fp4"):
+            if getattr(view, name):
+                raise ScMoEConfigError(
+                    f"--scmoe-expert-slot auto with --{name}-format {getattr(view, name)}",
+                    "measuring would enter its amax history",
+                    f"a number: 0 to {last}",
+                )
+        if view.init_model_with_meta_device:
+            raise ScMoEConfigError(
+                "--scmoe-expert-slot auto with --init-model-with-meta-device",
+                "the model has no weights yet when it would be measured",
+                f"a number: 0 to {last}",
+            )
+    elif scmoe.expert_slot is not None and not 0 <= scmoe.expert_slot <= last:
         raise ScMoEConfigError(
             f"--scmoe-expert-slot {scmoe.expert_slot}",
             f"--scmoe-tap {scmoe.tap} has the slots 0 to {last}",

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_scmoe import cpu
 
@@ -28,6 +29,7 @@ ON_CPU = cpu.enable_if_no_gpu()
 logging.getLogger("megatron").setLevel(logging.ERROR)  # lists of parameters, before every table
 
 import torch
+import yaml
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -70,6 +72,7 @@ class Shape:
     vocab: int = 32000
     every_block: bool = False
     query_groups: int | None = None
+    router_fusion: bool = False
 
 
 SHAPES = {
@@ -93,17 +96,28 @@ MICRO_BATCHES_1F1B = 8
 
 
 class NoExchange(AllToAll):
-    """An exchange of nothing: what arrives is what was sent, cut or padded to the right length."""
+    """An exchange of nothing: what arrives is a buffer of the right length, filled once for all.
+
+    Its values are random, as the power that a GPU draws, and so its clock, depends on them.
+    """
+
+    _buffers: ClassVar[dict[tuple, torch.Tensor]] = {}
 
     def _start(self, tensors, output_splits, input_splits):
-        outputs = []
-        for tensor in tensors:
-            rows = tensor.shape[0] if output_splits is None else sum(output_splits)
-            if rows > tensor.shape[0]:
-                padding = tensor.new_zeros((rows - tensor.shape[0], *tensor.shape[1:]))
-                tensor = torch.cat([tensor, padding])
-            outputs.append(tensor[:rows])
-        return outputs
+        return [
+            self._buffer(tensor, tensor.shape[0] if output_splits is None else sum(output_splits))
+            for tensor in tensors
+        ]
+
+    def _buffer(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        key = (like.dtype, like.shape[1:])
+        if key not in self._buffers or self._buffers[key].shape[0] < rows:
+            shape = (rows + rows // 8, *like.shape[1:])
+            self._buffers[key] = 0.5 + 0.1 * torch.randn(shape).to(like.dtype).cuda()
+        return self._buffers[key][:rows]
+
+    def _finish(self, outputs):
+        return tuple(outputs)
 
 
 def transformer_config(system: str, shape: Shape) -> TransformerConfig:
@@ -132,6 +146,7 @@ def transformer_config(system: str, shape: Shape) -> TransformerConfig:
         overlap_moe_expert_parallel_comm=system == "top2-1f1b",
         moe_router_topk=2 * shape.topk if system.startswith("top2") else shape.topk,
         moe_router_pre_softmax=True,
+        moe_router_fusion=shape.router_fusion,
         moe_router_force_load_balancing=True,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
@@ -470,6 +485,12 @@ def parse_options() -> Namespace:
         metavar="N",
         help="NCCL channels of the expert group at most (Megatron's communicator configuration)",
     )
+    parser.add_argument(
+        "--ep-high-priority", action="store_true", help="stream of the expert group"
+    )
+    parser.add_argument(
+        "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
+    )
     parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
@@ -490,20 +511,25 @@ def parse_options() -> Namespace:
     return options
 
 
-def initialise(ep_channels: int | None) -> None:
+def initialise(ep_channels: int | None, ep_high_priority: bool) -> None:
     """Process groups, with all ranks in the expert group, and random states."""
+    settings: dict = {}
+    if ep_channels:
+        settings |= {"min_ctas": 1, "max_ctas": ep_channels}
+    if ep_high_priority:
+        settings["is_high_priority_stream"] = True
     if ON_CPU:
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("gloo" if ON_CPU else "nccl")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as channels:
-        if ep_channels:
-            channels.write(f"ep: {{min_ctas: 1, max_ctas: {ep_channels}}}\n")
+        if settings:
+            yaml.safe_dump({"ep": settings}, channels)
             channels.flush()
         parallel_state.initialize_model_parallel(
             expert_model_parallel_size=torch.distributed.get_world_size(),
-            nccl_communicator_config_path=channels.name if ep_channels else None,
+            nccl_communicator_config_path=channels.name if settings else None,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
@@ -528,6 +554,7 @@ def main() -> None:
         shape,
         micro_batch=options.micro_batch or shape.micro_batch,
         blocks=options.blocks or shape.blocks,
+        router_fusion=options.router_fusion,
     )
     scmoe = ScMoEConfig(
         tap="pos1" if shape.every_block else options.tap,
@@ -535,7 +562,7 @@ def main() -> None:
         expert_slot=options.slot,
         chunks=options.chunks,
     )
-    initialise(options.ep_channels)
+    initialise(options.ep_channels, options.ep_high_priority)
     models = build_all(options.systems, shape, scmoe)
     times = None
     if "scmoe" in models:
@@ -560,6 +587,8 @@ def main() -> None:
         "slot": scmoe.expert_slot,
         "chunks": scmoe.chunks,
         "ep_channels": options.ep_channels,
+        "ep_high_priority": options.ep_high_priority,
+        "router_fusion": options.router_fusion,
         "link": link_name(),
         "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
         "world_size": torch.distributed.get_world_size(),

@@ -118,7 +118,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "times.json"
     path.write_text('{"forward": {}}')
     flags = ["--scmoe-expert-slot", "auto", "--scmoe-operator-times", str(path)]
-    run = run_pretrain([*TINY, "--train-iters", "1", *flags], 2)
+    flags += ["--train-iters", "1", "--expert-model-parallel-size", "1"]
+    run = run_pretrain([*TINY, *flags], 1)
     assert run.status == 2
     assert run.error.startswith(f"--scmoe-operator-times {path}: forward 'attention' is None")
 

@@ -82,7 +82,7 @@ SHAPES = {
     "llama2": Shape(8, 2048, 16, 5632, 5632, 8, 1, 2048, 16, every_block=True, query_groups=4),
     "fine": Shape(8, 2048, 16, 5632, 1408, 64, 4, 4096, 8),
     "wide": Shape(12, 2048, 16, 5632, 5632, 8, 1, 4096, 4),
-    "cpu": Shape(4, 512, 8, 1024, 1024, 8, 1, 256, 2, vocab=512),
+    "cpu": Shape(4, 256, 4, 512, 512, 8, 1, 128, 8, vocab=512),
 }
 """By name. The paper's models have their blocks cut, so that all systems fit on one GPU beside each
 other, and micro-batches large enough that kernels, not their launches, take the time."""

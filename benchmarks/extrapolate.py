@@ -1,0 +1,81 @@
+"""What a measured result would be on more GPUs, from its operator times.
+
+    python benchmarks/extrapolate.py benchmarks/results/2xh200-medium-staged.json --gpus 4
+
+With more ranks a larger share of the tokens leaves its GPU: (n - 1) / n. All-to-alls take longer by
+that much, at the same bandwidth of each GPU; compute stays. Stock top-2k sends twice the tokens and
+waits for all of it; stock top-k + shared and serial ScMoE send as many as ScMoE; what ScMoE hides is
+simulated (megatron_scmoe/timeline.py). The measured time is kept and only the difference is added.
+An extrapolation, not a measurement: contention on the host's memory by more GPUs is left out.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
+from megatron_scmoe.schedule import build_schedule
+from megatron_scmoe.timeline import OperatorTimes, simulate
+
+VOLUME = {"top2": 2, "shared": 1, "scmoe-serial": 1}
+"""Tokens sent by systems that wait for all of their communication, in those of ScMoE."""
+
+DIRECTIONS = {"forward_ms": (False,), "step_ms": (False, True)}
+
+
+def added(system: str, key: str, result: dict, times: OperatorTimes, factor: float) -> float | None:
+    """Milliseconds that a pair takes longer when all-to-alls take ``factor`` as long."""
+    total = 0.0
+    for backward in DIRECTIONS[key]:
+        now = times.backward if backward else times.forward
+        if system in VOLUME:
+            total += VOLUME[system] * (factor - 1) * (now["dispatch"] + now["combine"])
+        elif system == "scmoe":
+            slot = result["slot"] if result["slot"] is not None else DEFAULT_EXPERT_SLOT[result["tap"]]
+            schedule = build_schedule(result["tap"], slot, True, chunks=result["chunks"])
+            longer = {name: now[name] * factor for name in ("dispatch", "combine")}
+            then = replace(times, forward=now | longer, backward=now | longer)
+            same = replace(times, forward=now, backward=now)
+            ends = (max(i.end for i in simulate(schedule, t, backward)) for t in (then, same))
+            total += next(ends) - next(ends)
+        elif system != "floor":
+            return None
+    return total
+
+
+def main() -> None:
+    """Print measured and extrapolated ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, help="JSON of step_time.py")
+    parser.add_argument("--operators", type=Path, help="operator times, if the result has none")
+    parser.add_argument("--gpus", type=int, default=4, help="default 4")
+    options = parser.parse_args()
+    result = json.loads(options.result.read_text())
+    if options.operators:
+        times = OperatorTimes.read(options.operators)
+    elif result.get("operators"):
+        times = OperatorTimes(**result["operators"])
+    else:
+        parser.error(f"{options.result}: it holds no operator times; accepted: --operators FILE")
+    measured_on = result["world_size"]
+    factor = (1 - 1 / options.gpus) / (1 - 1 / measured_on)
+    pairs = result["sizes"]["blocks"] // (1 if result["sizes"]["every_block"] else 2)
+    print(f"{result['shape']}, {result['link']}: measured on {measured_on} GPUs, for {options.gpus}:")
+    found: dict[str, dict[str, float]] = {}
+    for system, row in result["systems"].items():
+        for key in DIRECTIONS:
+            more = added(system, key, result, times, factor)
+            if more is not None:
+                found.setdefault(system, {})[key] = row[key] + pairs * more
+    print(f"{'system':<16}{'step ms':>10}{'over top2':>11}{'forward ms':>12}{'over top2':>11}")
+    for system, row in found.items():
+        step, forward = (found["top2"][key] / row[key] for key in ("step_ms", "forward_ms"))
+        print(
+            f"{system:<16}{row['step_ms']:>10.1f}{step:>10.3f}x"
+            f"{row['forward_ms']:>12.1f}{forward:>10.3f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()

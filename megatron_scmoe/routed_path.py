@@ -13,6 +13,7 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_scmoe.exchange import Flight, Landed
+from megatron_scmoe.router import ZeroExpertOutput
 from megatron_scmoe.schedule import Boundary, Schedule, Step
 
 _NO_BATCH = MappingProxyType({})
@@ -28,6 +29,7 @@ class _Pass:
     probs: Tensor | None = None
     routing_map: Tensor | None = None
     flight: Flight | Landed | None = None
+    zero: ZeroExpertOutput | None = None
     output: Tensor | None = None
 
 
@@ -110,7 +112,7 @@ class RoutedPath:
         )
         if mask is not None:
             mask = mask.transpose(0, 1).bool()  # the router wants [s, b]
-        state.probs, state.routing_map = self._moe.route(state.tap, mask)
+        state.probs, state.routing_map, state.zero = self._moe.route(state.tap, mask)
 
     def _permute(self, state: _Pass) -> None:
         tokens, probs = self._moe.preprocess(state.tap, state.probs, state.routing_map)
@@ -137,4 +139,6 @@ class RoutedPath:
 
     def _unpermute(self, state: _Pass) -> None:
         state.output = self._moe.postprocess(state.tokens, None)
+        if state.zero is not None:
+            state.output = state.zero.add_to(state.output)
         state.tokens = None

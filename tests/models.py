@@ -6,7 +6,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
 from megatron_scmoe.config import ScMoEConfig
@@ -94,7 +94,8 @@ def transformer_config(tp=1, ep=1, etp=1, pp=1, vpp=None, world_size=1, **change
     if vpp:  # two stages exchange activations and gradients with one peer: not in one batch
         fields |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     fields["moe_layer_freq"] = [0, 1] * (changes.get("num_layers", 4) // 2)
-    return TransformerConfig(**(fields | changes))
+    kind = MLATransformerConfig if changes.get("multi_latent_attention") else TransformerConfig
+    return kind(**(fields | changes))
 
 
 def build_chunks(config, scmoe: ScMoEConfig | None, local_norm_keys=False) -> list:

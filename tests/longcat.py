@@ -1,13 +1,15 @@
 """Small LongCat-Flash models of transformers' own class, and the Megatron models they become."""
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.training.arguments import add_megatron_arguments
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
+from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checkpoints.lazy import LazyTensor
 from megatron_scmoe.checkpoints.longcat import megatron_flags, to_megatron
 from megatron_scmoe.checkpoints.store import read_safetensors, write_megatron
@@ -79,7 +81,9 @@ def import_folder(folder: Path, save: Path) -> Path:
     config = load_config(folder)
     save.mkdir(exist_ok=True)
     tensors = to_megatron(config, read_safetensors(folder))
-    write_megatron(save, Namespace(flags=megatron_flags(config)), tensors)
+    parser = ArgumentParser(allow_abbrev=False)
+    add_scmoe_args(add_megatron_arguments(parser))
+    write_megatron(save, parser.parse_args(megatron_flags(config)), tensors)
     return save / "release"
 
 

@@ -164,9 +164,7 @@ def _check_router(scmoe: ScMoEConfig, view: _View) -> None:
 _NOT_WITH_OWN_ROUTER: tuple[tuple[str, Callable, str, str], ...] = (
     (
         "moe_router_load_balancing_type",
-        lambda value: (
-            {"sinkhorn", "quantile_balancing"} & {*([value] if isinstance(value, str) else value)}
-        ),
+        lambda value: {"sinkhorn", "quantile_balancing"}.intersection(_as_list(value)),
         "--moe-router-load-balancing-type",
         "aux_loss, seq_aux_loss, global_aux_loss or none",
     ),
@@ -219,7 +217,7 @@ def _check_own_router(scmoe: ScMoEConfig, view: _View) -> None:
     for name, is_given, flag, accepted in _NOT_WITH_OWN_ROUTER:
         value = getattr(view, name)
         if value is not None and is_given(value):
-            shown = flag if value is True else f"{flag} {value}"
+            shown = flag if value is True else " ".join([flag, *map(str, _as_list(value))])
             raise ScMoEConfigError(f"{shown} with {asked}", "it does not know them", accepted)
     if zero and view.moe_router_num_groups:
         raise ScMoEConfigError(
@@ -233,6 +231,11 @@ def _check_own_router(scmoe: ScMoEConfig, view: _View) -> None:
             "its kernels take it that every token has --moe-router-topk experts to go to",
             "--moe-token-dispatcher-type alltoall",
         )
+
+
+def _as_list(value) -> list:
+    """A setting that Megatron's parser makes a list of, and its configuration may not."""
+    return value if isinstance(value, list) else [value]
 
 
 def _check_latent_attention(scmoe: ScMoEConfig, view: _View) -> None:

@@ -167,11 +167,8 @@ class ScMoEMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., h] -> [..., h], times ``share`` ([..., 1]) if given."""
-        inner = self.up_proj(x)
-        if self.gate_proj is None:
-            inner = self.act_fn(inner)
-        else:
-            inner = self.act_fn(self.gate_proj(x)) * inner
+        up = self.up_proj(x)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up
         if share is None:
             return self.down_proj(inner)
         output = F.linear((inner * share).to(x.dtype), self.down_proj.weight)

@@ -1,18 +1,14 @@
 """Small LongCat-Flash models of transformers' own class, and the Megatron models they become."""
 
 import json
-from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.training.arguments import add_megatron_arguments
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.checkpoints.convert import hf_to_megatron
 from megatron_scmoe.checkpoints.lazy import LazyTensor
-from megatron_scmoe.checkpoints.longcat import megatron_flags, to_megatron
-from megatron_scmoe.checkpoints.store import read_safetensors, write_megatron
 from megatron_scmoe.config import ScMoEConfig
 from tests import models
 
@@ -77,13 +73,8 @@ def load_config(folder: Path) -> dict:
 
 
 def import_folder(folder: Path, save: Path) -> Path:
-    """Import a LongCat-Flash folder; returns the folder of Megatron's checkpoint in ``save``."""
-    config = load_config(folder)
-    save.mkdir(exist_ok=True)
-    tensors = to_megatron(config, read_safetensors(folder))
-    parser = ArgumentParser(allow_abbrev=False)
-    add_scmoe_args(add_megatron_arguments(parser))
-    write_megatron(save, parser.parse_args(megatron_flags(config)), tensors)
+    """Import a LongCat-Flash folder; returns the folder with the tensors of the checkpoint."""
+    hf_to_megatron(folder, save)
     return save / "release"
 
 
@@ -136,6 +127,14 @@ def load(model, checkpoint: Path) -> None:
     state = model.sharded_state_dict(metadata=models.checkpoint_metadata())
     state = dist_checkpointing.load(state, str(checkpoint))
     model.load_state_dict({k: v for k, v in state.items() if k in model.state_dict()}, strict=True)
+
+
+def megatron_logits(config: dict, checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [b, s, v] of a checkpoint, on this one rank."""
+    model = build_megatron(config)
+    load(model, checkpoint)
+    with torch.no_grad():
+        return models.forward(model.eval(), tokens)
 
 
 def on_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

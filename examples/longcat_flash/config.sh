@@ -10,7 +10,7 @@
 : "${PIPELINE_PARALLEL:=4}"     # has to divide the 28 pairs of blocks
 : "${EXPERT_PARALLEL:=32}"      # has to divide the 512 experts
 
-VOCABULARY=131071  # for made-up data, whose tokenizer adds one token
+VOCABULARY=131072  # for made-up data
 
 MODEL_FLAGS=(
     # 28 layers, each with two attentions and two dense MLPs: pairs of Megatron's blocks.

@@ -19,8 +19,8 @@ from megatron_scmoe.checkpoints.tokenizers import generation_config, tokenizer_f
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 
 EMBEDDING = "embedding.word_embeddings.weight"
-KEPT_IN_FP32 = ".expert_bias"
-"""End of the names of tensors that no dtype casts: choices of experts hang on their last bits."""
+KEPT_IN_FP32 = (".expert_bias", ".e_score_correction_bias")
+"""Ends of the names of tensors that no dtype casts: choices of experts hang on their last bits."""
 
 
 def megatron_to_hf(

@@ -13,6 +13,7 @@ Tensors = dict[str, LazyTensor]
 
 _MODULES = {
     "scmoe": "megatron_scmoe.checkpoints.scmoe_hf",
+    "longcat_flash": "megatron_scmoe.checkpoints.longcat",
 }
 """The module of each ``model_type``; it holds a :class:`Format` named ``FORMAT``."""
 

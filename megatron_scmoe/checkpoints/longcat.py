@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, concatenate, stack
+from megatron_scmoe.checkpoints.formats import Format, Tensors
+from megatron_scmoe.checkpoints.lazy import (
+    ConversionError,
+    LazyTensor,
+    check_tensors,
+    concatenate,
+    stack,
+)
 
 MODEL_TYPE = "longcat_flash"
 
@@ -106,12 +113,13 @@ def megatron_flags(config: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def longcat_config(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str, Any]:
     """The ``config.json`` of the model that Megatron's arguments describe.
 
     Args:
         args: the arguments in a checkpoint, of Megatron and ``scmoe_*``.
-        vocab_size: the number of tokens, without Megatron's padding.
+        tokens: how many tokens exist.
+        rows: rows of the embedding, Megatron's padding included; they are the vocabulary.
 
     Raises:
         ConversionError: if the model is no LongCat-Flash; it names the flag.
@@ -157,58 +165,52 @@ def longcat_config(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
         "router_bias": args.scmoe_router_bias,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "v_head_dim": args.v_head_dim,
-        "vocab_size": vocab_size,
+        "vocab_size": rows,
         "zero_expert_num": args.scmoe_zero_experts,
+        **({"unpadded_vocab_size": tokens} if tokens != rows else {}),
     }
 
 
-def to_megatron(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
-) -> dict[str, LazyTensor]:
-    """The tensors of Megatron's model, from those of a LongCat-Flash folder.
-
-    Raises:
-        ConversionError: if a tensor is missing, has another shape or is left over; it names the tensor.
-    """
+def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The tensors of Megatron's model, from those of a LongCat-Flash folder."""
     shape = LongCatShape.of_config(config)
-    left = _Stock(tensors)
-    result = {}
-    for pair in _pairs(shape):
-        parts = [left.take(name, pair.shape) for name in pair.longcat]
-        joined = pair.join(parts)
-        result[pair.megatron] = joined.cast(torch.float32) if pair.is_bias else joined
-    for name, size in _unused(shape):
-        left.take(name, size, required=False)
-    left.refuse_rest()
-    return result
+    unused = dict(_unused(shape))
+    used = {k: v for k, v in tensors.items() if k not in unused and not k.startswith(IGNORED)}
+    pairs = list(_pairs(shape))
+    check_tensors("folder", used, {name: pair.shape for pair in pairs for name in pair.longcat})
+    result = {pair.megatron: pair.join([used[name] for name in pair.longcat]) for pair in pairs}
+    biases = {pair.megatron for pair in pairs if pair.is_bias}
+    return {k: v.cast(torch.float32) if k in biases else v for k, v in result.items()}
 
 
-def to_longcat(
-    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
-) -> dict[str, LazyTensor]:
+def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The tensors of a LongCat-Flash folder, from those of Megatron's model.
 
-    Rows with which Megatron padded the vocabulary are left out; biases that the model does without are
-    zero.
-
-    Raises:
-        ConversionError: if a tensor is missing, has another shape or is left over; it names the tensor.
+    Biases that the model does without are zero.
     """
     shape = LongCatShape.of_config(config)
-    left = _Stock(tensors)
+    pairs = list(_pairs(shape))
+    zeros = {
+        pair.megatron: LazyTensor.full(pair.shape, 0.0, torch.float32)
+        for pair in pairs
+        if pair.is_bias
+    }
+    tensors = {**zeros, **tensors}
+    check_tensors("checkpoint", tensors, {pair.megatron: pair.joined_shape for pair in pairs})
     result = {}
-    for pair in _pairs(shape):
-        if pair.is_bias and pair.megatron not in tensors:
-            result[pair.longcat[0]] = LazyTensor.full(pair.shape, 0.0, torch.float32)
-            continue
-        whole = left.take(pair.megatron, pair.joined_shape, padded_rows=pair.is_vocabulary)
-        for name, part in zip(pair.longcat, pair.split(whole)):
-            result[name] = part
-    left.refuse_rest()
+    for pair in pairs:
+        result.update(zip(pair.longcat, pair.split(tensors[pair.megatron])))
     dtype = result["model.embed_tokens.weight"].dtype
-    for name, size in _unused(shape):
-        result[name] = LazyTensor.full(size, 0.0, dtype)
-    return result
+    return result | {k: LazyTensor.full(size, 0.0, dtype) for k, size in _unused(shape)}
+
+
+FORMAT = Format(
+    model_type=MODEL_TYPE,
+    config=longcat_config,
+    to_hf=to_longcat,
+    flags=megatron_flags,
+    to_megatron=to_megatron,
+)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,6 @@ class _Pair:
     shape: tuple[int, ...]
     stacked: int = 0
     is_bias: bool = False
-    is_vocabulary: bool = False
 
     @property
     def joined_shape(self) -> tuple[int, ...]:
@@ -248,19 +249,14 @@ class _Pair:
 def _pairs(shape: LongCatShape) -> Iterator[_Pair]:
     """Every tensor of the model, in the order of computation."""
     h, vocabulary = shape.hidden_size, (shape.vocab_size, shape.hidden_size)
-    yield _Pair(
-        "embedding.word_embeddings.weight",
-        ("model.embed_tokens.weight",),
-        vocabulary,
-        is_vocabulary=True,
-    )
+    yield _Pair("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
     for layer in range(shape.num_layers):
         for half in (0, 1):
             yield from _half_layer(shape, layer, half)
         yield from _routed(shape, layer)
     yield _Pair("decoder.final_layernorm.weight", ("model.norm.weight",), (h,))
     if not shape.tie_word_embeddings:
-        yield _Pair("output_layer.weight", ("lm_head.weight",), vocabulary, is_vocabulary=True)
+        yield _Pair("output_layer.weight", ("lm_head.weight",), vocabulary)
 
 
 def _half_layer(shape: LongCatShape, layer: int, half: int) -> Iterator[_Pair]:
@@ -342,31 +338,6 @@ def _unused(shape: LongCatShape) -> Iterator[tuple[str, tuple[int, int]]]:
             for part in ("gate", "up"):
                 name = f"model.layers.{layer}.mlp.experts.{i}.{part}_proj.weight"
                 yield name, (shape.expert_ffn_hidden_size, shape.hidden_size)
-
-
-class _Stock:
-    """Tensors to be used up."""
-
-    def __init__(self, tensors: Mapping[str, LazyTensor]):
-        self._left = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
-
-    def take(self, name: str, shape, required: bool = True, padded_rows: bool = False):
-        tensor = self._left.pop(name, None)
-        if tensor is None:
-            if required:
-                raise ConversionError(f"tensor {name} is missing")
-            return None
-        if padded_rows and tensor.shape[0] > shape[0]:
-            tensor = tensor.narrow(0, 0, shape[0])
-        if tuple(tensor.shape) != tuple(shape):
-            raise ConversionError(
-                f"tensor {name} has the shape {list(tensor.shape)}, not {list(shape)}"
-            )
-        return tensor
-
-    def refuse_rest(self) -> None:
-        for name in self._left:
-            raise ConversionError(f"tensor {name} is left over: the model has no place for it")
 
 
 _OPTIONAL = {"zero_expert_num": 0, "router_bias": False, "tie_word_embeddings": False}

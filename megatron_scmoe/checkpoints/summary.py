@@ -12,7 +12,7 @@ from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 
 ROUTED = ".mlp.experts."
-BUFFERS = (".expert_bias", ".qb_beta")
+BUFFERS = (".expert_bias", ".qb_beta", ".classifier_bias")
 
 
 def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
@@ -43,13 +43,15 @@ def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
 
 
 def count_parameters(tensors: Tensors, args: argparse.Namespace) -> tuple[int, int]:
-    """All parameters of Megatron's tensors, and those that one token uses."""
+    """All parameters of Megatron's tensors, and those that one token uses (with zero experts: on
+    average, if all experts are chosen alike)."""
     sizes = {
         name: tensor.shape.numel() for name, tensor in tensors.items() if not name.endswith(BUFFERS)
     }
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ROUTED in name)
-    share = args.moe_router_topk / args.num_experts if getattr(args, "num_experts", None) else 1
+    experts = (getattr(args, "num_experts", None) or 0) + getattr(args, "scmoe_zero_experts", 0)
+    share = args.moe_router_topk / experts if experts else 1
     return total, round(total - routed * (1 - share))
 
 

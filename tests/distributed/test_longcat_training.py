@@ -4,8 +4,11 @@ import itertools
 import math
 
 import pytest
+import torch
+from transformers import LongcatFlashForCausalLM
 
-from megatron_scmoe.checkpoints.longcat import longcat_config, megatron_flags
+from megatron_scmoe.checkpoints.convert import megatron_to_hf
+from megatron_scmoe.checkpoints.longcat import megatron_flags
 from megatron_scmoe.checkpoints.store import read_megatron
 from tests import longcat
 from tests.harness import Run, run_pretrain
@@ -13,12 +16,13 @@ from tests.harness import Run, run_pretrain
 RATE = 0.05
 STEPS = 10
 TOKENS = 8 * 32  # a global batch
+PROMPTS = torch.arange(30).view(2, 15)
 LOOP = f"""
     --transformer-impl local --distributed-backend gloo --expert-model-parallel-size 2
     --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS}
     --lr 1e-2 --lr-warmup-iters 2 --lr-decay-iters 10 --log-interval 1
     --eval-iters 1 --eval-interval 4 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size {longcat.CONFIG["vocab_size"] - 1} --make-vocab-size-divisible-by 1
+    --vocab-size {longcat.CONFIG["vocab_size"]} --make-vocab-size-divisible-by 1
     --num-workers 0 --distributed-timeout-minutes 2 --moe-router-bias-update-rate {RATE}
 """.split()
 
@@ -91,11 +95,18 @@ def test_resume_continues_exactly(trained, tmp_path):
         assert ends[0][key].load().equal(ends[1][key].load()), key
 
 
-def test_the_configuration_comes_back_from_the_arguments(trained):
+def test_what_was_trained_loads_in_transformers(trained, tmp_path):
     config, folder, _ = trained
-    again = longcat_config(read_megatron(folder / "saved").args, config["vocab_size"])
-    assert again.items() >= {k: config[k] for k in longcat.CONFIG}.items()
-    assert {k: v for k, v in again.items() if k in config and config[k] != v} == {}
+    megatron_to_hf(folder / "saved", tmp_path / "out", model_type="longcat_flash")
+    again = longcat.load_config(tmp_path / "out")
+    changed = {name for name, value in config.items() if name in again and again[name] != value}
+    assert changed == {"bos_token_id", "eos_token_id"}  # there is no tokenizer here
+    with torch.no_grad():
+        logits = LongcatFlashForCausalLM.from_pretrained(tmp_path / "out").eval()(PROMPTS).logits
+    saved = longcat.megatron_logits(config, folder / "saved" / f"iter_{STEPS:07d}", PROMPTS)
+    assert (logits - saved).abs().max() < 1e-4
+    start = LongcatFlashForCausalLM.from_pretrained(folder / "longcat").eval()(PROMPTS).logits
+    assert (logits - start).abs().max() > 0.1
 
 
 def test_bf16_counts_and_moves_biases_in_fp32(trained, tmp_path):

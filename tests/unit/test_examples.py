@@ -487,7 +487,7 @@ def test_longcats_flags_are_those_of_its_configuration(accepted):
     given = transformers.LongcatFlashConfig().to_dict()
     assert given.items() >= {k: v for k, v in LONGCAT_CONFIG.items() if k != "rope_theta"}.items()
 
-    again = longcat_config(args, vocab_size=131072)
+    again = longcat_config(args, 131072, 131072)
     assert {k: again[k] for k in LONGCAT_CONFIG.keys() & again.keys()} == {
         k: LONGCAT_CONFIG[k] for k in LONGCAT_CONFIG.keys() & again.keys()
     }

@@ -241,6 +241,8 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         ),
     ),
     ("scmoe_zero_experts", "--scmoe-zero-experts", _one_of(None, 0)),
+    ("scmoe_expert_bias", "--scmoe-expert-bias", _one_of(None, "none")),
+    ("scmoe_router_bias", "--scmoe-router-bias", _one_of(None, False)),
 )
 """What the modelling code has not: name, flag, and which values are fine."""
 

@@ -10,7 +10,7 @@ from transformers import LongcatFlashForCausalLM
 
 from megatron_scmoe.checkpoints.longcat import to_longcat
 from megatron_scmoe.checkpoints.store import read_megatron, read_safetensors, write_safetensors
-from megatron_scmoe.router import bias_step, finalize_model_grads
+from megatron_scmoe.router import ScMoERouter, bias_step, finalize_model_grads
 from tests import longcat, models
 from tests.harness import run_distributed
 
@@ -184,6 +184,43 @@ def _biases_after_a_step(folder: str, checkpoint: str) -> list[np.ndarray]:
     return [
         buffer.numpy() for name, buffer in model.named_buffers() if name.endswith("expert_bias")
     ]
+
+
+LAYOUTS = ["EP2", "TP2+SP", "PP2", "EP2xTP2"]
+RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def steps(folders):
+    """Loss and biases by block after one step of four micro-batches, by layout."""
+    inputs = tuple(map(str, folders["zero experts"][:2]))
+    found = {}
+    for name in ["1 rank", *LAYOUTS]:
+        layout = models.LAYOUTS[name]
+        ranks = run_distributed(_step, layout["world_size"], *inputs, layout)
+        found[name] = (ranks[0][0], {k: v for _, biases in ranks for k, v in biases.items()})
+    (found["recomputed"],) = run_distributed(
+        _step, 1, *inputs, models.LAYOUTS["1 rank"], RECOMPUTED
+    )
+    return found
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "recomputed"])
+def test_a_step_is_the_same_on_every_layout(steps, layout):
+    loss, biases = steps["1 rank"]
+    assert steps[layout][0] == pytest.approx(loss, rel=1e-6)  # fp32; sums in another order
+    assert steps[layout][1].keys() == biases.keys() == {2, 4}
+    for block, expected in biases.items():
+        assert np.allclose(steps[layout][1][block], expected, atol=1e-7, rtol=0)
+
+
+def _step(folder: str, checkpoint: str, layout: dict, changes: dict | None = None):
+    model = longcat.build_megatron(longcat.load_config(folder), layout, **(changes or {}))
+    longcat.load(model, checkpoint)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    loss = models.run_micro_batches([wrapped], 0, 4)
+    routers = [module for module in model.modules() if isinstance(module, ScMoERouter)]
+    return loss, {router.layer_number: router.expert_bias.numpy() for router in routers}
 
 
 def test_every_token_may_go_to_zero_experts(folders):

@@ -43,10 +43,10 @@ VARIANTS = {
 """Configurations, as changes of ``CONFIG``."""
 
 
-def build(variant: str, folder: Path | None = None, seed: int = 1) -> LongcatFlashForCausalLM:
-    """A model with random weights in every tensor; saved in ``folder``, if given."""
-    torch.manual_seed(seed)
-    fields = CONFIG | VARIANTS[variant]
+def build(variant: str, folder: Path, **changes) -> LongcatFlashForCausalLM:
+    """A model with random weights in every tensor, saved in ``folder``."""
+    torch.manual_seed(1)
+    fields = CONFIG | VARIANTS[variant] | changes
     uncompressed = fields["q_lora_rank"] is None
     if uncompressed:  # transformers' class needs a rank; with this one its scale is 1
         fields |= dict(q_lora_rank=fields["hidden_size"])
@@ -60,10 +60,9 @@ def build(variant: str, folder: Path | None = None, seed: int = 1) -> LongcatFla
             if uncompressed:
                 for attention in layer.self_attn:
                     attention.q_a_proj = attention.q_a_layernorm = torch.nn.Identity()
-    if folder is not None:
-        model.save_pretrained(folder)
-        if uncompressed:
-            _rename_queries(folder)
+    model.save_pretrained(folder)
+    if uncompressed:
+        _rename_queries(folder)
     return model
 
 

@@ -107,7 +107,9 @@ def hf_to_megatron(
     source = Path(source).expanduser()
     config = read_config(source)
     form = find_format(config.get("model_type"))
-    tensors = cast(form.to_megatron(config, read_safetensors(source)), dtype)
+    found = read_safetensors(source)
+    tensors = cast(form.to_megatron(config, found), dtype)
+    left_out = form.left_out(config, found)
     rows = tensors[EMBEDDING].shape[0]
     tokens = config.get("unpadded_vocab_size") or rows
     flags = [*form.flags(config), *tokenizer_flags(source, tokens)]
@@ -117,6 +119,8 @@ def hf_to_megatron(
     return [
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
+        *(f"left out, the model does not use it: {name}" for name in left_out[:3]),
+        *([f"... and {len(left_out) - 3} more such tensors"] if len(left_out) > 3 else []),
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args ...",
     ]
 

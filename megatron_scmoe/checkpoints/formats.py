@@ -36,6 +36,8 @@ class Format:
         flags: gives the flags of ``pretrain_gpt_scmoe.py`` from ``config.json``.
         to_megatron: gives Megatron's tensors from ``config.json`` and those of the folder.
         code: files that are copied beside the weights.
+        left_out: gives the names of those tensors of the folder that the model does not use and
+            ``to_megatron`` leaves out.
     """
 
     model_type: str
@@ -44,6 +46,7 @@ class Format:
     flags: Callable[[Mapping[str, Any]], list[str]]
     to_megatron: Callable[[Mapping[str, Any], Tensors], Tensors]
     code: tuple[Path, ...] = ()
+    left_out: Callable[[Mapping[str, Any], Tensors], list[str]] = lambda config, tensors: []
 
 
 def find_format(model_type: str | None) -> Format:

@@ -174,13 +174,20 @@ def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str
 def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The tensors of Megatron's model, from those of a LongCat-Flash folder."""
     shape = LongCatShape.of_config(config)
-    unused = dict(_unused(shape))
-    used = {k: v for k, v in tensors.items() if k not in unused and not k.startswith(IGNORED)}
+    unused = set(left_out(config, tensors))
+    used = {name: tensor for name, tensor in tensors.items() if name not in unused}
     pairs = list(_pairs(shape))
     check_tensors("folder", used, {name: pair.shape for pair in pairs for name in pair.longcat})
     result = {pair.megatron: pair.join([used[name] for name in pair.longcat]) for pair in pairs}
     biases = {pair.megatron for pair in pairs if pair.is_bias}
     return {k: v.cast(torch.float32) if k in biases else v for k, v in result.items()}
+
+
+def left_out(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
+    """The tensors of a folder that transformers' class does not use, multi-token prediction first."""
+    unused = dict(_unused(LongCatShape.of_config(config)))
+    ignored = [name for name in tensors if name.startswith(IGNORED)]
+    return ignored + [name for name in tensors if name in unused]
 
 
 def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -210,6 +217,7 @@ FORMAT = Format(
     to_hf=to_longcat,
     flags=megatron_flags,
     to_megatron=to_megatron,
+    left_out=left_out,
 )
 
 

@@ -142,6 +142,8 @@ def test_what_transformers_does_not_use_is_left_out_or_zero(folder, config):
     unused = "model.layers.0.mlp.experts.4.gate_proj.weight"
     without = {k: v for k, v in tensors.items() if k != unused}
     without["model.mtp.layers.0.eh_proj.weight"] = LazyTensor.full((3,), 0.0, torch.float32)
+    assert FORMAT.left_out(config, without)[0] == "model.mtp.layers.0.eh_proj.weight"
+    assert unused in FORMAT.left_out(config, tensors)
     found = to_megatron(config, without)
     assert found.keys() == to_megatron(config, tensors).keys()
     again = to_longcat(config, found)

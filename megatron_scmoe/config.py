@@ -10,6 +10,16 @@ RouterNorm = Literal["own", "shared"]
 ExpertBias = Literal["none", "sign", "proportional"]
 
 
+def _slot(text: str) -> int | str:
+    """The value of ``--scmoe-expert-slot``."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScMoEConfig:
     """ScMoE: a MoE layer that reads an earlier representation, the tap (arXiv 2404.05019)."""
@@ -42,10 +52,22 @@ class ScMoEConfig:
     """Keep both all-to-alls in flight while attention and dense MLPs compute. Off: every launch is
     followed by its wait, with bit-identical results."""
 
-    expert_slot: int | None = None
+    expert_slot: int | Literal["auto"] | None = field(
+        default=None,
+        metadata={"argparse_meta": {"type": _slot, "metavar": "N|auto"}},
+    )
     """After how many backbone operators behind the tap the routed experts compute: 0 to 2 with pos1
     (attention, shared expert), 0 to 3 with pos2 (and the preceding MLP before these), 0 to 4 with
-    pos3 (and the preceding attention before these). Default: 1 with pos1 and pos2, 2 with pos3."""
+    pos3 (and the preceding attention before these); auto: the fastest, measured at start-up.
+    Default: 1 with pos1 and pos2, 2 with pos3."""
+
+    operator_times: str | None = None
+    """File (JSON) of the operator times that --scmoe-expert-slot auto chooses by. If it exists, it is
+    read and nothing is measured; if not, the measured times are written to it."""
+
+    chunks: int = 1
+    """How many chunks the routed tokens are split into. With more than one, the experts of one chunk
+    compute while others are under way: where communication is longer than what hides it."""
 
     zero_experts: int = 0
     """Identity ("zero-computation") experts beside --num-experts, as in LongCat-Flash: a token

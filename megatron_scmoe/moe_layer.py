@@ -48,10 +48,17 @@ class ScMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self.token_dispatcher = build_token_dispatcher(
-            config, self.num_local_experts, self.local_expert_indices, pg_collection
-        )
-        self.token_dispatcher.choices_vary = scmoe.zero_experts > 0
+        self.token_dispatchers = [
+            build_token_dispatcher(
+                config, self.num_local_experts, self.local_expert_indices, pg_collection
+            )
+            for _ in range(scmoe.chunks)
+        ]
+        """One for each chunk: a dispatcher keeps state from dispatch to combine. Megatron's methods
+        use ``token_dispatcher``, which the routed path sets."""
+        self.token_dispatcher = self.token_dispatchers[0]
+        for dispatcher in self.token_dispatchers:
+            dispatcher.choices_vary = scmoe.zero_experts > 0
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(

@@ -30,6 +30,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.timeline import OperatorTimes
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
@@ -75,6 +76,7 @@ def check_files(args) -> None:
     for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
         if _value(args, flag) is not None:
             _check_writable(flag, _value(args, flag))
+    _check_operator_times(args)
 
 
 def check_tokens(args, tokenizer) -> None:
@@ -404,6 +406,25 @@ def _find_flaw_of_shards(folder: Path) -> str | None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _check_operator_times(args) -> None:
+    """The file is read if it exists, and written otherwise."""
+    flag = "--scmoe-operator-times"
+    path = _value(args, flag)
+    if path is None:
+        return
+    if not Path(path).exists():
+        _check_writable(flag, str(Path(path).absolute().parent))
+        return
+    try:
+        OperatorTimes.read(path)
+    except ValueError as error:
+        raise PreflightError(
+            f"{flag} {error}",
+            "it does not hold operator times",
+            "a file that this flag has written",
+        ) from error
 
 
 def _check_writable(flag: str, folder: str) -> None:

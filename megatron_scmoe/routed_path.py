@@ -9,28 +9,37 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_scmoe.exchange import Flight, Landed
 from megatron_scmoe.router import ZeroExpertOutput
-from megatron_scmoe.schedule import Boundary, Schedule, Step
+from megatron_scmoe.schedule import Action, Boundary, Schedule, Step
 
 _NO_BATCH = MappingProxyType({})
 
 
 @dataclass
+class _Chunk:
+    """What one chunk of the tokens carries from step to step."""
+
+    tap: Tensor | None = None
+    probs: Tensor | None = None
+    routing_map: Tensor | None = None
+    tokens: Tensor | None = None
+    flight: Flight | Landed | None = None
+    output: Tensor | None = None
+
+
+@dataclass
 class _Pass:
-    """What the routed path carries from step to step in one forward."""
+    """One forward."""
 
     tap: Tensor
     batch: Mapping[str, Any]
-    tokens: Tensor | None = None
-    probs: Tensor | None = None
-    routing_map: Tensor | None = None
-    flight: Flight | Landed | None = None
+    chunks: list[_Chunk]
     zero: ZeroExpertOutput | None = None
-    output: Tensor | None = None
 
 
 class RoutedPath:
@@ -42,14 +51,14 @@ class RoutedPath:
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
-        self.on_step: Callable[[Step], None] | None = None
-        """Called before each step; tests and schedule plots record with it."""
+        """May be replaced between forwards; the number of chunks stays."""
+        self.on_action: Callable[[Action], None] | None = None
+        """Called before each action; tests and measurements record with it."""
         self._moe = None
         self._norm: Callable[[Tensor], Tensor] | None = None
         self._unflatten: Callable | None = None
         self._pass: _Pass | None = None
         self._steps = {
-            Step.ROUTE: self._route,
             Step.PERMUTE: self._permute,
             Step.LAUNCH_DISPATCH: self._launch_dispatch,
             Step.WAIT_DISPATCH: self._wait_dispatch,
@@ -91,54 +100,66 @@ class RoutedPath:
                 True for padding, which the router's losses leave out) and ``packed_seq_params``.
         """
         if boundary == self.schedule.tap:
-            self._pass = _Pass(tap, batch)
-        for step in self.schedule.at(boundary):
-            if self.on_step is not None:
-                self.on_step(step)
-            nvtx_range_push(suffix=step.value)
-            self._steps[step](self._pass)
-            nvtx_range_pop(suffix=step.value)
+            self._pass = _Pass(tap, batch, [])
+        for action in self.schedule.at(boundary):
+            if self.on_action is not None:
+                self.on_action(action)
+            nvtx_range_push(suffix=action.step.value)
+            if action.step is Step.ROUTE:
+                self._route(self._pass)
+            else:
+                self._moe.token_dispatcher = self._moe.token_dispatchers[action.chunk]
+                self._steps[action.step](self._pass.chunks[action.chunk])
+            nvtx_range_pop(suffix=action.step.value)
 
     def collect(self) -> Tensor:
         """The routed output [s, b, h] of this forward; afterwards nothing of it is kept here."""
         state, self._pass = self._pass, None
-        return state.output
+        outputs = [chunk.output for chunk in state.chunks]
+        routed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return routed if state.zero is None else state.zero.add_to(routed)
+
+    def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""
+        tap, mask, _ = self._unflatten(
+            self._norm(tap), batch.get("padding_mask"), batch.get("packed_seq_params")
+        )
+        return tap, None if mask is None else mask.transpose(0, 1).bool()
 
     def _route(self, state: _Pass) -> None:
-        state.tap, mask, _ = self._unflatten(
-            self._norm(state.tap),
-            state.batch.get("padding_mask"),
-            state.batch.get("packed_seq_params"),
-        )
-        if mask is not None:
-            mask = mask.transpose(0, 1).bool()  # the router wants [s, b]
-        state.probs, state.routing_map, state.zero = self._moe.route(state.tap, mask)
+        tap, mask = self.prepare(state.tap, state.batch)
+        state.tap = None
+        probs, routing_map, state.zero = self._moe.route(tap, mask)
+        taps = tap.tensor_split(self.schedule.chunks)
+        tokens = [part.shape[0] * part.shape[1] for part in taps]
+        state.chunks = [
+            _Chunk(*parts)
+            for parts in zip(taps, probs.split(tokens), routing_map.split(tokens), strict=True)
+        ]
 
-    def _permute(self, state: _Pass) -> None:
-        tokens, probs = self._moe.preprocess(state.tap, state.probs, state.routing_map)
-        state.tap = state.probs = state.routing_map = None
-        state.flight = self._moe.token_dispatcher.prepare_dispatch(tokens, probs)
+    def _permute(self, chunk: _Chunk) -> None:
+        tokens, probs = self._moe.preprocess(chunk.tap, chunk.probs, chunk.routing_map)
+        chunk.tap = chunk.probs = chunk.routing_map = None
+        chunk.flight = self._moe.token_dispatcher.prepare_dispatch(tokens, probs)
 
-    def _launch_dispatch(self, state: _Pass) -> None:
-        self._moe.token_dispatcher.launch_dispatch(state.flight)
+    def _launch_dispatch(self, chunk: _Chunk) -> None:
+        self._moe.token_dispatcher.launch_dispatch(chunk.flight)
 
-    def _wait_dispatch(self, state: _Pass) -> None:
-        state.tokens, state.probs = state.flight.arrive()
+    def _wait_dispatch(self, chunk: _Chunk) -> None:
+        chunk.tokens, chunk.probs = chunk.flight.arrive()
 
-    def _experts(self, state: _Pass) -> None:
-        state.tokens, _ = self._moe.routed_experts_compute(state.tokens, state.probs)
-        state.probs = None
+    def _experts(self, chunk: _Chunk) -> None:
+        chunk.tokens, _ = self._moe.routed_experts_compute(chunk.tokens, chunk.probs)
+        chunk.probs = None
 
-    def _launch_combine(self, state: _Pass) -> None:
-        state.flight = self._moe.token_dispatcher.launch_combine(state.tokens)
-        state.tokens = None
+    def _launch_combine(self, chunk: _Chunk) -> None:
+        chunk.flight = self._moe.token_dispatcher.launch_combine(chunk.tokens)
+        chunk.tokens = None
 
-    def _wait_combine(self, state: _Pass) -> None:
-        (state.tokens,) = state.flight.arrive()
-        state.flight = None
+    def _wait_combine(self, chunk: _Chunk) -> None:
+        (chunk.tokens,) = chunk.flight.arrive()
+        chunk.flight = None
 
-    def _unpermute(self, state: _Pass) -> None:
-        state.output = self._moe.postprocess(state.tokens, None)
-        if state.zero is not None:
-            state.output = state.zero.add_to(state.output)
-        state.tokens = None
+    def _unpermute(self, chunk: _Chunk) -> None:
+        chunk.output = self._moe.postprocess(chunk.tokens, None)
+        chunk.tokens = None

@@ -9,8 +9,9 @@ The *routed path* acts when the backbone tells it of a boundary. :func:`build_sc
 from tap, slot and overlap, which steps it takes at which boundary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from megatron_scmoe.config import Tap
 
@@ -53,42 +54,64 @@ def num_slots(tap: Tap) -> int:
     return Boundary.AFTER_SHARED_EXPERT - TAP_BOUNDARY[tap] + 1
 
 
+class Action(NamedTuple):
+    """A step taken for one chunk of the tokens; ROUTE is taken once, for all of them."""
+
+    step: Step
+    chunk: int = 0
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of the routed path at each boundary, in order."""
+    """The actions of the routed path at each boundary, in order."""
 
     tap: Boundary
     slot: Boundary
-    steps: dict[Boundary, tuple[Step, ...]]
+    chunks: int
+    actions: dict[Boundary, tuple[Action, ...]]
 
-    def at(self, boundary: Boundary) -> tuple[Step, ...]:
-        """The steps to take when the backbone has reached ``boundary``."""
-        return self.steps.get(boundary, ())
+    def at(self, boundary: Boundary) -> tuple[Action, ...]:
+        """The actions to take when the backbone has reached ``boundary``."""
+        return self.actions.get(boundary, ())
+
+    def sequence(self) -> list[Action | str]:
+        """Routed actions and backbone operators (by name) of one pair, in the order of issue."""
+        sequence: list[Action | str] = []
+        for boundary in Boundary:
+            sequence += self.at(boundary)
+            if boundary < len(BACKBONE_OPERATORS):
+                sequence.append(BACKBONE_OPERATORS[boundary])
+        return sequence
+
+    def label(self, action: Action | str) -> str:
+        """The name of an action or operator; with several chunks "experts 2" is the second's."""
+        if isinstance(action, str):
+            return action
+        several = self.chunks > 1 and action.step is not Step.ROUTE
+        return f"{action.step.value} {action.chunk + 1}" if several else action.step.value
 
     def events(self) -> list[str]:
-        """Backbone operators and routed steps of one pair, in the order they are issued."""
-        events = []
-        for boundary in Boundary:
-            events += [step.value for step in self.at(boundary)]
-            if boundary < len(BACKBONE_OPERATORS):
-                events.append(BACKBONE_OPERATORS[boundary])
-        return events
+        """:meth:`sequence` as names."""
+        return [self.label(action) for action in self.sequence()]
 
     def __str__(self) -> str:
         """One line per boundary, for logs."""
         lines = []
         for boundary in Boundary:
-            steps = ", ".join(step.value for step in self.at(boundary)) or "-"
-            lines.append(f"  {boundary.name.lower():<24} {steps}")
+            actions = ", ".join(self.label(action) for action in self.at(boundary)) or "-"
+            lines.append(f"  {boundary.name.lower():<24} {actions}")
         return "\n".join(lines)
 
 
-def build_schedule(tap: Tap, slot: int, overlap: bool, launch_late: bool = False) -> Schedule:
+def build_schedule(
+    tap: Tap, slot: int, overlap: bool, launch_late: bool = False, chunks: int = 1
+) -> Schedule:
     """The schedule of one pair (scmoe.md section 2; ICML 2025, section 3.2).
 
     Gate and encode come as early as possible, decode as late as possible. With ``overlap`` the
     dispatch is in flight from the tap to the slot and the combine from the slot to the end;
-    without, each wait directly follows its launch.
+    without, each wait directly follows its launch. With several chunks the dispatches of all are
+    in flight at once, and the experts of one compute while the next one's tokens arrive.
 
     Args:
         tap: what the routed path reads.
@@ -97,6 +120,7 @@ def build_schedule(tap: Tap, slot: int, overlap: bool, launch_late: bool = False
         launch_late: whether the host issues one backbone operator before it launches the dispatch.
             The launch needs split sizes that the GPU computes: so it always has work while the
             host waits for them. The exchange itself still begins when the tokens are ready.
+        chunks: how many parts the tokens are split into.
 
     Raises:
         ValueError: if the slot is outside the tap's range.
@@ -106,13 +130,30 @@ def build_schedule(tap: Tap, slot: int, overlap: bool, launch_late: bool = False
     first = TAP_BOUNDARY[tap]
     middle = Boundary(first + slot)
     last = Boundary.AFTER_SHARED_EXPERT
+    launch = Boundary(first + 1) if launch_late and overlap and slot > 0 else first
 
-    steps: dict[Boundary, list[Step]] = {boundary: [] for boundary in Boundary}
-    steps[first] += [Step.ROUTE, Step.PERMUTE]
-    late = launch_late and overlap and slot > 0
-    steps[Boundary(first + 1) if late else first].append(Step.LAUNCH_DISPATCH)
-    steps[middle if overlap else first].append(Step.WAIT_DISPATCH)
-    steps[middle] += [Step.EXPERTS, Step.LAUNCH_COMBINE]
-    steps[last if overlap else middle].append(Step.WAIT_COMBINE)
-    steps[last].append(Step.UNPERMUTE)
-    return Schedule(first, middle, {b: tuple(s) for b, s in steps.items() if s})
+    actions: dict[Boundary, list[Action]] = {boundary: [] for boundary in Boundary}
+
+    def add(boundary: Boundary, steps: list[Step]) -> None:
+        for chunk in range(chunks):
+            actions[boundary] += [Action(step, chunk) for step in steps]
+
+    actions[first].append(Action(Step.ROUTE))
+    if not overlap:
+        add(first, [Step.PERMUTE, Step.LAUNCH_DISPATCH, Step.WAIT_DISPATCH])
+        add(middle, [Step.EXPERTS, Step.LAUNCH_COMBINE, Step.WAIT_COMBINE])
+        add(last, [Step.UNPERMUTE])
+    else:
+        if launch == first:
+            add(first, [Step.PERMUTE, Step.LAUNCH_DISPATCH])
+        else:
+            add(first, [Step.PERMUTE])
+            add(launch, [Step.LAUNCH_DISPATCH])
+        add(middle, [Step.WAIT_DISPATCH, Step.EXPERTS, Step.LAUNCH_COMBINE])
+        add(last, [Step.WAIT_COMBINE, Step.UNPERMUTE])
+    return Schedule(first, middle, chunks, {b: tuple(a) for b, a in actions.items() if a})
+
+
+def idle_schedule(schedule: Schedule) -> Schedule:
+    """The same tap, slot and chunks without any action: the backbone runs alone."""
+    return replace(schedule, actions={})

@@ -29,7 +29,7 @@ from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.router import ScMoERouter, finalize_model_grads, needs_own_router
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
-from megatron_scmoe.validation import needs_dense_partner, validate
+from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
 
 def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -40,9 +40,14 @@ def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodule
             builders of a checkout pass.
         vp_stage: virtual pipeline stage, if any.
     """
-    return build_block_spec(
-        getattr(config, "transformer", config), scmoe_config_from_environment(), vp_stage
-    )
+    scmoe = scmoe_config_from_environment()
+    if scmoe.expert_slot == "auto":
+        raise ScMoEConfigError(
+            "--scmoe-expert-slot auto under --spec",
+            "a foreign entry point does not measure at start-up",
+            "a number, or pretrain_gpt_scmoe.py",
+        )
+    return build_block_spec(getattr(config, "transformer", config), scmoe, vp_stage)
 
 
 def build_block_spec(
@@ -96,9 +101,10 @@ def build_block_spec(
 
 
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
-    """The schedule that a configuration asks for."""
-    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
-    return build_schedule(scmoe.tap, slot, scmoe.overlap, launch_late=can_launch_late())
+    """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
+    untold = scmoe.expert_slot in (None, "auto")
+    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if untold else scmoe.expert_slot
+    return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
 
 
 class LocalNorm:

@@ -23,7 +23,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_scmoe import compat, preflight
+from megatron_scmoe import compat, preflight, tuning
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
@@ -61,6 +61,13 @@ def main() -> None:
     compat.apply(args)
     model_config = gpt_config_from_args(args, config=config)
     model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
+    if scmoe.expert_slot == "auto":
+        tokens = args.seq_length // args.context_parallel_size
+        model_config.pre_wrap_hooks.append(
+            partial(
+                tuning.choose_slot, scmoe=scmoe, micro_batch=args.micro_batch_size, sequence=tokens
+            )
+        )
     print_rank_0(_describe(scmoe))
     datasets_provider.is_distributed = True
     pretrain(

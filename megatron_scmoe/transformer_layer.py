@@ -20,6 +20,7 @@ class ScMoEDenseLayer(TransformerLayer):
     def __init__(self, *args, scmoe: ScMoEConfig, path: RoutedPath, **kwargs):
         super().__init__(*args, **kwargs)
         self.path = path
+        self._batch: dict = {}
         self.taps_mlp_norm = scmoe.router_norm == "shared" and scmoe.tap == "pos2"
         if self.taps_mlp_norm:
             path.set_norm(lambda tap: tap)  # the tap given to it is this norm's output already
@@ -47,7 +48,7 @@ class ScMoEDenseLayer(TransformerLayer):
         normed = super()._forward_pre_mlp_layernorm(hidden_states)
         if self.taps_mlp_norm:
             tap = normed[0] if isinstance(normed, tuple) else normed
-            batch, self._batch = self._batch, None
+            batch, self._batch = self._batch, {}
             self.path.passed(Boundary.AFTER_ATTENTION, tap, batch)
         return normed
 

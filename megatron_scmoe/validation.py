@@ -117,11 +117,54 @@ def _check_blocks(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_slot(scmoe: ScMoEConfig, view: _View) -> None:
     last = num_slots(scmoe.tap) - 1
-    if scmoe.expert_slot is not None and not 0 <= scmoe.expert_slot <= last:
+    if scmoe.operator_times and scmoe.expert_slot != "auto":
+        raise ScMoEConfigError(
+            f"--scmoe-operator-times {scmoe.operator_times} without --scmoe-expert-slot auto",
+            "nothing would read or write it",
+            "--scmoe-expert-slot auto, or leave the flag out",
+        )
+    if scmoe.expert_slot == "auto":
+        if not scmoe.overlap:
+            raise ScMoEConfigError(
+                "--scmoe-expert-slot auto with --no-scmoe-overlap",
+                "without overlap every slot takes the same time",
+                "--scmoe-overlap, or a number",
+            )
+        for name in ("fp8", "fp4"):
+            if getattr(view, name):
+                raise ScMoEConfigError(
+                    f"--scmoe-expert-slot auto with --{name}-format {getattr(view, name)}",
+                    "measuring would enter its amax history",
+                    f"a number: 0 to {last}",
+                )
+        if view.init_model_with_meta_device:
+            raise ScMoEConfigError(
+                "--scmoe-expert-slot auto with --init-model-with-meta-device",
+                "the model has no weights yet when it would be measured",
+                f"a number: 0 to {last}",
+            )
+    elif scmoe.expert_slot is not None and not 0 <= scmoe.expert_slot <= last:
         raise ScMoEConfigError(
             f"--scmoe-expert-slot {scmoe.expert_slot}",
             f"--scmoe-tap {scmoe.tap} has the slots 0 to {last}",
             str(min(max(scmoe.expert_slot, 0), last)),
+        )
+
+
+def _check_chunks(scmoe: ScMoEConfig, view: _View) -> None:
+    if scmoe.chunks < 1:
+        raise ScMoEConfigError(f"--scmoe-chunks {scmoe.chunks}", "it counts chunks", "1 or more")
+    if scmoe.chunks > 1 and view.moe_pad_expert_input_to_capacity:
+        raise ScMoEConfigError(
+            f"--scmoe-chunks {scmoe.chunks} with --moe-pad-expert-input-to-capacity",
+            "the capacity counts the tokens of all chunks",
+            "--scmoe-chunks 1",
+        )
+    if scmoe.chunks > 1 and view.moe_router_padding_for_quantization:
+        raise ScMoEConfigError(
+            f"--scmoe-chunks {scmoe.chunks} with --moe-router-padding-for-quantization",
+            "the router pads the tokens of all chunks together",
+            "--scmoe-chunks 1, or leave the flag out",
         )
 
 
@@ -463,6 +506,7 @@ _CHECKS = (
     _check_refused,
     _check_blocks,
     _check_slot,
+    _check_chunks,
     _check_combine,
     _check_router,
     _check_own_router,

@@ -71,7 +71,7 @@ MODEL_ARGUMENTS = (
     *(
         f"scmoe_{field.name}"
         for field in fields(ScMoEConfig)
-        if field.name not in ("overlap", "expert_slot")  # how it is computed, not what
+        if field.name not in ("overlap", "expert_slot", "operator_times", "chunks")  # how, not what
     ),
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""

@@ -32,11 +32,13 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module", params=["1 rank", "EP2", "EP2, all-gather"])
+@pytest.fixture(scope="module", params=["1 rank", "EP2", "EP2, chunks", "EP2, all-gather"])
 def imported(request, folders):
     """The logits of every variant on each rank of a layout."""
     layout = models.LAYOUTS[request.param.partition(",")[0]]
     changes, scmoe = {}, {}
+    if "chunks" in request.param:
+        scmoe = dict(chunks=2)
     if "all-gather" in request.param:
         changes, scmoe = dict(moe_token_dispatcher_type="allgather"), dict(overlap=False)
     inputs = {v: (str(f), str(c)) for v, (f, c, _) in folders.items()}
@@ -110,22 +112,26 @@ def test_the_way_back_is_exact(folders, variant, tmp_path):
         assert np.array_equal(model(models.batch(0)[0]).logits.numpy(), logits)
 
 
-def test_overlap_on_and_off_give_the_same_bits(folders):
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_overlap_on_and_off_give_the_same_bits(folders, chunks):
     folder, checkpoint, _ = folders["zero experts"]
-    for rank in run_distributed(_train_both_ways, 2, str(folder), str(checkpoint)):
+    for rank in run_distributed(_train_both_ways, 2, str(folder), str(checkpoint), chunks):
         assert rank[True] == rank[False]
         assert len(set(rank[True])) == len(rank[True]), "training must change the gradients"
 
 
-def _train_both_ways(folder: str, checkpoint: str) -> dict[bool, list[str]]:
-    return {overlap: _digests(folder, checkpoint, overlap) for overlap in (True, False)}
+def _train_both_ways(folder: str, checkpoint: str, chunks: int) -> dict[bool, list[str]]:
+    return {
+        overlap: _digests(folder, checkpoint, dict(overlap=overlap, chunks=chunks))
+        for overlap in (True, False)
+    }
 
 
-def _digests(folder: str, checkpoint: str, overlap: bool, steps: int = 8) -> list[str]:
+def _digests(folder: str, checkpoint: str, scmoe: dict, steps: int = 8) -> list[str]:
     """A digest of loss, gradients and biases for each step of gradient descent."""
     config = longcat.load_config(folder)
     dropout = dict(hidden_dropout=0.1, attention_dropout=0.1)
-    model = longcat.build_megatron(config, EP2, dict(overlap=overlap), **dropout)
+    model = longcat.build_megatron(config, EP2, scmoe, **dropout)
     longcat.load(model, checkpoint)
     rank = torch.distributed.get_rank()
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)

@@ -39,6 +39,42 @@ def test_every_slot_gives_the_same_bits(digests):
         assert len({tuple(run[:shortest]) for run in runs}) == 1
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_chunks_change_sums_by_rounding_only(chunked, chunks):
+    """The experts' weight gradients are summed in another order; all else is the same sums."""
+    whole_loss, whole = chunked[1]
+    loss, gradients = chunked[chunks]
+    assert loss == pytest.approx(whole_loss, abs=1e-6)
+    for name, gradient in gradients.items():
+        assert abs(gradient - whole[name]).max() <= 1e-5 * max(1e-3, abs(whole[name]).max()), name
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_chunks_overlapped_and_serial_give_the_same_bits(chunked, chunks):
+    serial_loss, serial = chunked[-chunks]
+    loss, gradients = chunked[chunks]
+    assert loss == serial_loss
+    assert all((gradients[name] == serial[name]).all() for name in serial)
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    """Loss and gradients of the first rank by number of chunks, negative without overlap."""
+    return run_distributed(_one_step_in_chunks, 2)[0]
+
+
+def _one_step_in_chunks() -> dict:
+    found = {}
+    for chunks in (1, 2, 3, -2, -3):
+        scmoe = ScMoEConfig(chunks=abs(chunks), overlap=chunks > 0)
+        (model,) = models.build_scmoe(scmoe, EP2)
+        loss, gradients = models.loss_and_gradients(
+            model, *models.batch(torch.distributed.get_rank())
+        )
+        found[chunks] = (loss.item(), {n: g.numpy() for n, g in gradients.items()})
+    return found
+
+
 def _train_all() -> dict:
     digests = {}
     for tap in TAP_BOUNDARY:
@@ -78,30 +114,38 @@ FORWARD_OF = {
 
 @pytest.mark.parametrize("tap", TAP_BOUNDARY)
 def test_recorded_order_of_launches_computes_and_waits(tap):
-    for slot, (forward, backward) in enumerate(run_distributed(_record_slots, 2, tap)[0]):
-        expected = build_schedule(tap, slot, overlap=True).events()
-        assert forward == [event for event in expected if event != "permute"]
-        assert backward == _mirrored(expected)
+    for (slot, chunks), (forward, backward) in run_distributed(_record_all, 2, tap)[0].items():
+        schedule = build_schedule(tap, slot, overlap=True, chunks=chunks)
+        assert forward == schedule.events()
+        assert backward == _mirrored(schedule.sequence())
 
 
-def _mirrored(events: list[str]) -> list[str]:
+def _mirrored(sequence: list) -> list[str]:
     """The backward's order: the forward's, reversed, with launch and wait exchanged."""
     mirror = {
-        "wait combine": "launch combine backward",
-        "launch combine": "wait combine backward",
-        "wait dispatch": "launch dispatch backward",
-        "launch dispatch": "wait dispatch backward",
+        Step.WAIT_COMBINE: "launch combine backward",
+        Step.LAUNCH_COMBINE: "wait combine backward",
+        Step.WAIT_DISPATCH: "launch dispatch backward",
+        Step.LAUNCH_DISPATCH: "wait dispatch backward",
+        Step.EXPERTS: "experts",
     }
-    untraced = {"route", "permute", "unpermute"}
-    return [mirror.get(event, event) for event in reversed(events) if event not in untraced]
+    untraced = {Step.ROUTE, Step.PERMUTE, Step.UNPERMUTE}
+    events = []
+    for item in reversed(sequence):
+        if isinstance(item, str):
+            events.append(item)
+        elif item.step not in untraced:
+            events.append(mirror[item.step])
+    return events
 
 
-def _record_slots(tap: str) -> list[tuple[list[str], list[str]]]:
-    recorded = []
+def _record_all(tap: str) -> dict[tuple[int, int], tuple[list[str], list[str]]]:
+    recorded = {}
     for slot in range(num_slots(tap)):
-        scmoe = ScMoEConfig(tap=tap, expert_slot=slot, combine="add")
-        (model,) = models.build_scmoe(scmoe, EP2, num_layers=2)
-        recorded.append(_record(model))
+        for chunks in (1, 2):
+            scmoe = ScMoEConfig(tap=tap, expert_slot=slot, combine="add", chunks=chunks)
+            (model,) = models.build_scmoe(scmoe, EP2, num_layers=2)
+            recorded[slot, chunks] = _record(model)
     return recorded
 
 
@@ -114,7 +158,7 @@ def _record(model) -> tuple[list[str], list[str]]:
     forward, backward = [], []
     layers = dict(model.named_modules())
     path = layers["decoder.layers.1"].path
-    path.on_step = lambda step: step is not Step.PERMUTE and forward.append(step.value)
+    path.on_action = lambda action: forward.append(path.schedule.label(action))
     for operator, (block, last) in FORWARD_OF.items():
         linear = layers[f"{block}.{last}"]
         linear.register_forward_hook(lambda *_, operator=operator: forward.append(operator))
@@ -127,7 +171,7 @@ def _record(model) -> tuple[list[str], list[str]]:
     class Recording(exchange.AllToAll):
         def launch(self, tensors):
             flights.append(self)
-            self.name = ("dispatch", "combine")[len(flights) - 1]
+            self.name = "dispatch" if len(flights) <= path.schedule.chunks else "combine"
             super().launch(tensors)
 
         def launch_backward(self, grads):
@@ -138,7 +182,8 @@ def _record(model) -> tuple[list[str], list[str]]:
             backward.append(f"wait {self.name} backward")
             return super().wait_backward(buffers)
 
-    layers["decoder.layers.1.mlp"].token_dispatcher.exchange = Recording
+    for dispatcher in layers["decoder.layers.1.mlp"].token_dispatchers:
+        dispatcher.exchange = Recording
     models.loss_and_gradients(model, *models.batch(torch.distributed.get_rank()))
     return forward, backward
 

@@ -5,6 +5,7 @@ import pytest
 from megatron_scmoe.schedule import (
     BACKBONE_OPERATORS,
     TAP_BOUNDARY,
+    Action,
     Boundary,
     Step,
     build_schedule,
@@ -39,8 +40,43 @@ def test_pos2_default_slot_reads_as_in_the_paper():
 @pytest.mark.parametrize("tap,slot", ALL)
 def test_every_step_once_and_in_order(tap, slot, overlap):
     schedule = build_schedule(tap, slot, overlap)
-    steps = [step for boundary in Boundary for step in schedule.at(boundary)]
+    steps = [action.step for boundary in Boundary for action in schedule.at(boundary)]
     assert steps == list(Step)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("tap,slot", ALL)
+def test_every_step_once_for_every_chunk_and_in_order(tap, slot, overlap):
+    schedule = build_schedule(tap, slot, overlap, chunks=3)
+    actions = [action for boundary in Boundary for action in schedule.at(boundary)]
+    assert actions[0] == Action(Step.ROUTE)
+    for chunk in range(3):
+        steps = [action.step for action in actions[1:] if action.chunk == chunk]
+        assert steps == list(Step)[1:]
+
+
+def test_chunks_are_all_under_way_before_the_first_is_waited_for():
+    assert build_schedule("pos1", 1, overlap=True, chunks=2).events() == [
+        "attention",
+        "mlp",
+        "route",
+        "permute 1",
+        "launch dispatch 1",
+        "permute 2",
+        "launch dispatch 2",
+        "second attention",
+        "wait dispatch 1",
+        "experts 1",
+        "launch combine 1",
+        "wait dispatch 2",
+        "experts 2",
+        "launch combine 2",
+        "shared expert",
+        "wait combine 1",
+        "unpermute 1",
+        "wait combine 2",
+        "unpermute 2",
+    ]
 
 
 @pytest.mark.parametrize("tap,slot", ALL)

@@ -49,6 +49,33 @@ REFUSED = [
         "--moe-shared-expert-gate with --scmoe-combine cg2",
         "--scmoe-combine cg1",
     ),
+    ("--scmoe-chunks 0", "--scmoe-chunks 0", "1 or more"),
+    (
+        "--scmoe-chunks 2 --moe-pad-expert-input-to-capacity --moe-expert-capacity-factor 2",
+        "--scmoe-chunks 2 with --moe-pad-expert-input-to-capacity",
+        "--scmoe-chunks 1",
+    ),
+    (
+        "--scmoe-chunks 2 --moe-router-padding-for-quantization",
+        "--scmoe-chunks 2 with --moe-router-padding-for-quantization",
+        "--scmoe-chunks 1",
+    ),
+    (
+        "--scmoe-expert-slot auto --no-scmoe-overlap",
+        "--scmoe-expert-slot auto with --no-scmoe-overlap",
+        "--scmoe-overlap",
+    ),
+    ("--scmoe-expert-slot auto --fp8-format hybrid", "--fp8-format hybrid", "0 to 3"),
+    (
+        "--scmoe-expert-slot auto --init-model-with-meta-device",
+        "--init-model-with-meta-device",
+        "0 to 3",
+    ),
+    (
+        "--scmoe-operator-times times.json",
+        "--scmoe-operator-times times.json without --scmoe-expert-slot auto",
+        "--scmoe-expert-slot auto",
+    ),
     ("--moe-router-topk 1", "--moe-router-topk 1", "--moe-router-pre-softmax"),
     ("--moe-router-topk 5", "--moe-router-topk 5", "accepted: 4"),
     (

@@ -177,11 +177,14 @@ def _backend(proto) -> Tokenizer:
     tokenizer.normalizer = _normalizer(normalizer)
     tokenizer.decoder = _decoder(normalizer)
     tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == kinds.CONTROL)
+        [  # symbols hold marked spaces, so they are looked for in normalised text
+            AddedToken(piece.piece, normalized=piece.type != kinds.CONTROL)
             for piece in proto.pieces
             if piece.type in (kinds.CONTROL, kinds.USER_DEFINED)
         ]
+    )
+    tokenizer.add_special_tokens(
+        [piece.piece for piece in proto.pieces if piece.type == kinds.CONTROL]
     )
     return tokenizer
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -32,6 +33,24 @@ _DTYPES = {
 }
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder.
+
+    Raises:
+        ConversionError: if it is missing or no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file}: not a JSON object")
+    return config
+
+
 def read_safetensors(folder: str | os.PathLike) -> dict[str, LazyTensor]:
     """The tensors of a model folder by name; values are read from the files when loaded.
 
@@ -40,17 +59,17 @@ def read_safetensors(folder: str | os.PathLike) -> dict[str, LazyTensor]:
     """
     folder = Path(folder)
     where = _read_index(folder)
-    files = {name: _open(folder / name) for name in sorted(set(where.values()))}
-    held = {name: set(file.keys()) for name, file in files.items()}
+    files = _Files(folder)
     tensors = {}
-    for key, name in where.items():
-        if key not in held[name]:
+    for name in sorted(set(where.values())):
+        held = set(files.open(name).keys())
+        expected = {key for key, file in where.items() if file == name}
+        for key in sorted(expected - held):
             raise ConversionError(f"{folder / name}: no tensor {key}, which {INDEX} says is there")
-        tensors[key] = _lazy(files[name], folder / name, key)
-    for name, keys in held.items():
-        for key in sorted(keys - where.keys()):
+        for key in sorted(held - expected):
             raise ConversionError(f"{folder / name}: tensor {key} is not in {INDEX}")
-    return tensors
+        tensors.update({key: files.tensor(name, key) for key in sorted(expected)})
+    return {key: tensors[key] for key in where}
 
 
 def write_safetensors(
@@ -109,6 +128,33 @@ def _read_index(folder: Path) -> dict[str, str]:
     return where
 
 
+class _Files:
+    """The files of a folder, one open at a time: an open one keeps what was read of it in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: tuple[str, Any] | None = None
+
+    def open(self, name: str):
+        if self._open is None or self._open[0] != name:
+            self._open = None
+            self._open = (name, _open(self.folder / name))
+        return self._open[1]
+
+    def tensor(self, name: str, key: str) -> LazyTensor:
+        part = self.open(name).get_slice(key)
+        if part.get_dtype() not in _DTYPES:
+            raise ConversionError(
+                f"{self.folder / name}: tensor {key} has the unknown dtype {part.get_dtype()}"
+            )
+
+        def read(box):
+            file = self.open(name)
+            return file.get_slice(key)[box] if box else file.get_tensor(key)
+
+        return LazyTensor(part.get_shape(), _DTYPES[part.get_dtype()], read)
+
+
 def _open(file: Path):
     if not file.exists():
         raise ConversionError(f"{file}: no such file (a missing shard)")
@@ -116,14 +162,3 @@ def _open(file: Path):
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ConversionError(f"{file}: truncated, or no safetensors file ({error})") from error
-
-
-def _lazy(file, path: Path, key: str) -> LazyTensor:
-    part = file.get_slice(key)
-    if part.get_dtype() not in _DTYPES:
-        raise ConversionError(f"{path}: tensor {key} has the unknown dtype {part.get_dtype()}")
-
-    def read(box):
-        return file.get_slice(key)[box] if box else file.get_tensor(key)
-
-    return LazyTensor(part.get_shape(), _DTYPES[part.get_dtype()], read)

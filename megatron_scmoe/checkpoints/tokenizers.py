@@ -129,7 +129,9 @@ def _sentencepiece(path: Path) -> TokenizerFiles:
 
 def _hugging_face(path: Path) -> TokenizerFiles:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise ConversionError(f"tokenizer {path}: it cannot be loaded ({line})") from error

@@ -173,7 +173,7 @@ def test_attention_implementations_agree_and_training_works(saved, tmp_path):
         assert (sdpa(tokens()).logits - outputs.logits).abs().max() <= 1e-5
     assert len(outputs.attentions) == 4 and len(outputs.hidden_states) == 5
     eager.train()
-    eager.gradient_checkpointing_enable()
+    eager.activation_checkpointing_enable()
     eager(tokens(), labels=tokens()).loss.backward()
     without = [name for name, p in eager.named_parameters() if p.grad is None]
     assert all(".experts." in name for name in without)  # only experts that got no token

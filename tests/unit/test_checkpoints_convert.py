@@ -189,6 +189,15 @@ CHANGES = {
     "it has 1000 tokens, the checkpoint's embedding 96 rows": lambda tensors, args: setattr(
         args, "vocab_size", 1000
     ),
+    "no --scmoe-tap in the checkpoint's arguments": lambda tensors, args: delattr(
+        args, "scmoe_tap"
+    ),
+    "the checkpoint's arguments have no moe_router_dtype": lambda tensors, args: delattr(
+        args, "moe_router_dtype"
+    ),
+    "the checkpoint's arguments: moe_layers=[1, 0, 1, 0]": lambda tensors, args: setattr(
+        args, "moe_layer_freq", 2
+    ),
     "--tokenizer-type GPT2BPETokenizer: it cannot be converted": lambda tensors, args: setattr(
         args, "tokenizer_type", "GPT2BPETokenizer"
     ),
@@ -318,7 +327,7 @@ def test_inspect_counts_what_the_model_has(source, exported):
     assert any("ScMoE GPT: tap pos2, combine cg1" in line for line in lines)
     assert any("TP 1, PP 1, EP 1" in line for line in lines)
     assert any(line.startswith(ROUTER) and "[4, 32] float32" in line for line in lines)
-    assert any(f"{total:,}" in line for line in describe(exported))
+    assert any(f"{total:,}" in line and f"{active:,}" in line for line in describe(exported))
     assert len(describe(exported)) < 10 < len(describe(exported, keys=True))
 
 

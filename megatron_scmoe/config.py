@@ -7,6 +7,7 @@ from typing import Literal
 Tap = Literal["pos1", "pos2", "pos3"]
 Combine = Literal["add", "cg1", "cg2"]
 RouterNorm = Literal["own", "shared"]
+ExpertBias = Literal["none", "sign", "proportional"]
 
 
 def _slot(text: str) -> int | str:
@@ -67,6 +68,31 @@ class ScMoEConfig:
     chunks: int = 1
     """How many chunks the routed tokens are split into. With more than one, the experts of one chunk
     compute while others are under way: where communication is longer than what hides it."""
+
+    zero_experts: int = 0
+    """Identity ("zero-computation") experts beside --num-experts, as in LongCat-Flash: a token
+    routed to one comes back as itself times its weight, without communication. The router scores
+    them after the others, and --moe-router-topk counts them in."""
+
+    expert_bias: ExpertBias = "none"
+    """Select experts by score + a bias of their own, weigh them by the score alone; for the softmax
+    scores that --moe-router-enable-expert-bias refuses. After each step, at the rate
+    --moe-router-bias-update-rate, biases move by the load that an expert lacks (proportional, as in
+    LongCat-Flash) or by its sign; those of zero experts stay."""
+
+    active_experts: float | None = None
+    """Experts per token, zero experts left out, that --scmoe-expert-bias aims at. Default: their share
+    if all experts were chosen alike, topk * experts / (experts + zero experts)."""
+
+    router_bias: bool = False
+    """The router holds a bias of its linear layer, for the way back to a LongCat-Flash checkpoint with
+    router_bias. As in transformers' own class, it has no part in the scores and is not trained."""
+
+    mla_scale: bool = False
+    """Multiply MLA's normalised latents by sqrt(hidden size / rank), as in LongCat-Flash."""
+
+    mla_norm_epsilon: float | None = None
+    """Epsilon of the norms of MLA's latents, 1e-6 in LongCat-Flash. Default: --norm-epsilon."""
 
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}

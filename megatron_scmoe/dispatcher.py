@@ -22,6 +22,16 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
     exchange = AllToAll
+    choices_vary = False
+    """Whether tokens may have fewer than topk experts: with zero experts, see router.py."""
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """As in Megatron, whose dropless case takes it that every token has topk experts."""
+        tokens_per_local_expert = super().preprocess(routing_map)
+        if self.choices_vary:
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_local_expert
 
     def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
         """Take the permuted tokens as they are now; the host need not know the split sizes yet.

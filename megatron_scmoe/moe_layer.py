@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.dispatcher import build_token_dispatcher
 from megatron_scmoe.routed_path import RoutedPath
+from megatron_scmoe.router import ZeroExpertOutput
 from megatron_scmoe.schedule import Boundary
 
 
@@ -56,6 +57,8 @@ class ScMoELayer(MoELayer):
         """One for each chunk: a dispatcher keeps state from dispatch to combine. Megatron's methods
         use ``token_dispatcher``, which the routed path sets."""
         self.token_dispatcher = self.token_dispatchers[0]
+        for dispatcher in self.token_dispatchers:
+            dispatcher.choices_vary = scmoe.zero_experts > 0
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(
@@ -90,6 +93,13 @@ class ScMoELayer(MoELayer):
         if self.post_layernorm is not None:
             output = apply_module(self.post_layernorm)(output)
         return output, None
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, ZeroExpertOutput | None]:
+        """Megatron's, and what the zero experts give; see :meth:`ScMoERouter.forward`."""
+        probs, chosen, *zero = self.router(hidden_states, padding_mask)
+        return probs, chosen, zero[0] if zero else None
 
     def _join(self, x: Tensor, shared: Tensor | None, routed: Tensor) -> Tensor:
         """scmoe.md section 1: direct add, CG-1 (the sigmoid is in the shared expert), CG-2."""

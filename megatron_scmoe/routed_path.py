@@ -14,6 +14,7 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_scmoe.exchange import Flight, Landed
+from megatron_scmoe.router import ZeroExpertOutput
 from megatron_scmoe.schedule import Action, Boundary, Schedule, Step
 
 _NO_BATCH = MappingProxyType({})
@@ -38,6 +39,7 @@ class _Pass:
     tap: Tensor
     batch: Mapping[str, Any]
     chunks: list[_Chunk]
+    zero: ZeroExpertOutput | None = None
 
 
 class RoutedPath:
@@ -112,10 +114,10 @@ class RoutedPath:
 
     def collect(self) -> Tensor:
         """The routed output [s, b, h] of this forward; afterwards nothing of it is kept here."""
-        chunks, self._pass = self._pass.chunks, None
-        if len(chunks) == 1:
-            return chunks[0].output
-        return torch.cat([chunk.output for chunk in chunks])
+        state, self._pass = self._pass, None
+        outputs = [chunk.output for chunk in state.chunks]
+        routed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return routed if state.zero is None else state.zero.add_to(routed)
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""
@@ -127,7 +129,7 @@ class RoutedPath:
     def _route(self, state: _Pass) -> None:
         tap, mask = self.prepare(state.tap, state.batch)
         state.tap = None
-        probs, routing_map = self._moe.route(tap, mask)
+        probs, routing_map, state.zero = self._moe.route(tap, mask)
         taps = tap.tensor_split(self.schedule.chunks)
         tokens = [part.shape[0] * part.shape[1] for part in taps]
         state.chunks = [

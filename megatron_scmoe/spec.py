@@ -23,8 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
+from megatron_scmoe.latent_attention import use_latent_attention
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
+from megatron_scmoe.router import ScMoERouter, finalize_model_grads, needs_own_router
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
@@ -67,6 +69,8 @@ def build_block_spec(
         ScMoEConfigError: if configuration and model do not go together.
     """
     validate(scmoe, config)
+    if scmoe.expert_bias != "none" and config.finalize_model_grads_func is None:
+        config.finalize_model_grads_func = finalize_model_grads  # Megatron's loop keeps it
     use_te = config.transformer_impl == "transformer_engine"
     stock = get_gpt_decoder_block_spec(
         config,
@@ -82,6 +86,8 @@ def build_block_spec(
     for spec in reversed(stock.layer_specs):
         submodules = replace(spec.submodules)
         _use_local_norms(submodules)
+        if config.multi_latent_attention:
+            use_latent_attention(submodules, config, scmoe, norm)
         if _is_moe(spec):
             path = RoutedPath(resolve_schedule(scmoe))
             if config.moe_shared_expert_intermediate_size is None:
@@ -134,6 +140,8 @@ def _moe_block(
     Transformer Engine implementation have the same keys.
     """
     parts = submodules.mlp.keywords["submodules"]
+    if needs_own_router(scmoe):
+        parts = replace(parts, router=functools.partial(ScMoERouter, scmoe=scmoe))
     if scmoe.combine == "cg1":
         parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
     submodules.mlp = functools.partial(
@@ -165,7 +173,8 @@ def _dense_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, use_te)
         )
         submodules.pre_mlp_layernorm = norm
         submodules.sharded_state_dict_keys_map = {
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
+            **submodules.sharded_state_dict_keys_map,
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
     return ModuleSpec(
         module=ScMoEDenseLayer, params={"scmoe": scmoe, "path": path}, submodules=submodules

@@ -217,7 +217,7 @@ def _routed(pair: Pair, hidden: Tensor, inputs: dict) -> dict:
     def route(x):
         nonlocal routing_map
         tap, mask = moe.path.prepare(x, inputs)
-        probs, routing_map = moe.route(tap, mask)
+        probs, routing_map, _ = moe.route(tap, mask)
         return tap, probs
 
     def dispatch(tokens, probs):

@@ -195,12 +195,117 @@ def _check_router(scmoe: ScMoEConfig, view: _View) -> None:
             "a softmax over the one kept logit is 1 and gives the router no gradient",
             "--moe-router-pre-softmax, or --moe-router-score-function sigmoid",
         )
-    topk, experts = view.moe_router_topk, view.num_moe_experts
+    topk, experts = view.moe_router_topk, view.num_moe_experts + max(scmoe.zero_experts, 0)
     if topk is not None and not 1 <= topk <= experts:
         raise ScMoEConfigError(
             f"--moe-router-topk {topk}",
-            f"there are {experts} experts",
+            f"there are {experts} experts" + (", zero experts counted" * bool(scmoe.zero_experts)),
             str(min(max(topk, 1), experts)),
+        )
+
+
+_NOT_WITH_OWN_ROUTER: tuple[tuple[str, Callable, str, str], ...] = (
+    (
+        "moe_router_load_balancing_type",
+        lambda value: {"sinkhorn", "quantile_balancing"}.intersection(_as_list(value)),
+        "--moe-router-load-balancing-type",
+        "aux_loss, seq_aux_loss, global_aux_loss or none",
+    ),
+    (
+        "moe_expert_capacity_factor",
+        lambda value: value is not None,
+        "--moe-expert-capacity-factor",
+        "leave the flag out",
+    ),
+    ("moe_router_fusion", bool, "--moe-router-fusion", "leave the flag out"),
+    ("moe_enable_routing_replay", bool, "--moe-enable-routing-replay", "leave the flag out"),
+)
+"""Options of the router that know neither zero experts nor a bias beside softmax scores."""
+
+
+def _check_own_router(scmoe: ScMoEConfig, view: _View) -> None:
+    zero, topk = scmoe.zero_experts, view.moe_router_topk
+    if zero < 0:
+        raise ScMoEConfigError(
+            f"--scmoe-zero-experts {zero}", "it is a number of experts", "0 or more"
+        )
+    biased = scmoe.expert_bias != "none"
+    asked = f"--scmoe-expert-bias {scmoe.expert_bias}" if biased else f"--scmoe-zero-experts {zero}"
+    if biased and view.moe_router_enable_expert_bias:
+        raise ScMoEConfigError(
+            f"{asked} with --moe-router-enable-expert-bias",
+            "each gives the router a bias",
+            "--scmoe-expert-bias for softmax scores, --moe-router-enable-expert-bias for others",
+        )
+    if biased and not (view.moe_router_score_function == "softmax" and view.moe_router_pre_softmax):
+        raise ScMoEConfigError(
+            f"{asked} without --moe-router-score-function softmax --moe-router-pre-softmax",
+            "the bias is added to softmax scores of all experts",
+            "both flags, or --moe-router-enable-expert-bias for other scores",
+        )
+    if scmoe.active_experts is not None and not biased:
+        raise ScMoEConfigError(
+            f"--scmoe-active-experts {scmoe.active_experts}",
+            "it is what --scmoe-expert-bias aims at",
+            "--scmoe-expert-bias proportional, or leave the flag out",
+        )
+    if scmoe.active_experts is not None and not 0 < scmoe.active_experts <= topk:
+        raise ScMoEConfigError(
+            f"--scmoe-active-experts {scmoe.active_experts}",
+            f"a token has {topk} experts (--moe-router-topk)",
+            f"more than 0, up to {topk}",
+        )
+    if not zero and not biased:
+        return
+    for name, is_given, flag, accepted in _NOT_WITH_OWN_ROUTER:
+        value = getattr(view, name)
+        if value is not None and is_given(value):
+            shown = flag if value is True else " ".join([flag, *map(str, _as_list(value))])
+            raise ScMoEConfigError(f"{shown} with {asked}", "it does not know them", accepted)
+    if zero and view.moe_router_num_groups:
+        raise ScMoEConfigError(
+            f"--moe-router-num-groups {view.moe_router_num_groups} with {asked}",
+            "zero experts belong to no group",
+            "leave the flag out",
+        )
+    if zero and view.moe_token_dispatcher_type == "flex":
+        raise ScMoEConfigError(
+            f"--moe-token-dispatcher-type flex with {asked}",
+            "its kernels take it that every token has --moe-router-topk experts to go to",
+            "--moe-token-dispatcher-type alltoall",
+        )
+
+
+def _as_list(value) -> list:
+    """A setting that Megatron's parser makes a list of, and its configuration may not."""
+    return value if isinstance(value, list) else [value]
+
+
+def _check_latent_attention(scmoe: ScMoEConfig, view: _View) -> None:
+    own = "--scmoe-mla-scale" if scmoe.mla_scale else None
+    if scmoe.mla_norm_epsilon is not None:
+        own = f"--scmoe-mla-norm-epsilon {scmoe.mla_norm_epsilon}"
+        if scmoe.mla_norm_epsilon <= 0:
+            raise ScMoEConfigError(own, "it is added to a variance", "1e-6, for example")
+    if own and not view.multi_latent_attention:
+        raise ScMoEConfigError(
+            own, "there are no latents", "--multi-latent-attention, or leave the flag out"
+        )
+    if own and not view.qk_layernorm:
+        raise ScMoEConfigError(
+            f"{own} without --qk-layernorm", "the latents have no norms", "--qk-layernorm"
+        )
+    if not view.multi_latent_attention:
+        return
+    if view.cache_mla_latents:
+        raise ScMoEConfigError(
+            "--cache-mla-latents", "it is for inference only", "leave the flag out"
+        )
+    if view.mla_down_proj_fusion and (own or view.transformer_impl == "local"):
+        raise ScMoEConfigError(
+            f"--mla-down-proj-fusion with {own or '--transformer-impl local'}",
+            "the fused projections have Megatron's norms, in Transformer Engine",
+            "leave the flag out",
         )
 
 
@@ -404,6 +509,8 @@ _CHECKS = (
     _check_chunks,
     _check_combine,
     _check_router,
+    _check_own_router,
+    _check_latent_attention,
     _check_dispatcher,
     _check_recompute,
     _check_local_implementation,

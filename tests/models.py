@@ -6,7 +6,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
 from megatron_scmoe.config import ScMoEConfig
@@ -94,10 +94,13 @@ def transformer_config(tp=1, ep=1, etp=1, pp=1, vpp=None, world_size=1, **change
     if vpp:  # two stages exchange activations and gradients with one peer: not in one batch
         fields |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     fields["moe_layer_freq"] = [0, 1] * (changes.get("num_layers", 4) // 2)
-    return TransformerConfig(**(fields | changes))
+    kind = MLATransformerConfig if changes.get("multi_latent_attention") else TransformerConfig
+    return kind(**(fields | changes))
 
 
-def build_chunks(config, scmoe: ScMoEConfig | None, local_norm_keys=False) -> list:
+def build_chunks(
+    config, scmoe: ScMoEConfig | None, local_norm_keys=False, tied: bool = False
+) -> list:
     """This rank's model chunks (one without virtual stages); stock Megatron if ``scmoe`` is None."""
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -123,18 +126,20 @@ def build_chunks(config, scmoe: ScMoEConfig | None, local_norm_keys=False) -> li
             pre_process=rank == 0 and vp_stage == 0,
             post_process=rank == pp - 1 and vp_stage == (vpp or 1) - 1,
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=tied,
             vp_stage=stage,
         )
         chunks.append(chunk.cuda())
     return chunks
 
 
-def build_scmoe(scmoe: ScMoEConfig, layout: dict | None = None, **changes) -> list:
+def build_scmoe(
+    scmoe: ScMoEConfig, layout: dict | None = None, tied: bool = False, **changes
+) -> list:
     """Process groups and model chunks of a ScMoE GPT on ``layout``."""
     layout = layout or {}
     init_parallel(**layout)
-    return build_chunks(transformer_config(**layout, **changes), scmoe)
+    return build_chunks(transformer_config(**layout, **changes), scmoe, tied=tied)
 
 
 def checkpoint_metadata() -> dict:
@@ -200,7 +205,8 @@ def run_micro_batches(chunks, first: int, count: int) -> float:
         return output, mean
 
     config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    if config.finalize_model_grads_func is None:  # as Megatron's loop does
+        config.finalize_model_grads_func = finalize_model_grads
     losses = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=indices if len(chunks) > 1 else indices[0],

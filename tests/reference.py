@@ -38,6 +38,7 @@ class ReferenceConfig:
     router_norm: the norm the tap goes through: "own", or "shared": the one before the dense MLP of
         the preceding block. Without meaning when tap is "current".
     combine: "add", "cg1" or "cg2", see `MoE`.
+    zero_experts: experts behind the others that give a token back as it is (LongCat-Flash).
     activation: "swiglu", "gelu" (erf) or "gelu_tanh". Megatron's plain F.gelu is "gelu"; its fused
         bias-gelu is "gelu_tanh".
     dense_bias: biases in the linear layers of attention and of dense MLPs.
@@ -62,6 +63,7 @@ class ReferenceConfig:
     post_norm: bool = False
 
     num_experts: int = 4
+    zero_experts: int = 0
     top_k: int = 1
     expert_ffn_hidden_size: int = 24
     shared_ffn_hidden_size: int | None = 24
@@ -103,12 +105,17 @@ class ReferenceConfig:
             raise ValueError("router_norm='shared': there is no dense MLP to share the norm of")
         if self.combine != "add" and self.shared_ffn_hidden_size is None:
             raise ValueError(f"combine={self.combine!r} needs a shared expert")
-        if self.expert_bias and self.score_function != "sigmoid":
-            raise ValueError("expert_bias needs score_function='sigmoid'")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k={self.top_k}: accepted is 1 to {self.num_experts}")
+        if self.expert_bias and self.score_function == "softmax" and not self.pre_softmax:
+            raise ValueError("expert_bias needs pre_softmax, or score_function='sigmoid'")
+        if not 1 <= self.top_k <= self.all_experts:
+            raise ValueError(f"top_k={self.top_k}: accepted is 1 to {self.all_experts}")
         if self.head_size is None:
             self.head_size = self.hidden_size // self.num_heads
+
+    @property
+    def all_experts(self) -> int:
+        """Experts and zero experts: what the router scores."""
+        return self.num_experts + self.zero_experts
 
 
 @dataclass
@@ -301,7 +308,8 @@ class MoE(nn.Module):
     def routed(self, t: Tensor, routing: Routing) -> Tensor:
         """t: [n, h] -> sum_i G(t)_i E_i(t): [n, h]. An expert without tokens gets zero gradients."""
         total = torch.zeros_like(t)
-        for i, expert in enumerate(self.experts):
+        zero_experts = [nn.Identity()] * self.config.zero_experts
+        for i, expert in enumerate([*self.experts, *zero_experts]):
             token, choice = (routing.chosen == i).nonzero(as_tuple=True)
             weighted = routing.weights[token, choice].unsqueeze(-1) * expert(t[token])
             total = total.index_add(0, token, weighted)
@@ -323,7 +331,7 @@ class Gate(nn.Module):
 
     With l = W t the logits of a token over all experts, and K its k kept experts:
 
-        softmax, pre:   p = softmax(l),  K = top-k of p,  G_i = p_i                 (i in K)
+        softmax, pre:   p = softmax(l),  K = top-k of p + expert_bias,  G_i = p_i   (i in K)
         softmax, post:  K = top-k of l,  G = softmax over the k kept logits
         sigmoid:        p = sigmoid(l),  K = top-k of p + expert_bias,  G_i = p_i / sum_K p
                         (k = 1: G_i = p_i)
@@ -335,8 +343,8 @@ class Gate(nn.Module):
     def __init__(self, config: ReferenceConfig) -> None:
         super().__init__()
         self.config = config
-        self.linear = nn.Linear(config.hidden_size, config.num_experts, bias=config.moe_bias)
-        expert_bias = torch.zeros(config.num_experts) if config.expert_bias else None
+        self.linear = nn.Linear(config.hidden_size, config.all_experts, bias=config.moe_bias)
+        expert_bias = torch.zeros(config.all_experts) if config.expert_bias else None
         self.register_buffer("expert_bias", expert_bias)
 
     def forward(self, t: Tensor) -> Routing:
@@ -344,20 +352,23 @@ class Gate(nn.Module):
         k = self.config.top_k
         logits = self.linear(t)
         if self.config.score_function == "sigmoid":
-            scores = torch.sigmoid(logits)
-            ranking = scores if self.expert_bias is None else scores + self.expert_bias
-            chosen = ranking.topk(k).indices
-            weights = scores.gather(1, chosen)
+            weights, chosen = self.choose(torch.sigmoid(logits))
             if k > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         elif self.config.pre_softmax:
-            weights, chosen = torch.softmax(logits, dim=-1).topk(k)
+            weights, chosen = self.choose(torch.softmax(logits, dim=-1))
         else:
             kept, chosen = logits.topk(k)
             weights = torch.softmax(kept, dim=-1)
         if self.config.scaling_factor is not None:
             weights = weights * self.config.scaling_factor
         return Routing(chosen, weights, self.load_balancing_loss(logits), self.z_loss(logits))
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen experts, and which they are: [n, k] each."""
+        ranking = scores if self.expert_bias is None else scores + self.expert_bias
+        chosen = ranking.topk(self.config.top_k).indices
+        return scores.gather(1, chosen), chosen
 
     def load_balancing_loss(self, logits: Tensor) -> Tensor:
         """coeff * e * sum_i f_i P_i over the n tokens of the micro-batch (Switch Transformer).
@@ -366,7 +377,7 @@ class Gate(nn.Module):
         scores being a distribution over all experts (softmax, or sigmoid divided by its sum). The
         assignments are the top-k of these scores: expert_bias has no part in it, in Megatron either.
         """
-        e = self.config.num_experts
+        e = self.config.all_experts
         if self.config.score_function == "sigmoid":
             scores = torch.sigmoid(logits)
             scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)

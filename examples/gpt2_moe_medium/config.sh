@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034  # sourced: launch.sh and count_parameters.py read the arrays
+# shellcheck shell=bash disable=SC2034  # sourced: launch.sh and count_parameters.py read it
 #
 # GPT2-MoE-Medium with ScMoE: what the model is and how it is trained, as flags of
 # pretrain_gpt_scmoe.py. Every variable can be set from outside; README.md has them in a table.
@@ -11,6 +11,8 @@
 : "${PIPELINE_PARALLEL:=1}"    # has to divide the 12 pairs of blocks
 # Expert parallelism within a node, if the node has the GPUs.
 : "${EXPERT_PARALLEL:=$((NUM_EXPERTS < GPUS_PER_NODE ? NUM_EXPERTS : GPUS_PER_NODE))}"
+
+VOCABULARY=50257  # GPT-2's, for made-up data; Megatron pads it to 50304
 
 MODEL_FLAGS=(
     # GPT-2 Medium. Without a flag for another one, the activation is GELU.

@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2034  # sourced by train.sh and train.sbatch
 #
-# What train.sh and train.sbatch share: the command line, required variables, the flags that name
-# data and folders, and "run it or print it". Nothing about the model stands here. PROGRAM is the
-# name of the script in messages.
+# What the examples' train.sh and train.sbatch share: the command line, required variables, the flags
+# that name data and folders, and "run it or print it", here or on all nodes of a Slurm job. Nothing
+# about the model stands here. PROGRAM is the name of the script in messages, EXAMPLE_DIR the folder
+# with config.sh.
 
-EXAMPLE_DIR=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 : "${REPO_DIR:=$(realpath "$EXAMPLE_DIR/../..")}"
 DRY_RUN=
 EXTRA_FLAGS=()
@@ -95,8 +95,7 @@ set_run_flags() {
     local data
     : "${SAVE_INTERVAL:=1000}" "${EVAL_INTERVAL:=500}"
     if [[ ${MOCK_DATA:-} == 1 ]]; then
-        # Of GPT-2's size: 50257, padded to 50304.
-        RUN_FLAGS=(--mock-data --tokenizer-type NullTokenizer --vocab-size 50257)
+        RUN_FLAGS=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$VOCABULARY")
     else
         read -r -a data <<<"$DATA_PATH"  # a prefix, or a blend: weight prefix weight prefix ...
         if [[ $TOKENIZER_MODEL == *.model ]]; then
@@ -124,6 +123,47 @@ set_run_flags() {
         --log-throughput
         --tensorboard-dir "${TENSORBOARD_DIR:-$CHECKPOINT_DIR/tensorboard}"
     )
+}
+
+# run_under_slurm: train on all nodes of this Slurm job, in a container if one is named.
+run_under_slurm() {
+    local nodes hosts first_node launcher
+    : "${GPUS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${MASTER_PORT:=29500}"
+    if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+        nodes=$SLURM_JOB_NUM_NODES
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        first_node=${hosts%%$'\n'*}
+    elif [[ -n $DRY_RUN ]]; then
+        nodes=${DRY_RUN_NODES:?}
+        first_node=FIRST_NODE
+        echo "$PROGRAM: no Slurm job here: the command is for $nodes nodes, FIRST_NODE is the first" >&2
+    else
+        fail "no Slurm job here (SLURM_JOB_NODELIST is not set); start it with sbatch, or try --dry-run"
+    fi
+    prepare
+
+    launcher=(srun --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none)
+    if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+        require CONTAINER_MOUNTS "what the container sees of the file system, such as /lustre:/lustre"
+        launcher+=(
+            --container-image="$CONTAINER_IMAGE"
+            --container-mounts="$CONTAINER_MOUNTS"
+            --no-container-mount-home  # packages below ~/.local would hide the container's
+        )
+        : "${PRETRAIN_SCRIPT:=/workspace/megatron_scmoe/pretrain_gpt_scmoe.py}"  # as in the Dockerfile
+    fi
+    launcher+=(
+        # Slurm signals every process of the step. torchrun has to live on until its ranks have saved.
+        env --ignore-signal=USR1 "${ENVIRONMENT[@]}"
+        torchrun
+        --nnodes "$nodes"
+        --nproc-per-node "$GPUS_PER_NODE"
+        --rdzv-backend c10d
+        --rdzv-endpoint "$first_node:$MASTER_PORT"
+        --rdzv-id "${SLURM_JOB_ID:-0}"
+    )
+    run_or_print "${launcher[@]}" "${PRETRAIN_SCRIPT:-$REPO_DIR/pretrain_gpt_scmoe.py}" \
+        "${PRETRAIN_FLAGS[@]}" --exit-signal-handler --exit-signal SIGUSR1 "${EXTRA_FLAGS[@]}"
 }
 
 # run_or_print WORD ...: replace this script by the command, or with --dry-run print it in one line.

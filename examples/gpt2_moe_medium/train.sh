@@ -7,8 +7,9 @@
 set -euo pipefail
 
 PROGRAM=train.sh
+EXAMPLE_DIR=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 # shellcheck source=launch.sh
-source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/launch.sh"
+source "$EXAMPLE_DIR/launch.sh"
 parse_command_line "$@"
 
 if [[ -z ${GPUS_PER_NODE:-} ]]; then

@@ -16,13 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from megatron_scmoe.checkpoints.longcat import longcat_config, megatron_flags
 from tests.harness import run_distributed, run_pretrain
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt2_moe_medium"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "gpt2_moe_medium"
 TRAIN, SBATCH = EXAMPLE / "train.sh", EXAMPLE / "train.sbatch"
+LONGCAT = EXAMPLES / "longcat_flash" / "train.sbatch"
 SCRIPTS = [TRAIN, SBATCH]
 SOURCES = [*SCRIPTS, EXAMPLE / "config.sh", EXAMPLE / "launch.sh"]
+LONGCAT_SOURCES = [LONGCAT, LONGCAT.parent / "config.sh", EXAMPLE / "launch.sh"]
 
 REQUIRED = {
     "DATA_PATH": "/d/text_document",
@@ -126,6 +131,9 @@ ACCEPTED = {
     "Slurm": (SBATCH, DATA),
     "overridden": (TRAIN, DATA, "--", "--train-iters", "10", "--scmoe-tap", "pos3"),
     "Slurm, overridden": (SBATCH, DATA, "--", "--train-iters", "10", "--scmoe-tap", "pos3"),
+    "LongCat-Flash": (LONGCAT, DATA),
+    "LongCat-Flash, TP2": (LONGCAT, DATA | {"TENSOR_PARALLEL": "2", "PIPELINE_PARALLEL": "2"}),
+    "LongCat-Flash, pretrained": (LONGCAT, DATA | {"PRETRAINED": "/longcat"}),
 }
 """Script, variables and words whose printed command has to be accepted."""
 
@@ -152,14 +160,17 @@ def slurm(tmp_path) -> Path:
     return stand_in(tmp_path, "scontrol", listing)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "source", {*SOURCES, *LONGCAT_SOURCES}, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_shell_syntax(source):
     subprocess.run(["bash", "-n", source], check=True, timeout=30)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *SOURCES], check=True, timeout=60)
+    sources = {*SOURCES, *LONGCAT_SOURCES}
+    subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *sources], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -383,13 +394,15 @@ def test_ranks_save_at_the_signal_that_slurm_sends(accepted):
     assert command[command.index("torchrun") - 1] == f"--ignore-signal={sent}"
 
 
-def test_the_readme_explains_every_variable():
-    text = "".join(source.read_text() for source in SOURCES)
+@pytest.mark.parametrize("sources", [SOURCES, LONGCAT_SOURCES], ids=["GPT-2", "LongCat-Flash"])
+def test_the_readme_explains_every_variable(sources):
+    text = "".join(source.read_text() for source in sources)
     assigned = re.findall(r'"\$\{([A-Z_]+):=', text)
     defaulted = re.findall(r"\$\{([A-Z_]+):-", text)
     required = re.findall(r" ([A-Z_]+) \"(?:the|a|what) ", text)
     ours = {n for n in (*assigned, *defaulted, *required) if not n.startswith("SLURM_")}
-    table = re.findall(r"^\| `([A-Z_]+)` \|", (EXAMPLE / "README.md").read_text(), re.MULTILINE)
+    readme = (sources[0].parent / "README.md").read_text()
+    table = re.findall(r"^\| `([A-Z_]+)` \|", readme, re.MULTILINE)
 
     assert ours == set(table)
 
@@ -443,3 +456,73 @@ def test_the_flags_train(tmp_path):
 
     assert run.status == 0, run.output
     assert run.losses.keys() == {1, 2}
+
+
+LONGCAT_CONFIG = {
+    "model_type": "longcat_flash",
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "num_layers": 28,
+    "num_attention_heads": 64,
+    "ffn_hidden_size": 12288,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_topk": 12,
+    "n_routed_experts": 512,
+    "zero_expert_num": 256,
+    "expert_ffn_hidden_size": 2048,
+    "routed_scaling_factor": 6.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7,
+    "max_position_embeddings": 131072,
+}
+"""What the public LongCat-Flash says of its sizes; also transformers' defaults."""
+
+
+def test_longcats_flags_are_those_of_its_configuration(accepted):
+    args, config, scmoe = accepted["LongCat-Flash"]
+    given = transformers.LongcatFlashConfig().to_dict()
+    assert given.items() >= {k: v for k, v in LONGCAT_CONFIG.items() if k != "rope_theta"}.items()
+
+    again = longcat_config(args, 131072, 131072)
+    assert {k: again[k] for k in LONGCAT_CONFIG.keys() & again.keys()} == {
+        k: LONGCAT_CONFIG[k] for k in LONGCAT_CONFIG.keys() & again.keys()
+    }
+    expected = shlex.join(megatron_flags(LONGCAT_CONFIG))
+    command = shlex.join(pretrain_flags(dry_run(LONGCAT, DATA)))
+    for flag in re.findall(r"--[a-z0-9-]+", expected):
+        assert f"{flag} " in command
+    assert scmoe.expert_bias == "proportional" and config.moe_router_bias_update_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "case, layout",
+    [("LongCat-Flash", (1, 4, 32)), ("LongCat-Flash, TP2", (2, 2, 32))],
+)
+def test_longcats_variables_reach_the_layout(accepted, case, layout):
+    args, config, _ = accepted[case]
+    assert args.world_size == 512
+    assert layout == (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.expert_model_parallel_size,
+    )
+
+
+def test_longcat_starts_from_an_imported_checkpoint(accepted):
+    args, _, _ = accepted["LongCat-Flash, pretrained"]
+    assert (args.pretrained_checkpoint, args.load) == ("/longcat", "/run")
+
+
+def test_longcats_readme_has_the_models_size():
+    h, layers, experts, heads = 6144, 28, 512, 64
+    attention = h * 1536 + 1536 + 1536 * heads * 192  # queries
+    attention += h * (512 + 64) + 512 + 512 * heads * 256 + heads * 128 * h
+    expert = 3 * h * 2048
+    others = layers * (2 * attention + 2 * 3 * h * 12288 + 4 * h + 768 * h) + 2 * 131072 * h + h
+    total, active = layers * experts * expert + others, layers * 8 * expert + others
+    row = f"| {total / 1e9:.1f} B | {active / 1e9:.1f} B |"
+    assert row in (LONGCAT.parent / "README.md").read_text()

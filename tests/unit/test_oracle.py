@@ -60,6 +60,9 @@ def compare(moe_every, scmoe, top_k, reference=None, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # norms and gates off their start values
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer += 0.1 * torch.randn_like(buffer)
     load_megatron_state(
         oracle, {n: p.detach() for n, p in model.state_dict().items() if p is not None}
     )
@@ -118,3 +121,27 @@ ROUTER_OPTIONS = {
 def test_options_of_megatron_keep_working(tap, option):
     reference, changes = ROUTER_OPTIONS[option]
     compare(2, ScMoEConfig(tap=tap, combine="add"), 2, reference, **changes)
+
+
+ZERO_EXPERTS = {
+    "zero experts": (dict(zero_experts=2), dict(zero_experts=2), {}),
+    "zero experts, softmax of the kept": (
+        dict(zero_experts=2, pre_softmax=False),
+        dict(zero_experts=2),
+        dict(moe_router_pre_softmax=False),
+    ),
+    "biased softmax": (dict(expert_bias=True), dict(expert_bias="proportional"), {}),
+    "both, scaled": (
+        dict(zero_experts=3, expert_bias=True, scaling_factor=6.0),
+        dict(zero_experts=3, expert_bias="sign"),
+        dict(moe_router_topk_scaling_factor=6.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ZERO_EXPERTS)
+@pytest.mark.parametrize("tap", ["pos1", "pos2", "pos3"])
+def test_zero_experts_and_biased_choices_with_every_tap(tap, option):
+    """Auxiliary loss included, which counts zero experts as experts."""
+    reference, scmoe, changes = ZERO_EXPERTS[option]
+    compare(2, ScMoEConfig(tap=tap, combine="cg2", **scmoe), 3, reference, **changes)

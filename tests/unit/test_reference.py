@@ -398,7 +398,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, error,
         {"tap": "pos2", "moe_every": 1},
         {"router_norm": "shared", "moe_every": 1, "tap": "pos1"},
         {"combine": "cg1", "shared_ffn_hidden_size": None},
-        {"expert_bias": True},
+        {"expert_bias": True, "pre_softmax": False},
         {"top_k": 4},
     ],
 )

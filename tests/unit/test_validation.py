@@ -28,6 +28,9 @@ def judge(*flags: str) -> None:
     validate(scmoe_config_from_args(args), args)
 
 
+BIASED = "--moe-router-pre-softmax --scmoe-expert-bias proportional"
+LATENT = "--multi-latent-attention --qk-layernorm"
+
 REFUSED = [
     ("--num-layers 7 --moe-layer-freq [0,1]*3+[0]", "--num-layers 7", "6 or 8"),
     ("--moe-layer-freq 2", "--moe-layer-freq 2", "'[0,1]*4'"),
@@ -113,6 +116,65 @@ REFUSED = [
     ),
     ("--context-parallel-size 2", "--context-parallel-size 2", "transformer_engine"),
     ("--apply-layernorm-1p", "--apply-layernorm-1p", "leave the flag out"),
+    ("--scmoe-zero-experts -1", "--scmoe-zero-experts -1", "0 or more"),
+    ("--scmoe-zero-experts 2 --moe-router-topk 7", "--moe-router-topk 7", "accepted: 6"),
+    (
+        "--scmoe-zero-experts 2 --moe-token-dispatcher-type flex",
+        "--moe-token-dispatcher-type flex with --scmoe-zero-experts 2",
+        "--moe-token-dispatcher-type alltoall",
+    ),
+    (
+        "--scmoe-zero-experts 2 --moe-expert-capacity-factor 2",
+        "--moe-expert-capacity-factor 2.0 with --scmoe-zero-experts 2",
+        "leave the flag out",
+    ),
+    (
+        "--scmoe-zero-experts 2 --moe-router-load-balancing-type sinkhorn",
+        "--moe-router-load-balancing-type sinkhorn with --scmoe-zero-experts 2",
+        "aux_loss",
+    ),
+    (
+        "--scmoe-zero-experts 2 --moe-router-fusion",
+        "--moe-router-fusion with --scmoe-zero-experts 2",
+        "leave the flag out",
+    ),
+    (
+        "--scmoe-zero-experts 2 --moe-router-num-groups 2 --moe-router-group-topk 1",
+        "--moe-router-num-groups 2 with --scmoe-zero-experts 2",
+        "leave the flag out",
+    ),
+    (
+        f"{BIASED} --moe-enable-routing-replay",
+        "--moe-enable-routing-replay with --scmoe-expert-bias",
+        "leave the flag out",
+    ),
+    (
+        "--scmoe-expert-bias proportional",
+        "--scmoe-expert-bias proportional without",
+        "--moe-router-enable-expert-bias",
+    ),
+    (
+        f"{BIASED} --moe-router-score-function sigmoid",
+        "without --moe-router-score-function softmax",
+        "--moe-router-enable-expert-bias",
+    ),
+    (
+        f"{BIASED} --moe-router-enable-expert-bias",
+        "with --moe-router-enable-expert-bias",
+        "--scmoe-expert-bias",
+    ),
+    ("--scmoe-active-experts 1", "--scmoe-active-experts 1", "--scmoe-expert-bias proportional"),
+    (f"{BIASED} --scmoe-active-experts 3", "--scmoe-active-experts 3", "more than 0, up to 2"),
+    (f"{BIASED} --scmoe-active-experts 0", "--scmoe-active-experts 0", "more than 0, up to 2"),
+    ("--scmoe-mla-scale", "--scmoe-mla-scale", "--multi-latent-attention"),
+    ("--scmoe-mla-scale --multi-latent-attention", "without --qk-layernorm", "--qk-layernorm"),
+    (
+        f"{LATENT} --scmoe-mla-norm-epsilon 0",
+        "--scmoe-mla-norm-epsilon 0",
+        "1e-6",
+    ),
+    (f"{LATENT} --mla-down-proj-fusion", "--mla-down-proj-fusion with", "leave the flag out"),
+    (f"{LATENT} --cache-mla-latents", "--cache-mla-latents", "leave the flag out"),
 ]
 
 
@@ -149,6 +211,10 @@ def test_gates_need_a_shared_expert(combine):
         # Pos-1 with its own norm reads nothing of the preceding block: pairs may be split.
         "--scmoe-tap pos1 --recompute-granularity full --recompute-method block "
         "--recompute-num-layers 1",
+        "--scmoe-zero-experts 2 --moe-router-topk 6",
+        f"{BIASED} --scmoe-zero-experts 4 --scmoe-active-experts 1.5",
+        "--scmoe-zero-experts 2 --moe-token-dispatcher-type allgather --no-scmoe-overlap",
+        f"{LATENT} --scmoe-mla-scale --scmoe-mla-norm-epsilon 1e-6",
     ],
 )
 def test_accepted(flags):

@@ -1,0 +1,82 @@
+"""New folders appear complete or not at all."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_scmoe.checkpoints.lazy import ConversionError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""What Megatron keeps in a folder of checkpoints."""
+
+_MARKS = (TRACKER, "config.json", "metadata.json")
+_SPARE_BYTES = 64 * 2**20  # index, tokenizer, metadata
+
+
+@contextlib.contextmanager
+def new_folder(
+    path: str | os.PathLike,
+    needed_bytes: int,
+    force: bool = False,
+    sources: Iterable[str | os.PathLike] = (),
+) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its name when the block ends without an error.
+
+    After any error, an interrupt included, nothing of it is left.
+
+    Args:
+        path: the folder to make; its parent must exist.
+        needed_bytes: what will be written; free space is checked for it.
+        force: replace a folder with a checkpoint in it; nothing else is ever replaced.
+        sources: folders that are read meanwhile, which ``path`` must not replace.
+
+    Raises:
+        ConversionError: if ``path`` exists, or there is not enough space.
+    """
+    path = Path(path).expanduser().resolve()
+    _check_place(path, force, sources)
+    free = shutil.disk_usage(path.parent).free
+    needed = needed_bytes + _SPARE_BYTES
+    if free < needed:
+        raise ConversionError(
+            f"{path.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConversionError(f"{path.parent}: {error.strerror}") from error
+    try:
+        folder = temporary / "new"
+        folder.mkdir()  # with the permissions that the user's umask gives, unlike mkdtemp's
+        yield folder
+        _check_place(path, force, sources)
+        if path.exists():
+            path.rename(temporary / "old")
+        folder.rename(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ConversionError(f"{path.parent}: the disk is full") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_place(path: Path, force: bool, sources: Iterable[str | os.PathLike]) -> None:
+    if not path.parent.is_dir():
+        raise ConversionError(f"{path.parent}: no such folder")
+    for source in sources:
+        source = Path(source).expanduser().resolve()
+        if path == source or path in source.parents:
+            raise ConversionError(f"{path}: it holds what is read ({source})")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
+        raise ConversionError(f"{path}: exists; --force replaces it")
+    if not path.is_dir() or not any((path / mark).exists() for mark in _MARKS):
+        raise ConversionError(
+            f"{path}: exists and is no checkpoint; --force replaces no other files"
+        )

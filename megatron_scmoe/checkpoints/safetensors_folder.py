@@ -1,0 +1,129 @@
+"""Folders with safetensors files, as Hugging Face's libraries read and write them."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_PATTERN = "model{suffix}.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(folder: str | os.PathLike) -> dict[str, LazyTensor]:
+    """The tensors of a model folder by name; values are read from the files when loaded.
+
+    Raises:
+        ConversionError: if a file is missing, truncated or does not hold what the index says.
+    """
+    folder = Path(folder)
+    where = _read_index(folder)
+    files = {name: _open(folder / name) for name in sorted(set(where.values()))}
+    held = {name: set(file.keys()) for name, file in files.items()}
+    tensors = {}
+    for key, name in where.items():
+        if key not in held[name]:
+            raise ConversionError(f"{folder / name}: no tensor {key}, which {INDEX} says is there")
+        tensors[key] = _lazy(files[name], folder / name, key)
+    for name, keys in held.items():
+        for key in sorted(keys - where.keys()):
+            raise ConversionError(f"{folder / name}: tensor {key} is not in {INDEX}")
+    return tensors
+
+
+def write_safetensors(
+    folder: str | os.PathLike, tensors: dict[str, LazyTensor], max_shard_size: str | int = "5GB"
+) -> None:
+    """Write one shard after the other, and the index if there is more than one.
+
+    Args:
+        folder: an existing folder.
+        tensors: by name.
+        max_shard_size: in bytes, or a number with a unit ("5GB"); also the bound of the memory used,
+            unless a single tensor is larger.
+
+    Raises:
+        ConversionError: if the size cannot be read, or a tensor cannot be loaded.
+    """
+    folder = Path(folder)
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            get_storage_id=lambda tensor: None,
+            filename_pattern=_PATTERN,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(
+            f"--max-shard-size {max_shard_size}: accepted: a number of bytes, or one with a unit (5GB)"
+        ) from error
+    with tqdm(total=total_bytes(tensors), unit="B", unit_scale=True, disable=None) as bar:
+        for name, keys in split.filename_to_tensors.items():
+            shard = {}
+            for key in keys:
+                bar.set_postfix_str(key, refresh=False)
+                shard[key] = tensors[key].load()
+                bar.update(tensors[key].nbytes)
+            save_file(shard, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File name by tensor name."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise ConversionError(f"{folder}: neither {INDEX} nor {SINGLE}")
+        return dict.fromkeys(_open(folder / SINGLE).keys(), SINGLE)
+    try:
+        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{folder / INDEX}: not an index of safetensors files") from error
+    for name in where.values():
+        if Path(name).name != name:
+            raise ConversionError(f"{folder / INDEX}: {name} is not a file of this folder")
+    return where
+
+
+def _open(file: Path):
+    if not file.exists():
+        raise ConversionError(f"{file}: no such file (a missing shard)")
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ConversionError(f"{file}: truncated, or no safetensors file ({error})") from error
+
+
+def _lazy(file, path: Path, key: str) -> LazyTensor:
+    part = file.get_slice(key)
+    if part.get_dtype() not in _DTYPES:
+        raise ConversionError(f"{path}: tensor {key} has the unknown dtype {part.get_dtype()}")
+
+    def read(box):
+        return file.get_slice(key)[box] if box else file.get_tensor(key)
+
+    return LazyTensor(part.get_shape(), _DTYPES[part.get_dtype()], read)

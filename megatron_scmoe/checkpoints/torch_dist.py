@@ -1,0 +1,426 @@
+"""Megatron's distributed checkpoints (torch_dist), read and written in one process.
+
+PyTorch's distributed-checkpoint readers and writers do the work, without a process group. Nothing
+of a checkpoint is executed: its two pickles, ``.metadata`` and the object with the arguments, may
+name the types listed here and in Megatron's ``safe_globals`` and no others.
+"""
+
+import argparse
+import io
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    maybe_load_config,
+    save_config,
+)
+from megatron.core.safe_globals import SAFE_GLOBALS
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from tqdm import tqdm
+
+from megatron_scmoe.checkpoints.folder import TRACKER
+from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
+
+BACKEND = CheckpointingConfig("torch_dist", 1)
+
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "context_parallel_size",
+    "data_parallel_size",
+    "world_size",
+)
+"""Megatron's arguments that say on which layout of ranks a checkpoint was saved."""
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint:
+    """A checkpoint whose tensors are read when needed.
+
+    ``tensors`` holds the model's weights, by the one name this package uses whatever implementation
+    and layout saved them: one key a layer (``decoder.layers.3.…``), the experts of a layer stacked
+    along a first dimension (``….mlp.experts.experts.linear_fc1.weight``, [experts, out, in]), the
+    norm before a MoE as ``pre_mlp_layernorm``. Optimizer and random states are left out.
+    """
+
+    path: Path
+    iteration: int
+    args: argparse.Namespace | None
+    tensors: dict[str, LazyTensor]
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """The sizes in :data:`LAYOUT` at which it was saved."""
+        return {name: getattr(self.args, name) for name in LAYOUT if hasattr(self.args, name)}
+
+
+def read_megatron(path: str) -> MegatronCheckpoint:
+    """Open a checkpoint, whatever layout of ranks saved it.
+
+    Args:
+        path: what ``--save`` named (the last complete iteration is read), or an ``iter_...`` folder.
+
+    Raises:
+        ConversionError: if there is none, a file is missing or truncated, or it names a type that
+            a checkpoint does not need.
+    """
+    folder = _checkpoint_folder(Path(path).expanduser())
+    reader = _Reader(folder)
+    metadata = reader.read_metadata()
+    reader.check_files(metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    common = _read_common(folder, reader, metadata)
+    if (common.get("content_metadata") or {}).get("singleton_local_shards"):
+        raise ConversionError(f"{folder}: saved with singleton_local_shards, which is not read")
+    stored = {
+        key: reader.tensor(key, entry)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not _OTHER_STATE.match(key)
+    }
+    return MegatronCheckpoint(
+        path=folder,
+        iteration=int(common.get("iteration", 0)),
+        args=common.get("args"),
+        tensors=_normal_form(stored),
+    )
+
+
+def write_megatron(
+    folder: Path, args: argparse.Namespace, tensors: dict[str, LazyTensor], description: str = ""
+) -> None:
+    """Write a checkpoint that Megatron loads on every layout with ``--load`` alone.
+
+    It is a release checkpoint: training starts at iteration 0 with a fresh optimizer. Tensors are
+    loaded one at a time, those of three and more dimensions one entry of the first at a time.
+
+    Args:
+        folder: an existing folder, which ``--load`` will name.
+        args: Megatron's arguments of the model (see arguments.py for a way to build them).
+        tensors: the weights, named as in :class:`MegatronCheckpoint`.
+        description: what the progress bar says.
+    """
+    release = folder / "release"
+    release.mkdir()
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": True},
+    }
+    objects = {_object_key("common_state"): common} | dict.fromkeys(_extra_states(tensors))
+    with tqdm(
+        total=total_bytes(tensors), desc=description, unit="B", unit_scale=True, disable=None
+    ) as bar:
+        dcp.save(
+            {**objects, **tensors},
+            storage_writer=_Writer(release),
+            planner=_SavePlanner(bar),
+            no_dist=True,
+        )
+    save_config(BACKEND, str(release))
+    (folder / TRACKER).write_text("release")
+
+
+_OTHER_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine")
+
+_METADATA_MODULES = "torch.distributed.checkpoint."
+_METADATA_TYPES = {
+    (_METADATA_MODULES + "filesystem", "_StorageInfo"),
+    (_METADATA_MODULES + "filesystem", "_StoragePrefix"),
+    (_METADATA_MODULES + "metadata", "BytesStorageMetadata"),
+    (_METADATA_MODULES + "metadata", "ChunkStorageMetadata"),
+    (_METADATA_MODULES + "metadata", "Metadata"),
+    (_METADATA_MODULES + "metadata", "MetadataIndex"),
+    (_METADATA_MODULES + "metadata", "StorageMeta"),
+    (_METADATA_MODULES + "metadata", "TensorProperties"),
+    (_METADATA_MODULES + "metadata", "TensorStorageMetadata"),
+    (_METADATA_MODULES + "metadata", "_MEM_FORMAT_ENCODING"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_TYPES:
+            return super().find_class(module, name)
+        raise ConversionError(f"refers to {module}.{name}, which no checkpoint needs")
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's reader, with restricted pickles and reading parts of tensors on request."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        file = Path(self.path) / ".metadata"
+        try:
+            with file.open("rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+        except ConversionError as error:
+            raise ConversionError(f"{file}: {error}") from error
+        except FileNotFoundError as error:
+            raise ConversionError(f"{file}: no such file") from error
+        except Exception as error:  # a damaged pickle fails in many ways
+            raise ConversionError(f"{file}: damaged ({error})") from error
+        if not isinstance(metadata, Metadata):
+            raise ConversionError(f"{file}: not the metadata of a distributed checkpoint")
+        return metadata
+
+    def check_files(self, metadata: Metadata) -> None:
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ConversionError(f"{self.path}: {info.relative_path} lies outside the folder")
+            end = info.offset + info.length
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
+        for name, end in ends.items():
+            file = Path(self.path) / name
+            if not file.is_file():
+                raise ConversionError(f"{file}: no such file")
+            if file.stat().st_size < end:
+                raise ConversionError(
+                    f"{file}: truncated, {file.stat().st_size} bytes instead of {end}"
+                )
+
+    def tensor(self, key: str, entry: TensorStorageMetadata) -> LazyTensor:
+        dtype = entry.properties.dtype
+
+        def read(box):
+            offsets = torch.Size(part.start for part in box)
+            sizes = torch.Size(part.stop - part.start for part in box)
+            planner = _LoadPlanner(torch.empty(sizes, dtype=dtype))
+            items = create_read_items_for_chunk_list(
+                key, entry, [ChunkStorageMetadata(offsets, sizes)]
+            )
+            try:
+                self.read_data(LoadPlan(items), planner)
+            except Exception as error:  # zip, pickle and file errors: the message is what matters
+                raise ConversionError(f"{self.path}: tensor {key}: {_line(error)}") from error
+            if planner.missing:
+                raise ConversionError(f"{self.path}: tensor {key}: parts of it are missing")
+            return planner.target
+
+        return LazyTensor(entry.size, dtype, read)
+
+    def object(self, key: str, metadata: Metadata):
+        """An object, as ``torch.load`` with Megatron's list of safe types gives it."""
+        info = metadata.storage_data[MetadataIndex(key)]
+        file = Path(self.path) / info.relative_path
+        with file.open("rb") as stream:
+            stream.seek(info.offset)
+            return _load_safely(io.BytesIO(stream.read(info.length)), file)
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Puts what is read for one tensor where it belongs."""
+
+    def __init__(self, target: torch.Tensor):
+        super().__init__()
+        self.target = target
+        self.missing = target.numel()
+
+    def resolve_tensor(self, read_item):
+        part = self.target
+        for dim, (start, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
+            part = part.narrow(dim, start, size)
+        return part
+
+    def commit_tensor(self, read_item, tensor):
+        self.missing -= tensor.numel()
+
+
+def _load_safely(stream, file: Path):
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"refers to {found[1]}, which no checkpoint needs" if found else _line(error)
+        raise ConversionError(f"{file}: {what}") from error
+    except (RuntimeError, EOFError) as error:
+        raise ConversionError(f"{file}: damaged ({_line(error)})") from error
+
+
+def _read_common(folder: Path, reader: _Reader, metadata: Metadata) -> dict:
+    """What is no tensor: the arguments, the iteration and more. Empty if it was not saved."""
+    file = folder / "common.pt"  # older checkpoints
+    key = _object_key("common_state")
+    if file.exists():
+        with file.open("rb") as stream:
+            common = _load_safely(stream, file)
+    elif key in metadata.state_dict_metadata:
+        (common,) = reader.object(key, metadata)
+    else:
+        common = {}
+    if not isinstance(common, dict):
+        raise ConversionError(f"{folder}: its common state is no dictionary")
+    return common
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    tracker = path / TRACKER
+    if tracker.is_file():
+        word = tracker.read_text().strip()
+        if word != "release" and not word.isdigit():
+            raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
+        path = path / (word if word == "release" else f"iter_{int(word):07d}")
+    config = maybe_load_config(str(path)) if path.is_dir() else None
+    if config is None or config.sharded_backend != BACKEND.sharded_backend:
+        raise ConversionError(
+            f"{path}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ folder"
+        )
+    return path
+
+
+def _normal_form(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """One key a layer, and the keys of Transformer Engine (see :class:`MegatronCheckpoint`)."""
+    tensors = {}
+    for key, tensor in stored.items():
+        match = re.fullmatch(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)", key)
+        if match:  # equal layers are saved as one stack
+            for i in range(tensor.shape[0]):
+                tensors[f"{match[1]}.{i}.{match[2]}"] = tensor.index(i)
+        else:
+            tensors[key] = tensor
+    for key in list(tensors):  # Megatron's local implementation of a MoE; see spec.py
+        layer, found, kind = key.partition(".mlp.linear_fc1.layer_norm_")
+        if found and f"{layer}.mlp.router.weight" in tensors:
+            tensors[f"{layer}.pre_mlp_layernorm.{kind}"] = tensors.pop(key)
+    return tensors
+
+
+def _object_key(name: str, shape: tuple = (1,), offset: tuple = (0,)) -> str:
+    return ShardedObject(name, None, shape, offset).unique_key
+
+
+def _extra_states(tensors: dict[str, LazyTensor]) -> Iterator[str]:
+    """Megatron asks for an extra state of each module, empty unless it computes in FP8.
+
+    Which modules have one depends on the implementation; it loads what it asks for.
+    """
+    modules = {key.rpartition(".")[0] for key in tensors}
+    layers = {key.partition(".self_attention.")[0] for key in tensors if ".self_attention." in key}
+    for name in sorted(modules | {f"{layer}.self_attention.core_attention" for layer in layers}):
+        stacked = ".experts.experts." in name
+        count = tensors[f"{name}.weight"].shape[0] if stacked else 1
+        for i in range(count):
+            yield _object_key(f"{name}._extra_state", (count,), (i,))
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Plans from shapes alone, and loads a tensor when the writer asks for it."""
+
+    def __init__(self, bar: tqdm):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.bar = bar
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for key, value in self.state_dict.items():
+            if isinstance(value, LazyTensor):
+                items.extend(_write_items(key, value))
+            else:
+                items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, item: WriteItem):
+        value = self.state_dict[item.index.fqn]
+        if item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([value], stream)
+            return stream
+        self.bar.set_postfix_str(item.index.fqn, refresh=False)
+        if len(value.shape) > 2:
+            i = item.index.offset[0]
+            value = value.narrow(0, i, 1)
+        tensor = value.load()
+        self.bar.update(tensor.nbytes)
+        return tensor
+
+
+def _write_items(key: str, tensor: LazyTensor) -> Iterator[WriteItem]:
+    """One item a tensor; of a stack, one item an entry."""
+    parts = tensor.shape[0] if len(tensor.shape) > 2 else 1
+    sizes = torch.Size((1, *tensor.shape[1:])) if len(tensor.shape) > 2 else tensor.shape
+    for i in range(parts):
+        offsets = torch.Size([i, *[0] * (len(sizes) - 1)] if sizes else [])
+        yield WriteItem(
+            MetadataIndex(key, offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets, sizes),
+                properties=TensorProperties(dtype=tensor.dtype),
+                size=tensor.shape,
+            ),
+        )
+
+
+class _Writer(dcp.FileSystemWriter):
+    """PyTorch's writer, which holds the tensors of a file until it is complete, in several files."""
+
+    FILE_BYTES = 2**30
+
+    def __init__(self, path: Path):
+        super().__init__(path, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner) -> Future[list[WriteResult]]:
+        results = []
+        for number, items in enumerate(self._files(plan.items)):
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = replace(plan, items=items, storage_data=prefix)
+            results.extend(super().write_data(part, planner).wait())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)  # the path is a temporary one
+
+    def _files(self, items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+        file: list[WriteItem] = []
+        filled = 0
+        for item in items:
+            data = item.tensor_data
+            size = data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 0
+            if file and filled + size > self.FILE_BYTES:
+                yield file
+                file, filled = [], 0
+            file.append(item)
+            filled += size
+        yield file
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,6 +8,7 @@ import queue
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.checkpointing import (
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
@@ -35,6 +36,29 @@ def leave_out_missing_fusions(args) -> None:
         args.masked_softmax_fusion = False
         if args.transformer_impl == "local":
             warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
+
+
+def transformer_config(args):
+    """Megatron's ``TransformerConfig`` of parsed flags, with the one that it parses and forgets.
+
+    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu.
+    """
+    config = core_transformer_config_from_args(args)
+    if args.openai_gelu and not config.gated_linear_unit:
+        config.activation_func = tanh_gelu
+    return config
+
+
+def gpt_config(args, config):
+    """Megatron's ``GPTModelConfig``, with ``--rope-scaling-factor``, which it leaves at 8."""
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    return model_config
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.module import Float16Module
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
@@ -246,8 +245,8 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
             not go together.
     """
     args = _settings(checkpoint, layout, dtype)
-    config = core_transformer_config_from_args(args)
-    model_config = gpt_config_from_args(args, config=config)
+    config = compat.transformer_config(args)
+    model_config = compat.gpt_config(args, config)
     scmoe = checkpoint.scmoe
     if scmoe is not None:
         keys = compat.has_local_norm_keys(checkpoint.folder, checkpoint.step)
@@ -439,7 +438,9 @@ def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None)
     args.sequence_parallel = layout.tensor > 1
     args.pipeline_model_parallel_size = layout.pipeline
     args.expert_model_parallel_size = layout.expert
-    args.expert_tensor_parallel_size = layout.tensor
+    # Megatron's default; experts with biases cannot be split.
+    with_bias = args.num_experts and args.add_bias_linear
+    args.expert_tensor_parallel_size = 1 if with_bias else layout.tensor
     args.rank = torch.distributed.get_rank()
     args.world_size = torch.distributed.get_world_size()
     if not HAVE_TE:
@@ -453,6 +454,10 @@ def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None)
 
 
 _OF_THE_RUN = dict(
+    tensor_parallel_num_weight_shards=None,
+    expert_tensor_parallel_num_weight_shards=None,
+    gtp_weight_remat_size=1,
+    expert_gtp_weight_remat_size=1,
     virtual_pipeline_model_parallel_size=None,
     pipeline_model_parallel_layout=None,
     decoder_first_pipeline_num_layers=None,
@@ -547,7 +552,8 @@ def _batches(sequences: Sequences, size: int, ranks: int) -> list[_Batch]:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
     """Cross entropy [b, s] from logits [b, s, v / TP]; entries from ``vocab_size`` on left out."""
-    logits = logits.float().transpose(0, 1).contiguous()  # Megatron's order; its own copy, too
+    # Megatron's order of dimensions; a copy, as its cross entropy works in place.
+    logits = logits.float().transpose(0, 1).clone(memory_format=torch.contiguous_format)
     if vocab_size is not None:
         local = logits.shape[-1]
         first = parallel_state.get_tensor_model_parallel_rank() * local

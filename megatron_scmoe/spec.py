@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
-from megatron_scmoe.moe_layer import ScMoELayer
+from megatron_scmoe.moe_layer import BiasedSharedExpert, ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
@@ -81,7 +81,7 @@ def build_block_spec(
             path = RoutedPath(resolve_schedule(scmoe))
             if config.moe_shared_expert_intermediate_size is None:
                 submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
-            specs.append(_moe_block(submodules, scmoe, path, norm, local_norm_keys))
+            specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
         elif needs_dense_partner(scmoe):
             specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
         else:
@@ -119,7 +119,7 @@ def _is_moe(spec: ModuleSpec) -> bool:
 
 
 def _moe_block(
-    submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
+    config, submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
 ) -> ModuleSpec:
     """The MoE block's spec: Megatron's, with our MLP and with the keys of Transformer Engine.
 
@@ -128,6 +128,9 @@ def _moe_block(
     Transformer Engine implementation have the same keys.
     """
     parts = submodules.mlp.keywords["submodules"]
+    if config.add_bias_linear:
+        shared = functools.partial(BiasedSharedExpert, **parts.shared_experts.keywords)
+        parts = replace(parts, shared_experts=shared)
     if scmoe.combine == "cg1":
         parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
     submodules.mlp = functools.partial(

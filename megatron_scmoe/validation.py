@@ -181,6 +181,26 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
                 )
 
 
+def _check_activation(scmoe: ScMoEConfig, view: _View) -> None:
+    """Megatron's experts have no fused gelu and fail in their first forward."""
+    from_flags = view.swiglu is not None
+    gated = (view.swiglu or view.quick_geglu) if from_flags else view.gated_linear_unit
+    fused = view.bias_gelu_fusion if from_flags else view.bias_activation_fusion
+    other = from_flags and view.squared_relu
+    if fused and not gated and not other:
+        raise ScMoEConfigError(
+            "experts with gelu and its fusion with the bias",
+            "Megatron's experts have no such kernel",
+            "--no-bias-gelu-fusion, or --swiglu",
+        )
+    if view.add_bias_linear and view.use_grouped_gemm_for_shared_expert:
+        raise ScMoEConfigError(
+            "--use-grouped-gemm-for-shared-expert without --disable-bias-linear",
+            "the fused shared expert has no biases",
+            "one of them",
+        )
+
+
 def _check_recompute(scmoe: ScMoEConfig, view: _View) -> None:
     if view.recompute_granularity == "selective" and "moe" in (view.recompute_modules or ()):
         raise ScMoEConfigError(
@@ -361,6 +381,7 @@ _CHECKS = (
     _check_combine,
     _check_router,
     _check_dispatcher,
+    _check_activation,
     _check_recompute,
     _check_local_implementation,
 )

@@ -11,17 +11,14 @@ go on to the rendezvous; if the first one stops, the launcher ends them there.
 import copy
 import json
 import os
-import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
-import torch
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -31,6 +28,8 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
@@ -411,53 +410,16 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
 def _find_flaw_of_shards(folder: Path) -> str | None:
     """Compare the files of a distributed checkpoint with the byte ranges in its ``.metadata``."""
     try:
-        with open(folder / ".metadata", "rb") as stream:
-            places = _MetadataUnpickler(stream).load().storage_data
+        metadata = read_metadata(folder)
     except FileNotFoundError:
         return f"{folder / '.metadata'} is missing"
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         return f"{folder / '.metadata'} is unreadable ({_reason(error)})"
-    ends = {}
-    for place in places.values():
-        end = place.offset + place.length
-        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
-    for name, end in sorted(ends.items()):
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size < end:
-            return f"{file} is truncated ({file.stat().st_size} of {end} bytes)"
-    return None
+    return find_flaw_of_files(folder, metadata)
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the ``.metadata`` of torch.distributed.checkpoint and runs nothing of anyone else's."""
-
-    _KNOWN: ClassVar[Mapping[str, Set[str]]] = {
-        "torch": {"Size"} | {n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "pathlib": {"Path", "PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str):
-        if name not in self._KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
 
 
 def _check_writable(flag: str, folder: str) -> None:

@@ -6,7 +6,8 @@ It computes shapes and dtypes only; a writer then loads one tensor after the oth
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -158,6 +159,34 @@ def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
 def total_bytes(tensors: dict[str, LazyTensor]) -> int:
     """Size of all values in bytes."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_tensors(
+    where: str | os.PathLike,
+    tensors: Mapping[str, LazyTensor],
+    expected: Mapping[str, Sequence[int]],
+) -> None:
+    """Refuse tensors that are missing, left over or of another shape.
+
+    Args:
+        where: the file or folder they come from.
+        tensors: what is there.
+        expected: shapes by name.
+
+    Raises:
+        ConversionError: it names the first such tensor.
+    """
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ConversionError(f"{where}: tensor {name} is missing")
+        found = tensors[name].shape
+        if tuple(found) != tuple(shape):
+            raise ConversionError(
+                f"{where}: tensor {name} has the shape {list(found)} instead of {list(shape)}"
+            )
+    for name in tensors:
+        if name not in expected:
+            raise ConversionError(f"{where}: tensor {name} is left over, the model has none")
 
 
 def _whole(shape: Sequence[int]) -> Box:

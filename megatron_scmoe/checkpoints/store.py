@@ -4,6 +4,7 @@ from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.lazy import (
     ConversionError,
     LazyTensor,
+    check_tensors,
     concatenate,
     stack,
     total_bytes,
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionError",
     "LazyTensor",
     "MegatronCheckpoint",
+    "check_tensors",
     "concatenate",
     "new_folder",
     "read_megatron",

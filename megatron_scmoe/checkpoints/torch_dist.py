@@ -2,7 +2,7 @@
 
 PyTorch's distributed-checkpoint readers and writers do the work, without a process group. Nothing
 of a checkpoint is executed: its two pickles, ``.metadata`` and the object with the arguments, may
-name the types listed here and in Megatron's ``safe_globals`` and no others.
+name the types listed in metadata.py and in Megatron's ``safe_globals`` and no others.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
+from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
@@ -93,7 +94,6 @@ def read_megatron(path: str) -> MegatronCheckpoint:
     folder = _checkpoint_folder(Path(path).expanduser())
     reader = _Reader(folder)
     metadata = reader.read_metadata()
-    reader.check_files(metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     common = _read_common(folder, reader, metadata)
     if (common.get("content_metadata") or {}).get("singleton_local_shards"):
@@ -149,35 +149,6 @@ def write_megatron(
 
 _OTHER_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine")
 
-_METADATA_MODULES = "torch.distributed.checkpoint."
-_METADATA_TYPES = {
-    (_METADATA_MODULES + "filesystem", "_StorageInfo"),
-    (_METADATA_MODULES + "filesystem", "_StoragePrefix"),
-    (_METADATA_MODULES + "metadata", "BytesStorageMetadata"),
-    (_METADATA_MODULES + "metadata", "ChunkStorageMetadata"),
-    (_METADATA_MODULES + "metadata", "Metadata"),
-    (_METADATA_MODULES + "metadata", "MetadataIndex"),
-    (_METADATA_MODULES + "metadata", "StorageMeta"),
-    (_METADATA_MODULES + "metadata", "TensorProperties"),
-    (_METADATA_MODULES + "metadata", "TensorStorageMetadata"),
-    (_METADATA_MODULES + "metadata", "_MEM_FORMAT_ENCODING"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _METADATA_TYPES:
-            return super().find_class(module, name)
-        raise ConversionError(f"refers to {module}.{name}, which no checkpoint needs")
-
 
 class _Reader(dcp.FileSystemReader):
     """PyTorch's reader, with restricted pickles and reading parts of tensors on request."""
@@ -185,33 +156,15 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         file = Path(self.path) / ".metadata"
         try:
-            with file.open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-        except ConversionError as error:
-            raise ConversionError(f"{file}: {error}") from error
+            metadata = read_metadata(Path(self.path))
         except FileNotFoundError as error:
-            raise ConversionError(f"{file}: no such file") from error
-        except Exception as error:  # a damaged pickle fails in many ways
-            raise ConversionError(f"{file}: damaged ({error})") from error
-        if not isinstance(metadata, Metadata):
-            raise ConversionError(f"{file}: not the metadata of a distributed checkpoint")
+            raise ConversionError(f"{file} is missing") from error
+        except Exception as error:  # what a damaged pickle raises is anyone's guess
+            raise ConversionError(f"{file} is unreadable ({_line(error)})") from error
+        flaw = find_flaw_of_files(Path(self.path), metadata)
+        if flaw is not None:
+            raise ConversionError(flaw)
         return metadata
-
-    def check_files(self, metadata: Metadata) -> None:
-        ends: dict[str, int] = {}
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise ConversionError(f"{self.path}: {info.relative_path} lies outside the folder")
-            end = info.offset + info.length
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
-        for name, end in ends.items():
-            file = Path(self.path) / name
-            if not file.is_file():
-                raise ConversionError(f"{file}: no such file")
-            if file.stat().st_size < end:
-                raise ConversionError(
-                    f"{file}: truncated, {file.stat().st_size} bytes instead of {end}"
-                )
 
     def tensor(self, key: str, entry: TensorStorageMetadata) -> LazyTensor:
         dtype = entry.properties.dtype
@@ -266,10 +219,10 @@ def _load_safely(stream, file: Path):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"refers to {found[1]}, which no checkpoint needs" if found else _line(error)
-        raise ConversionError(f"{file}: {what}") from error
+        what = f"it asks for {found[1]}" if found else _line(error)
+        raise ConversionError(f"{file} is unreadable ({what})") from error
     except (RuntimeError, EOFError) as error:
-        raise ConversionError(f"{file}: damaged ({_line(error)})") from error
+        raise ConversionError(f"{file} is unreadable ({_line(error)})") from error
 
 
 def _read_common(folder: Path, reader: _Reader, metadata: Metadata) -> dict:

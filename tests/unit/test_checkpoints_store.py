@@ -363,34 +363,34 @@ class Evil:
 
 def evil_metadata(path):
     (path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    return r"\.metadata: refers to posix\.system"
+    return r"\.metadata is unreadable \(it asks for posix\.system\)"
 
 
 def evil_common(path):
     torch.save({"args": Evil()}, path / "common.pt")
-    return r"common\.pt: refers to posix\.system"
+    return r"common\.pt is unreadable \(it asks for posix\.system\)"
 
 
 def truncated(path):
     file = path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])
-    return r"__0_0\.distcp: truncated"
+    return r"__0_0\.distcp is truncated"
 
 
 def gone(path):
     (path / "__0_0.distcp").unlink()
-    return r"__0_0\.distcp: no such file"
+    return r"__0_0\.distcp is missing"
 
 
 def no_metadata(path):
     (path / ".metadata").unlink()
-    return r"\.metadata: no such file"
+    return r"\.metadata is missing"
 
 
 def damaged_metadata(path):
     file = path / ".metadata"
     file.write_bytes(file.read_bytes()[:-100])
-    return r"\.metadata: damaged"
+    return r"\.metadata is unreadable"
 
 
 def not_torch_dist(path):

@@ -1,0 +1,1 @@
+"""The model as transformers loads it; these files are copied beside the weights."""

@@ -1,0 +1,129 @@
+"""Megatron's arguments of a model: the part that a checkpoint has to carry, and how to build them."""
+
+import argparse
+from dataclasses import fields
+
+import torch
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.validation import ScMoEConfigError, validate
+
+MODEL_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "normalization",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "softmax_type",
+    "window_size",
+    "window_attn_skip_freq",
+    "attention_output_gate",
+    "apply_residual_connection_post_layernorm",
+    "untie_embeddings_and_output_weights",
+    "padded_vocab_size",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_dtype",
+    "moe_apply_probs_on_input",
+    "moe_latent_size",
+    *(
+        f"scmoe_{field.name}"
+        for field in fields(ScMoEConfig)
+        if field.name not in ("overlap", "expert_slot")  # how it is computed, not what
+    ),
+)
+"""The arguments that decide what a model computes; the others say how it is trained and where."""
+
+DTYPES = {torch.float32: None, torch.bfloat16: "--bf16", torch.float16: "--fp16"}
+
+
+def model_arguments(args: argparse.Namespace) -> dict:
+    """What of :data:`MODEL_ARGUMENTS` a checkpoint's arguments say."""
+    return {name: getattr(args, name) for name in MODEL_ARGUMENTS if hasattr(args, name)}
+
+
+def arguments_from_flags(
+    flags: list[str], dtype: torch.dtype, vocab_rows: int
+) -> argparse.Namespace:
+    """Megatron's arguments as a run of ``pretrain_gpt_scmoe.py`` with these flags would save them.
+
+    Args:
+        flags: what describes the model, and the tokenizer if there is one.
+        dtype: of the weights: float32, bfloat16 or float16.
+        vocab_rows: rows of the embedding, padding included.
+
+    Raises:
+        ConversionError: if the package cannot build such a model; it names the flag.
+    """
+    if dtype not in DTYPES:
+        raise ConversionError(f"weights of {dtype}: accepted are {', '.join(map(str, DTYPES))}")
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser.error = _refuse
+    args = add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
+    _derive(args, dtype, vocab_rows)
+    try:
+        validate(scmoe_config_from_args(args), args)
+    except ScMoEConfigError as error:
+        raise ConversionError(str(error)) from error
+    return args
+
+
+def _refuse(message: str) -> None:
+    raise ConversionError(message)
+
+
+def _derive(args: argparse.Namespace, dtype: torch.dtype, vocab_rows: int) -> None:
+    """What Megatron's own validation fills in, for one rank."""
+    args.params_dtype = dtype
+    args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    args.padded_vocab_size = vocab_rows
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    args.moe_ffn_hidden_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    args.seq_length = args.seq_length or args.max_position_embeddings
+    args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
+    args.rank, args.world_size, args.data_parallel_size = 0, 1, 1
+    args.iteration = 0
+    args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
+    args.moe_shared_expert_gate = args.scmoe_combine == "cg1"

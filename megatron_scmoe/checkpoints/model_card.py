@@ -1,0 +1,76 @@
+"""The README.md of an exported model: what is known of it, and nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_scmoe.checkpoints.formats import Tensors
+from megatron_scmoe.checkpoints.summary import count_parameters, millions
+from megatron_scmoe.checkpoints.torch_dist import MegatronCheckpoint
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- moe
+- scmoe
+---
+
+# {title}
+
+A language model with shortcut-connected mixtures of experts (ScMoE,
+[arXiv 2404.05019](https://arxiv.org/abs/2404.05019)), converted from a Megatron-Core checkpoint by
+megatron_scmoe.
+
+| | |
+| --- | --- |
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
+```
+{code}
+Data, evaluation, intended use and licence are not known to the converter.
+"""
+
+_CODE = """
+`trust_remote_code=True` runs `configuration_scmoe.py` and `modeling_scmoe.py` of this folder.
+"""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    checkpoint: MegatronCheckpoint,
+    tensors: Tensors,
+    tokenizer: str,
+    title: str,
+) -> str:
+    """The card of a model.
+
+    Args:
+        config: its ``config.json``.
+        checkpoint: what it was made of.
+        tensors: what is written.
+        tokenizer: which tokenizer goes with it.
+        title: the name of the folder.
+    """
+    args = checkpoint.args
+    total, active = count_parameters(checkpoint.tensors, args)
+    facts = {
+        "parameters": f"{millions(total)}, {millions(active)} of them active for a token",
+        "blocks": f"{args.num_layers}, hidden size {args.hidden_size}",
+        "experts": f"{args.num_experts}, {args.moe_router_topk} for a token",
+        "tap, combine": f"{args.scmoe_tap}, {args.scmoe_combine}",
+        "sequence length in training": args.seq_length,
+        "training iterations": checkpoint.iteration,
+        "dtype": config["dtype"],
+        "tokenizer": tokenizer,
+    }
+    own_code = "auto_map" in config
+    return _CARD.format(
+        title=title,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        trust=", trust_remote_code=True" if own_code else "",
+        code=_CODE if own_code else "",
+    )

@@ -1,0 +1,167 @@
+"""What a checkpoint or a model folder is, in lines for people."""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+from megatron_scmoe.checkpoints.folder import TRACKER
+from megatron_scmoe.checkpoints.formats import Tensors
+from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
+from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+
+ROUTED = ".mlp.experts."
+BUFFERS = (".expert_bias", ".qb_beta")
+
+
+def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
+    """Architecture, sizes, layout and parameter counts of a Megatron checkpoint or a model folder.
+
+    Args:
+        path: either of the two.
+        keys: list every tensor too.
+
+    Raises:
+        ConversionError: if it is neither, or damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ConversionError(f"{path}: no such folder")
+    if (path / "config.json").is_file():
+        rows, tensors = _describe_folder(path)
+    elif (path / TRACKER).is_file() or (path / "metadata.json").is_file():
+        rows, tensors = _describe_megatron(path)
+    else:
+        raise ConversionError(f"{path}: neither a Megatron checkpoint nor a model folder")
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {value}" for name, value in rows]
+    if keys:
+        width = max(map(len, tensors))
+        lines += ["", *(f"{key:{width}}  {_shape(tensors[key])}" for key in sorted(tensors))]
+    return lines
+
+
+def count_parameters(tensors: Tensors, args: argparse.Namespace) -> tuple[int, int]:
+    """All parameters of Megatron's tensors, and those that one token uses."""
+    sizes = {
+        name: tensor.shape.numel() for name, tensor in tensors.items() if not name.endswith(BUFFERS)
+    }
+    total = sum(sizes.values())
+    routed = sum(size for name, size in sizes.items() if ROUTED in name)
+    share = args.moe_router_topk / args.num_experts if getattr(args, "num_experts", None) else 1
+    return total, round(total - routed * (1 - share))
+
+
+def millions(count: int) -> str:
+    """A parameter count for people: 1.70 B, 323 M, 45312."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
+    checkpoint = read_megatron(path)
+    args, tensors = checkpoint.args, checkpoint.tensors
+    rows = [("checkpoint", f"Megatron torch_dist, {checkpoint.path}")]
+    rows.append(("iteration", str(checkpoint.iteration)))
+    if args is None:
+        rows.append(("arguments", "none were saved with it"))
+        total = sum(tensor.shape.numel() for tensor in tensors.values())
+        return [*rows, ("parameters", f"{total:,}"), ("dtypes", _dtypes(tensors))], tensors
+    total, active = count_parameters(tensors, args)
+    sizes = {
+        "blocks": args.num_layers,
+        "hidden": args.hidden_size,
+        "heads": args.num_attention_heads,
+        "ffn": args.ffn_hidden_size,
+        "embedding rows": args.padded_vocab_size,
+        "positions": args.max_position_embeddings,
+    }
+    rows.append(("architecture", _architecture(args)))
+    rows.append(("sizes", ", ".join(f"{name} {value}" for name, value in sizes.items())))
+    if args.num_experts:
+        shared = args.moe_shared_expert_intermediate_size
+        rows.append(
+            (
+                "experts",
+                f"{args.num_experts}, {args.moe_router_topk} for a token, ffn "
+                f"{args.moe_ffn_hidden_size}; shared expert {shared or 'none'}; "
+                f"moe_layer_freq {args.moe_layer_freq}",
+            )
+        )
+    rows += [
+        ("parameters", f"{total:,} ({millions(total)}), active {active:,} ({millions(active)})"),
+        ("dtypes", _dtypes(tensors)),
+        ("saved at", _layout(checkpoint.layout)),
+        ("tokenizer", f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip()),
+    ]
+    return rows, tensors
+
+
+def _describe_folder(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
+    from megatron_scmoe.checkpoints.convert import read_config
+
+    config, tensors = read_config(path), read_safetensors(path)
+    total = sum(tensor.shape.numel() for tensor in tensors.values())
+    sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
+    return [
+        ("model", f"Hugging Face folder, {path}"),
+        ("architecture", f"{config.get('model_type')} {config.get('architectures') or ''}".strip()),
+        ("sizes", ", ".join(f"{name} {value}" for name, value in sizes.items())),
+        ("parameters", f"{total:,} ({millions(total)})"),
+        ("bytes", f"{total_bytes(tensors):,}"),
+        ("dtypes", _dtypes(tensors)),
+    ], tensors
+
+
+_SIZES = (
+    "num_hidden_layers",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+    "max_position_embeddings",
+    "tap",
+    "combine",
+)
+
+_LAYOUT_NAMES = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "expert_model_parallel_size": "EP",
+    "expert_tensor_parallel_size": "ETP",
+    "context_parallel_size": "CP",
+    "data_parallel_size": "DP",
+    "world_size": "ranks",
+}
+
+
+def _architecture(args: argparse.Namespace) -> str:
+    if not args.num_experts:
+        return "dense GPT"
+    if not hasattr(args, "scmoe_tap"):
+        return "stock MoE GPT"
+    norm = f"router norm {args.scmoe_router_norm}"
+    post = ", post norm" if args.scmoe_post_norm else ""
+    return f"ScMoE GPT: tap {args.scmoe_tap}, combine {args.scmoe_combine}, {norm}{post}"
+
+
+def _layout(layout: dict[str, int]) -> str:
+    return ", ".join(f"{_LAYOUT_NAMES[name]} {size}" for name, size in layout.items())
+
+
+def _dtypes(tensors: Tensors) -> str:
+    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())
+
+
+def _shape(tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,133 @@
+"""Convert checkpoints: Megatron to Hugging Face and back, and look into both.
+
+    python tools/convert.py megatron-to-hf --load checkpoints/ --output model/
+    python tools/convert.py hf-to-megatron --input model/ --save checkpoints/
+    python tools/convert.py inspect checkpoints/ --keys
+
+It needs no GPU, and memory for the largest shard. A folder appears when it is complete; see
+docs/checkpoints.md.
+"""
+
+import logging
+import signal
+import sys
+import warnings
+from argparse import Namespace, _SubParsersAction
+from pathlib import Path
+
+from corpus import OneLineParser, UsageError, run_tool
+
+from megatron_scmoe import cpu
+
+
+def main(argv: list[str] | None = None) -> None:
+    quiet_imports()
+    from megatron_scmoe.checkpoints.lazy import ConversionError
+
+    parser = OneLineParser(description="Convert checkpoints, and look into them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(commands)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing half-written
+    try:
+        lines = args.run(args)
+    except ConversionError as error:
+        raise UsageError(str(error)) from error
+    print("\n".join(lines))
+
+
+def add_megatron_to_hf(commands: _SubParsersAction) -> None:
+    from megatron_scmoe.checkpoints.convert import parse_dtype
+    from megatron_scmoe.checkpoints.formats import NAMES
+
+    parser = commands.add_parser("megatron-to-hf", help="write a model folder for transformers")
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT",
+        help="what --save named in training, or an iter_ folder",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--format", choices=NAMES, default="scmoe", help="model_type to write")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
+        help="cast the weights (default: as they are)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE",
+        help="of a safetensors file, and of the memory used",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="PATH",
+        help="SentencePiece model or folder instead of the checkpoint's tokenizer; none: leave it out",
+    )  # fmt: skip
+    add_force(parser)
+    parser.set_defaults(run=run_megatron_to_hf)
+
+
+def run_megatron_to_hf(args: Namespace) -> list[str]:
+    from megatron_scmoe.checkpoints.convert import megatron_to_hf
+
+    return megatron_to_hf(
+        args.load,
+        args.output,
+        model_type=args.format,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        tokenizer=args.tokenizer,
+        force=args.force,
+    )
+
+
+def add_hf_to_megatron(commands: _SubParsersAction) -> None:
+    from megatron_scmoe.checkpoints.convert import parse_dtype
+
+    parser = commands.add_parser("hf-to-megatron", help="write a checkpoint for --load")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="DIR",
+        help="model folder; its config.json says what it is",
+    )  # fmt: skip
+    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder to make")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
+        help="cast the weights (default: as they are)",
+    )  # fmt: skip
+    add_force(parser)
+    parser.set_defaults(run=run_hf_to_megatron)
+
+
+def run_hf_to_megatron(args: Namespace) -> list[str]:
+    from megatron_scmoe.checkpoints.convert import hf_to_megatron
+
+    return hf_to_megatron(args.input, args.save, dtype=args.dtype, force=args.force)
+
+
+def add_inspect(commands: _SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="say what a checkpoint or a model folder is")
+    parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR")
+    parser.add_argument("--keys", action="store_true", help="list every tensor")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(args: Namespace) -> list[str]:
+    from megatron_scmoe.checkpoints.summary import describe
+
+    return describe(args.path, args.keys)
+
+
+COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_inspect]
+"""What adds each subcommand's parser; it sets ``run`` to a function from arguments to lines."""
+
+
+def add_force(parser: OneLineParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+
+
+def quiet_imports() -> None:
+    """Megatron and PyTorch tell of missing GPUs on import; a converter needs none."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+
+
+if __name__ == "__main__":
+    run_tool(main)

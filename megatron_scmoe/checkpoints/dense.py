@@ -30,12 +30,14 @@ DTYPE_FLAGS = {torch.float32: [], torch.bfloat16: ["--bf16"], torch.float16: ["-
 class DenseModel:
     """A dense GPT in Megatron's terms.
 
-    ``flags`` are the model's flags of the pretraining script, ``tensors`` its weights by the keys of a
-    checkpoint, one key a layer.
+    ``flags`` are the model's flags of the pretraining script, ``tensors`` its weights by the keys of
+    a checkpoint, one key a layer; ``vocab_rows`` counts the embedding's rows, padding included.
     """
 
     flags: list[str]
     tensors: dict[str, LazyTensor]
+    dtype: torch.dtype
+    vocab_rows: int
 
 
 def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> DenseModel:
@@ -62,6 +64,8 @@ def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = Non
             *_tokenizer_flags(folder, config.vocab_size),
         ],
         tensors,
+        weights.dtype,
+        padded_vocab_size(config.vocab_size),
     )
 
 

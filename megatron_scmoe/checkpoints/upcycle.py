@@ -16,11 +16,8 @@ that ffn / F experts next to each other are a whole dense MLP.
 """
 
 import argparse
-import contextlib
 import copy
-import io
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,11 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_scmoe import compat
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe.checkpoints.arguments import arguments_from_flags
 from megatron_scmoe.checkpoints.dense import read_hugging_face
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
@@ -45,7 +43,7 @@ from megatron_scmoe.checkpoints.store import (
     write_megatron,
 )
 from megatron_scmoe.checkpoints.torch_dist import LAYOUT
-from megatron_scmoe.validation import moe_pattern, validate
+from megatron_scmoe.validation import ScMoEConfigError, moe_pattern, validate
 
 INITS = ("copy", "drop", "noise")
 
@@ -83,7 +81,9 @@ class Upcycling:
     """Of a Hugging Face model's weights in the checkpoint; None as in the files."""
 
 
-def upcycle(source: str, save: str, how: Upcycling, force: bool = False) -> list[str]:
+def upcycle(
+    source: str | os.PathLike, save: str | os.PathLike, how: Upcycling, force: bool = False
+) -> list[str]:
     """Write the upcycled checkpoint: a release one, which training starts from at iteration 0.
 
     Args:
@@ -93,27 +93,39 @@ def upcycle(source: str, save: str, how: Upcycling, force: bool = False) -> list
         force: replace a checkpoint that is there.
 
     Returns:
-        The flags of ``pretrain_gpt_scmoe.py`` that describe the model; also in FLAGS_FILE. Of a
-        Megatron source, those to add to the flags it was trained with.
+        What was done, in lines for the user. FLAGS_FILE in the new folder holds the flags of
+        ``pretrain_gpt_scmoe.py`` that describe the model; of a Megatron source, those to add to the
+        flags it was trained with.
 
     Raises:
-        ConversionError: for a source that cannot be upcycled, or a place that cannot be written.
-        ScMoEConfigError, ValueError, AssertionError: for settings that go not together.
+        ConversionError: for a source that cannot be upcycled, settings that do not go together, or
+            a place that cannot be written; nothing is written then.
     """
     _check(how)
-    if (Path(source) / "config.json").is_file():
-        dense = read_hugging_face(source, how.dtype)
-        flags = [*dense.flags, *_moe_flags(how, _parse_only(dense.flags))]
-        args = _parse(flags)
-        tensors = _upcycle_dense(dense.tensors, args, how)
-    else:
-        args, tensors, flags = _upcycle_megatron(source, how)
-    _judge(args)
+    try:
+        args, tensors, flags = _convert(Path(source).expanduser(), how)
+        _judge(args)
+    except (ScMoEConfigError, AssertionError) as error:  # of this package, and Megatron's own
+        raise ConversionError(" ".join(str(error).split()) or "unusable settings") from error
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors, "upcycling")
         (folder / FLAGS_FILE).write_text("\n".join(flags) + "\n")
-    return flags
+    return [
+        f"{source} -> {save}",
+        f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
+        f"the model's flags, a word a line: {Path(save) / FLAGS_FILE}",
+    ]
+
+
+def _convert(source: Path, how: Upcycling):
+    """Arguments, tensors and the flags that describe the model."""
+    if not (source / "config.json").is_file():
+        return _upcycle_megatron(source, how)
+    dense = read_hugging_face(source, how.dtype)
+    flags = [*dense.flags, *_moe_flags(how, _parse(dense.flags))]
+    args = arguments_from_flags(flags, dense.dtype, dense.vocab_rows)
+    return args, _upcycle_dense(dense.tensors, args, how), flags
 
 
 def _check(how: Upcycling) -> None:
@@ -133,7 +145,7 @@ def _check(how: Upcycling) -> None:
         raise ConversionError(f"--every-block with --tap {how.tap}: accepted: --tap pos1")
 
 
-def _upcycle_megatron(source: str, how: Upcycling):
+def _upcycle_megatron(source: Path, how: Upcycling):
     """Arguments, tensors and added flags from a stock Megatron checkpoint."""
     checkpoint = read_megatron(source)
     args = copy.copy(checkpoint.args)
@@ -149,11 +161,11 @@ def _upcycle_megatron(source: str, how: Upcycling):
         raise ConversionError("--dtype: it goes with a Hugging Face model only")
     if args.num_experts:
         flags = _flags_of_moe(how, args)
-        tensors = _upcycle_moe(checkpoint.tensors, args, _parse_only(flags))
+        tensors = _upcycle_moe(checkpoint.tensors, args, _parse(flags))
     else:
         flags = _moe_flags(how, args)
         tensors = checkpoint.tensors
-    given, defaults = vars(_parse_only(flags)), vars(_parse_only([]))
+    given, defaults = vars(_parse(flags)), vars(_parse([]))
     changed = {k: v for k, v in given.items() if v != defaults[k] or k.startswith("scmoe_")}
     vars(args).update(changed | dict.fromkeys(LAYOUT, 1))
     if not checkpoint.args.num_experts:
@@ -239,20 +251,8 @@ def _scmoe_flags(how: Upcycling, combine: str) -> list[str]:
     return [*flags, "--scmoe-router-norm", how.router_norm]
 
 
-def _parse_only(flags: list[str]) -> argparse.Namespace:
-    given, sys.argv = sys.argv, ["pretrain_gpt_scmoe.py", *flags]  # where Megatron looks
-    try:
-        return parse_args(add_scmoe_args)
-    finally:
-        sys.argv = given
-
-
 def _parse(flags: list[str]) -> argparse.Namespace:
-    """Megatron's arguments as training with these flags would save them."""
-    args = _parse_only([*flags, "--micro-batch-size", "1"])
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it has set
-        validate_args(args)
-    return args
+    return add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser())).parse_args(flags)
 
 
 def _judge(args) -> None:

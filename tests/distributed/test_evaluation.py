@@ -1,6 +1,5 @@
 """tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -11,9 +10,8 @@ import pytest
 import torch
 
 from tests.harness import run_distributed, run_pretrain
+from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
-REPOSITORY = Path(__file__).parents[2]
-TOOLS = REPOSITORY / "tools"
 LENGTH, ROWS, VOCAB = 32, 7, 360
 
 MODEL = f"""
@@ -34,20 +32,13 @@ SCMOE = """
 """.split()
 
 
-def tool(name):
-    if str(TOOLS) not in sys.path:
-        sys.path.append(str(TOOLS))
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A tokenizer, training data, and held-out text of exactly ROWS sequences and one token."""
     folder = tmp_path_factory.mktemp("data")
     text = (REPOSITORY / "docs" / "architecture.md").read_text()
     (folder / "train.txt").write_text(text)
-    run = lambda name, *argv: tool(name).main([str(word) for word in argv])  # noqa: E731
-    run(
+    run_tool(
         "train_tokenizer",
         *("--input", folder / "train.txt", "--vocab-size", VOCAB),
         *("--output-prefix", folder / "small"),
@@ -58,7 +49,7 @@ def data(tmp_path_factory):
     assert tokenizer.tokenize(held_out) == ids
     (folder / "valid.txt").write_text(held_out)
     for name in ("train", "valid"):
-        run(
+        run_tool(
             "preprocess_data",
             *("--input", folder / f"{name}.txt", "--tokenizer-model", folder / "small.model"),
             *("--output-prefix", folder / name),
@@ -99,13 +90,14 @@ def evaluate(world_size, folder, data, out, **layout) -> dict:
 
 
 def _evaluate(folder, data, out, layout):
+    micro_batch = 2 if layout else 1
     from megatron_scmoe import evaluation
 
     checkpoint = evaluation.Checkpoint(folder)
     model = evaluation.build_model(checkpoint, evaluation.Layout(**layout))
     sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
     vocab_size = evaluation.tokenizer_of(checkpoint).vocab_size
-    report = evaluation.evaluate(model, sequences, vocab_size, 2, Path(out))
+    report = evaluation.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
     return vars(report)
 
 
@@ -138,12 +130,6 @@ def test_layouts_agree(data, trained, alone, tmp_path, layout):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), alone[1], atol=1e-5)
     assert report["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
     assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
-
-
-def test_stock_dense_model(data, tmp_path):
-    loss = train(data, tmp_path)
-    report = evaluate(1, tmp_path, data, tmp_path / "logits.npy")
-    assert report["padded_loss"] == pytest.approx(loss, rel=2e-6)
 
 
 def command(*flags, ranks=None):
@@ -193,7 +179,7 @@ def test_hugging_face_folder(data, llama, tmp_path, capsys):
     out = tmp_path / "logits.npy"
     rows = data / "rows.npy"
     flags = ["--hf", folder, "--tokens", rows, "--logits-out", out, "--micro-batch", 3]
-    tool("evaluate").main([str(word) for word in flags])
+    run_tool("evaluate", *flags)
     tokens = torch.from_numpy(np.load(rows))
     with torch.no_grad():
         expected = model(tokens, labels=tokens)
@@ -204,7 +190,7 @@ def test_hugging_face_folder(data, llama, tmp_path, capsys):
 
 def refusal(*flags) -> str:
     with pytest.raises(tool("corpus").UsageError) as refused:
-        tool("evaluate").main([str(word) for word in flags])
+        run_tool("evaluate", *flags)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 

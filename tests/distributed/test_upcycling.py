@@ -78,7 +78,7 @@ def folders(tmp_path_factory):
         kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
         model = getattr(transformers, kind)(config)
         for parameter in model.parameters():  # biases and norms too
-            torch.nn.init.normal_(parameter, mean=0.05, std=0.3)
+            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
         folder = tmp_path_factory.mktemp("dense")
         model.save_pretrained(folder)
         return folder
@@ -322,7 +322,9 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
     """A stock Megatron GPT with random weights, saved by Megatron."""
     models.init_parallel()
     torch.manual_seed(2)
-    placeholder = [] if "--num-experts" in flags else ["--num-experts", "2", "--scmoe-combine", "add"]
+    placeholder = (
+        [] if "--num-experts" in flags else ["--num-experts", "2", "--scmoe-combine", "add"]
+    )
     gated = "--moe-shared-expert-gate" in flags
     combine = placeholder or ["--scmoe-combine", "cg1" if gated else "add"]
     args = arguments_from_flags([*flags, *combine, "--scmoe-tap", "pos2"], torch.float32, 384)
@@ -335,7 +337,7 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(compat.gpt_config(args, config)).build_model(groups)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=0.05, std=0.3)
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
         if ".experts." in name and "linear_fc2" in name:
             parameter.data *= routed_scale
     metadata = models.checkpoint_metadata()
@@ -371,7 +373,9 @@ def test_stock_moe_checkpoint(tokens, tmp_path, combine):
         for i in (1, 3)
         for name in (
             "shortcut_layernorm.weight",
-            *{"cg1": ["shared_experts.gate_weight"], "cg2": ["combine_gate.weight"]}.get(combine, ()),
+            *{"cg1": ["shared_experts.gate_weight"], "cg2": ["combine_gate.weight"]}.get(
+                combine, ()
+            ),
         )
     }
     assert after.keys() - before.keys() == added

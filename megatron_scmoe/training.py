@@ -15,11 +15,14 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_scmoe import compat, preflight
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe.checkpoints.arguments import model_arguments
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
@@ -74,15 +77,37 @@ def parse_settings():
         ScMoEConfigError: for settings that ScMoE cannot work with.
         PreflightError: for files and folders that cannot serve.
     """
-    given = parse_args(add_scmoe_args)
+    add_args = add_scmoe_args
+    given = parse_args(add_args)
+    if given.use_checkpoint_args:
+        add_args = partial(_add_args_of_checkpoint, given)
+        given = parse_args(add_args)
     scmoe = scmoe_config_from_args(given)
     validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
-    args = parse_and_validate_args(add_scmoe_args)
+    args = parse_and_validate_args(add_args)
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe
+
+
+def _add_args_of_checkpoint(given, parser):
+    """Make what a checkpoint says of its model the default of the flags.
+
+    Megatron's ``--use-checkpoint-args`` takes over some of it (not the norms' epsilon, the rope's
+    scaling, the router's groups), and knows nothing of ``--scmoe-*``.
+    """
+    parser = add_scmoe_args(parser)
+    for folder in (given.load, given.pretrained_checkpoint):
+        if folder is not None and os.path.isfile(get_checkpoint_tracker_filename(folder)):
+            step = given.ckpt_step
+            path = (
+                folder if step is None else get_checkpoint_name(folder, step, return_base_dir=True)
+            )
+            parser.set_defaults(**model_arguments(read_megatron(path).args))
+            break
+    return parser
 
 
 def fail(message: str) -> None:

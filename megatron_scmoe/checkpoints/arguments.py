@@ -46,6 +46,7 @@ MODEL_ARGUMENTS = (
     "attention_output_gate",
     "apply_residual_connection_post_layernorm",
     "untie_embeddings_and_output_weights",
+    "vocab_size",
     "padded_vocab_size",
     "multi_latent_attention",
     "q_lora_rank",

@@ -21,9 +21,9 @@ from megatron_scmoe import cpu
 
 
 def leave_out_missing_fusions(args) -> None:
-    """Turn off the fused kernels that Megatron asks for by default and no installed package has.
+    """Turn off the fused kernels that Megatron asks for by default and does not have here.
 
-    They change speed, not results. Megatron stops instead, naming the flag to give.
+    No installed package has them, or Megatron has none for such experts. Megatron stops instead.
     """
     if args.apply_rope_fusion and not HAVE_TE:
         args.apply_rope_fusion = False
@@ -36,6 +36,13 @@ def leave_out_missing_fusions(args) -> None:
         args.masked_softmax_fusion = False
         if args.transformer_impl == "local":
             warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
+    plain_gelu = not (args.swiglu or args.quick_geglu or args.squared_relu)
+    if args.num_experts and plain_gelu and args.bias_gelu_fusion:
+        args.bias_gelu_fusion = False
+        warn_rank_0("experts with gelu: not fused with the bias (--no-bias-gelu-fusion)")
+    if args.num_experts and args.add_bias_linear and args.bias_dropout_fusion:
+        args.bias_dropout_fusion = False
+        warn_rank_0("experts with biases: not fused with dropout (--no-bias-dropout-fusion)")
 
 
 def transformer_config(args):

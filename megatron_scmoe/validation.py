@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -183,11 +184,8 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_activation(scmoe: ScMoEConfig, view: _View) -> None:
     """Megatron's experts have no fused gelu and fail in their first forward."""
-    from_flags = view.swiglu is not None
-    gated = (view.swiglu or view.quick_geglu) if from_flags else view.gated_linear_unit
-    fused = view.bias_gelu_fusion if from_flags else view.bias_activation_fusion
-    other = from_flags and view.squared_relu
-    if fused and not gated and not other:
+    fused = view.bias_activation_fusion  # of a TransformerConfig; flags are mended in compat.py
+    if fused and view.activation_func is torch.nn.functional.gelu and not view.gated_linear_unit:
         raise ScMoEConfigError(
             "experts with gelu and its fusion with the bias",
             "Megatron's experts have no such kernel",

@@ -109,30 +109,32 @@ def evaluate_checkpoint(args: Namespace):
     """Evaluate what --load names; on every rank."""
     import torch
 
-    from megatron_scmoe import evaluation
+    from megatron_scmoe import evaluation, loading
 
-    checkpoint = evaluation.Checkpoint(args.load, args.ckpt_step)
-    tokenizer = evaluation.tokenizer_of(checkpoint, args.tokenizer_model)
+    checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
+    vocab_size = checkpoint.args.vocab_size
+    if vocab_size is None or args.text is not None:
+        tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
+        vocab_size = vocab_size or tokenizer.vocab_size
     sequences = read_sequences(
         args,
         lambda text: np.array(tokenizer.tokenize(text), dtype=np.int64),
         args.sequence_length or checkpoint.args.seq_length,
     )
-    sequences.check(data_flag(args), tokenizer.vocab_size)
-    layout = evaluation.Layout(
+    sequences.check(data_flag(args), vocab_size)
+    layout = loading.Layout(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
     checkpoint.check_length(sequences.tokens.shape[1], layout)
-    initialise_ranks()
+    is_mine = initialise_ranks()
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     with megatron_said_nothing():
-        model = evaluation.build_model(checkpoint, layout, dtype)
-    report = evaluation.evaluate(
-        model, sequences, tokenizer.vocab_size, args.micro_batch, args.logits_out
-    )
-    torch.distributed.destroy_process_group()
+        model = loading.build_model(checkpoint, layout, dtype)
+    report = evaluation.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
+    if is_mine:
+        torch.distributed.destroy_process_group()
     return report
 
 
@@ -187,10 +189,12 @@ def data_flag(args: Namespace) -> str:
     return f"--text {args.text}" if args.text else f"--tokens {args.tokens}"
 
 
-def initialise_ranks() -> None:
-    """The process group: torchrun's, or one of this process alone."""
+def initialise_ranks() -> bool:
+    """Make the process group, torchrun's or one of this process alone; False if there is one."""
     import torch
 
+    if torch.distributed.is_initialized():
+        return False
     backend = "gloo" if cpu.is_enabled() else "nccl"
     if "WORLD_SIZE" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -198,6 +202,7 @@ def initialise_ranks() -> None:
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    return True
 
 
 @contextmanager

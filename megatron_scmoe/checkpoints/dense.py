@@ -254,7 +254,7 @@ def _gpt2_flags(config) -> list[str]:
         *("--ffn-hidden-size", _gpt2_ffn(config)),
         *("--normalization", "LayerNorm", "--norm-epsilon", config.layer_norm_epsilon),
         *("--attention-dropout", config.attn_pdrop, "--hidden-dropout", config.resid_pdrop),
-        *("--position-embedding-type", "learned_absolute"),
+        *("--position-embedding-type", "learned_absolute", "--no-bias-gelu-fusion"),
     ]
     if config.activation_function in _TANH_GELU:
         flags.append("--openai-gelu")

@@ -47,9 +47,6 @@ from megatron_scmoe.validation import ScMoEConfigError, moe_pattern, validate
 
 INITS = ("copy", "drop", "noise")
 
-FLAGS_FILE = "model_flags.txt"
-"""In the new folder: the flags of pretrain_gpt_scmoe.py that describe the model, a word a line."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
@@ -93,9 +90,7 @@ def upcycle(
         force: replace a checkpoint that is there.
 
     Returns:
-        What was done, in lines for the user. FLAGS_FILE in the new folder holds the flags of
-        ``pretrain_gpt_scmoe.py`` that describe the model; of a Megatron source, those to add to the
-        flags it was trained with.
+        What was done, in lines for the user.
 
     Raises:
         ConversionError: for a source that cannot be upcycled, settings that do not go together, or
@@ -103,29 +98,29 @@ def upcycle(
     """
     _check(how)
     try:
-        args, tensors, flags = _convert(Path(source).expanduser(), how)
+        args, tensors = _convert(Path(source).expanduser(), how)
         _judge(args)
     except (ScMoEConfigError, AssertionError) as error:  # of this package, and Megatron's own
         raise ConversionError(" ".join(str(error).split()) or "unusable settings") from error
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors, "upcycling")
-        (folder / FLAGS_FILE).write_text("\n".join(flags) + "\n")
     return [
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
-        f"the model's flags, a word a line: {Path(save) / FLAGS_FILE}",
+        f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args "
+        "--moe-token-dispatcher-type alltoall ...",
     ]
 
 
 def _convert(source: Path, how: Upcycling):
-    """Arguments, tensors and the flags that describe the model."""
+    """Arguments and tensors of the ScMoE model."""
     if not (source / "config.json").is_file():
         return _upcycle_megatron(source, how)
     dense = read_hugging_face(source, how.dtype)
     flags = [*dense.flags, *_moe_flags(how, _parse(dense.flags))]
     args = arguments_from_flags(flags, dense.dtype, dense.vocab_rows)
-    return args, _upcycle_dense(dense.tensors, args, how), flags
+    return args, _upcycle_dense(dense.tensors, args, how)
 
 
 def _check(how: Upcycling) -> None:
@@ -146,7 +141,7 @@ def _check(how: Upcycling) -> None:
 
 
 def _upcycle_megatron(source: Path, how: Upcycling):
-    """Arguments, tensors and added flags from a stock Megatron checkpoint."""
+    """Arguments and tensors from a stock Megatron checkpoint."""
     checkpoint = read_megatron(source)
     args = copy.copy(checkpoint.args)
     if args is None:
@@ -171,7 +166,7 @@ def _upcycle_megatron(source: Path, how: Upcycling):
     if not checkpoint.args.num_experts:
         tensors = _upcycle_dense(tensors, args, how)
     _forget_missing_tokenizer(args)
-    return args, tensors, flags
+    return args, tensors
 
 
 def _forget_missing_tokenizer(args) -> None:
@@ -207,9 +202,6 @@ def _moe_flags(how: Upcycling, args) -> list[str]:
         *("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", 0.01),
         *("--moe-token-dispatcher-type", "alltoall"),
         *(["--moe-router-pre-softmax"] if how.topk == 1 else []),
-        # Megatron's experts have no such fused kernels.
-        *([] if args.swiglu else ["--no-bias-gelu-fusion"]),
-        *(["--no-bias-dropout-fusion"] if args.add_bias_linear else []),
         *_scmoe_flags(how, how.combine or "cg1"),
     ]
     return [str(flag) for flag in flags]

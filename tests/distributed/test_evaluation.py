@@ -91,12 +91,12 @@ def evaluate(world_size, folder, data, out, **layout) -> dict:
 
 def _evaluate(folder, data, out, layout):
     micro_batch = 2 if layout else 1
-    from megatron_scmoe import evaluation
+    from megatron_scmoe import evaluation, loading
 
-    checkpoint = evaluation.Checkpoint(folder)
-    model = evaluation.build_model(checkpoint, evaluation.Layout(**layout))
+    checkpoint = loading.Checkpoint(folder)
+    model = loading.build_model(checkpoint, loading.Layout(**layout))
     sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
-    vocab_size = evaluation.tokenizer_of(checkpoint).vocab_size
+    vocab_size = loading.tokenizer_of(checkpoint).vocab_size
     report = evaluation.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
     return vars(report)
 

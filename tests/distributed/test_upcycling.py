@@ -1,5 +1,6 @@
 """Upcycling: dense models of each family, made by transformers, and stock Megatron checkpoints."""
 
+import argparse
 import json
 import shutil
 from functools import cache
@@ -10,13 +11,14 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
 from safetensors.torch import load_file, save_file
 
-from megatron_scmoe import compat, evaluation
-from megatron_scmoe.checkpoints.arguments import arguments_from_flags
+from megatron_scmoe import compat, evaluation, loading
+from megatron_scmoe.checkpoints.convert import megatron_to_hf
 from megatron_scmoe.checkpoints.store import ConversionError, read_megatron
-from megatron_scmoe.checkpoints.upcycle import FLAGS_FILE, Upcycling, upcycle
+from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -33,7 +35,7 @@ LLAMA = dict(
 )  # fmt: skip
 GPT2 = dict(
     vocab_size=VOCAB, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, bos_token_id=None,
-    eos_token_id=None,
+    eos_token_id=None, attn_pdrop=0.0, resid_pdrop=0.0,
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0,
@@ -66,6 +68,12 @@ DENSE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank():
+    """Megatron's process groups of this process."""
+    models.init_parallel()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Makes the folder of a model in DENSE, once."""
@@ -91,9 +99,9 @@ def tokens():
     return np.random.default_rng(1).integers(0, VOCAB, (3, LENGTH))
 
 
-def dense_logits(folder, tokens, change=None) -> np.ndarray:
+def dense_logits(folder, tokens, change=None, **settings) -> np.ndarray:
     """Logits by transformers; ``change`` may put hooks into the model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     if change is not None:
         change(model)
     with torch.no_grad():
@@ -102,10 +110,8 @@ def dense_logits(folder, tokens, change=None) -> np.ndarray:
 
 def logits(checkpoint, tokens, **layout) -> np.ndarray:
     """Logits by Megatron on this rank's part of a layout."""
-    if not layout:
-        models.init_parallel()
-    found = evaluation.Checkpoint(str(checkpoint))
-    model = evaluation.build_model(found, evaluation.Layout(**layout))
+    found = loading.Checkpoint(str(checkpoint))
+    model = loading.build_model(found, loading.Layout(**layout))
     out = Path(checkpoint) / "logits.npy"
     sequences = evaluation.Sequences.from_rows(tokens)
     evaluation.evaluate(model, sequences, found.args.vocab_size, 1, out)
@@ -190,6 +196,15 @@ def test_loads_on_layouts(folders, tokens, tmp_path, name, layout):
     np.testing.assert_allclose(found, dense_logits(folders(name), tokens), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["qwen3, tied", "gpt2", "gpt2, gelu, untied"])
+def test_goes_on_to_hugging_face(folders, tokens, tmp_path, name):
+    """Upcycled, then exported: the modelling code of ScMoE gives the dense model's logits."""
+    upcycle(folders(name), tmp_path / "ckpt", Upcycling(**EXPERTS))
+    megatron_to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    found = dense_logits(tmp_path / "hf", tokens, trust_remote_code=True)[..., :VOCAB]
+    np.testing.assert_allclose(found, dense_logits(folders(name), tokens), atol=TOLERANCE)
+
+
 def experts_of(checkpoint, block=1) -> dict[str, torch.Tensor]:
     tensors = read_megatron(checkpoint).tensors
     prefix = f"decoder.layers.{block}.mlp."
@@ -268,7 +283,7 @@ def corpus(folders, tmp_path_factory):
 
 
 def test_trains_from_the_loss_of_the_dense_model(corpus, tmp_path, capsys):
-    """The flags in the folder are those of the model; training moves experts apart."""
+    """With --use-checkpoint-args alone for the model; training moves experts apart."""
     save = tmp_path / "ckpt"
     run_tool(
         "convert", "upcycle", *("--input", corpus / "model", "--save", save),
@@ -281,16 +296,16 @@ def test_trains_from_the_loss_of_the_dense_model(corpus, tmp_path, capsys):
         losses.append(float(capsys.readouterr().out.split()[1]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
-    flags = (save / FLAGS_FILE).read_text().splitlines()
     run = run_pretrain(
         [
-            *flags,
+            "--use-checkpoint-args",
             *("--seq-length", str(LENGTH), "--data-path", str(corpus / "text_text_document")),
             *("--split", "100,0,0", "--transformer-impl", "local", "--num-workers", "0"),
             *("--distributed-backend", "gloo", "--micro-batch-size", "2"),
             *("--global-batch-size", "8", "--train-iters", "6", "--lr", "1e-3"),
             *("--eval-interval", "100", "--eval-iters", "0", "--log-interval", "1"),
-            *("--attention-dropout", "0", "--hidden-dropout", "0", "--lr-decay-style", "constant"),
+            *("--lr-decay-style", "constant", "--moe-aux-loss-coeff", "1e-2"),
+            *("--moe-token-dispatcher-type", "alltoall"),
             *("--expert-model-parallel-size", "2", "--load", str(save)),
             *("--save", str(tmp_path / "trained"), "--save-interval", "6"),
         ],
@@ -311,6 +326,7 @@ STOCK = f"""
     --swiglu --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-4
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --tokenizer-type NullTokenizer --vocab-size {VOCAB} --transformer-impl local
+    --no-persist-layer-norm
     --num-experts 4 --moe-layer-freq [0,1]*2 --moe-router-topk 2 --moe-ffn-hidden-size 24
     --moe-token-dispatcher-type alltoall
 """.split()
@@ -320,18 +336,10 @@ SHARED = ["--moe-shared-expert-intermediate-size", "40"]
 
 def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
     """A stock Megatron GPT with random weights, saved by Megatron."""
-    models.init_parallel()
     torch.manual_seed(2)
-    placeholder = (
-        [] if "--num-experts" in flags else ["--num-experts", "2", "--scmoe-combine", "add"]
-    )
-    gated = "--moe-shared-expert-gate" in flags
-    combine = placeholder or ["--scmoe-combine", "cg1" if gated else "add"]
-    args = arguments_from_flags([*flags, *combine, "--scmoe-tap", "pos2"], torch.float32, 384)
-    for name in [name for name in vars(args) if name.startswith("scmoe_")]:
-        delattr(args, name)
-    if placeholder:
-        args.num_experts = None
+    args = add_megatron_arguments(argparse.ArgumentParser()).parse_args(flags)
+    args.params_dtype, args.padded_vocab_size, args.kv_channels = torch.float32, 384, 8
+    args.expert_tensor_parallel_size = 1
     compat.leave_out_missing_fusions(args)
     config = compat.transformer_config(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -360,13 +368,21 @@ def test_stock_dense_checkpoint(tokens, tmp_path, combine):
     np.testing.assert_allclose(logits(tmp_path / "ckpt", tokens), expected, atol=TOLERANCE)
 
 
+@pytest.fixture(scope="module")
+def stock_moe(tmp_path_factory):
+    """Checkpoints of stock MoE models with shared experts; "silent": its routed output is zero."""
+    folder = tmp_path_factory.mktemp("stock")
+    save_stock(folder / "stock", [*STOCK, *SHARED])
+    save_stock(folder / "silent", [*STOCK, *SHARED], 0.0)
+    return folder
+
+
 @pytest.mark.parametrize("combine", ["add", "cg1", "cg2"])
-def test_stock_moe_checkpoint(tokens, tmp_path, combine):
+def test_stock_moe_checkpoint(stock_moe, tokens, tmp_path, combine):
     """All is kept; with a routed output of zero the logits are, whatever the tap."""
-    for name, scale in (("stock", 1.0), ("silent", 0.0)):
-        save_stock(tmp_path / name, [*STOCK, *SHARED], scale)
-        upcycle(tmp_path / name, tmp_path / f"{name} ckpt", Upcycling(combine=combine))
-    before = read_megatron(tmp_path / "stock").tensors
+    for name in ("stock", "silent"):
+        upcycle(stock_moe / name, tmp_path / f"{name} ckpt", Upcycling(combine=combine))
+    before = read_megatron(stock_moe / "stock").tensors
     after = read_megatron(tmp_path / "stock ckpt").tensors
     added = {
         f"decoder.layers.{i}.mlp.{name}"
@@ -386,10 +402,10 @@ def test_stock_moe_checkpoint(tokens, tmp_path, combine):
     norm = after["decoder.layers.1.pre_mlp_layernorm.weight"].load()
     assert torch.equal(after["decoder.layers.1.mlp.shortcut_layernorm.weight"].load(), norm)
 
-    expected = logits(tmp_path / "silent", tokens)
+    expected = logits(stock_moe / "silent", tokens)
     found = logits(tmp_path / "silent ckpt", tokens)
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
-    changed = logits(tmp_path / "stock ckpt", tokens) - logits(tmp_path / "stock", tokens)
+    changed = logits(tmp_path / "stock ckpt", tokens) - logits(stock_moe / "stock", tokens)
     assert np.abs(changed).max() > 0.1  # the experts read another representation
 
 

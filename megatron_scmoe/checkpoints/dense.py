@@ -357,29 +357,41 @@ def _common_flags(config) -> list:
 def _rope_flags(config) -> list:
     """Rotary embeddings: plain, linearly interpolated, or scaled as in Llama 3."""
     rope = dict(config.rope_parameters)
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
-    if theta != int(theta):
-        raise _refusal(config, "rope_parameters.rope_theta", theta, "a whole number")
-    flags = ["--position-embedding-type", "rope", "--rotary-base", int(theta)]
-    flags += ["--rotary-percent", rope.pop("partial_rotary_factor", 1.0)]
+    kind = rope.get("rope_type", "default")
+    _require_rope(config, "rope_type", "default", *_ROPE_KINDS)
+    _require_rope(config, "partial_rotary_factor", 1.0)
+    for name, value in _ROPE_KINDS.get(kind, {}).items():
+        _require_rope(config, name, value)
+    flags = ["--position-embedding-type", "rope", "--rotary-base", _whole(config, "rope_theta")]
     if kind == "linear":
-        factor = rope["factor"]
-        if factor != int(factor):
-            raise _refusal(config, "rope_parameters.factor", factor, "a whole number with linear")
-        return [*flags, "--rotary-seq-len-interpolation-factor", int(factor)]
+        flags += ["--rotary-seq-len-interpolation-factor", _whole(config, "factor")]
     if kind == "llama3":
-        fixed = {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        for name, value in fixed.items():
-            if rope[name] != value:
-                raise _refusal(config, f"rope_parameters.{name}", rope[name], value)
-        return [*flags, "--use-rope-scaling", "--rope-scaling-factor", rope["factor"]]
-    if kind != "default":
-        raise _refusal(config, "rope_parameters.rope_type", kind, "default, linear or llama3")
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", rope["factor"]]
     return flags
+
+
+_ROPE_KINDS = {
+    "linear": {},
+    "llama3": {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+"""Kinds of RoPE beside the default, and the values that Megatron has fixed."""
+
+
+def _require_rope(config, name: str, *accepted) -> None:
+    value = config.rope_parameters.get(name, accepted[0])
+    if value not in accepted:
+        raise _refusal(config, f"rope_parameters.{name}", value, " or ".join(map(str, accepted)))
+
+
+def _whole(config, name: str) -> int:
+    value = config.rope_parameters.get(name)
+    if value is None or value != int(value):
+        raise _refusal(config, f"rope_parameters.{name}", value, "a whole number")
+    return int(value)
 
 
 def _window_flags(config) -> list:

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -123,6 +124,19 @@ class BiasedSharedExpert(SharedExpertMLP):
                 torch.nn.functional.linear(hidden_states, self.gate_weight)
             )
         return output
+
+
+class BiasedExpertLinear(RowParallelLinear):
+    """The down-projection of a routed expert with biases, in the local implementation.
+
+    Megatron adds the bias in place; without ranks to reduce over, what it adds to is a view, and
+    autograd refuses.
+    """
+
+    def forward(self, input_: Tensor):
+        """[tokens, ffn] -> a tensor of its own [tokens, h], and the bias [h]."""
+        output, bias = super().forward(input_)
+        return output.clone(), bias
 
 
 def _build_with_bias(build, *args, bias: bool, **kwargs):

@@ -13,8 +13,9 @@ from dataclasses import fields, replace
 import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
-from megatron_scmoe.moe_layer import BiasedSharedExpert, ScMoELayer
+from megatron_scmoe.moe_layer import BiasedExpertLinear, BiasedSharedExpert, ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
@@ -129,8 +130,7 @@ def _moe_block(
     """
     parts = submodules.mlp.keywords["submodules"]
     if config.add_bias_linear:
-        shared = functools.partial(BiasedSharedExpert, **parts.shared_experts.keywords)
-        parts = replace(parts, shared_experts=shared)
+        parts = _with_biases(parts)
     if scmoe.combine == "cg1":
         parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
     submodules.mlp = functools.partial(
@@ -145,6 +145,16 @@ def _moe_block(
         params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},
         submodules=submodules,
     )
+
+
+def _with_biases(parts: MoESubmodules) -> MoESubmodules:
+    """Replace what of Megatron's experts cannot have biases."""
+    shared = functools.partial(BiasedSharedExpert, **parts.shared_experts.keywords)
+    linears = parts.experts.keywords["submodules"]
+    if linears.linear_fc2 is RowParallelLinear:
+        linears = replace(linears, linear_fc2=BiasedExpertLinear)
+    experts = functools.partial(parts.experts.func, submodules=linears)
+    return replace(parts, shared_experts=shared, experts=experts)
 
 
 def _with_gate(build_shared_experts, *, gate: bool, **kwargs):

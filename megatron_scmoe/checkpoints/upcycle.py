@@ -154,25 +154,22 @@ def _upcycle_megatron(source: Path, how: Upcycling):
         )
     if how.dtype is not None:
         raise ConversionError("--dtype: it goes with a Hugging Face model only")
-    if args.num_experts:
-        flags = _flags_of_moe(how, args)
-        tensors = _upcycle_moe(checkpoint.tensors, args, _parse(flags))
-    else:
-        flags = _moe_flags(how, args)
-        tensors = checkpoint.tensors
-    given, defaults = vars(_parse(flags)), vars(_parse([]))
-    changed = {k: v for k, v in given.items() if v != defaults[k] or k.startswith("scmoe_")}
-    vars(args).update(changed | dict.fromkeys(LAYOUT, 1))
-    if not checkpoint.args.num_experts:
-        tensors = _upcycle_dense(tensors, args, how)
+    is_moe = bool(args.num_experts)
+    given = vars(_parse(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
+    gained = ("scmoe_",) if is_moe else ("scmoe_", "moe_", "num_experts")
+    vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
+    vars(args).update(dict.fromkeys(LAYOUT, 1))
     _forget_missing_tokenizer(args)
-    return args, tensors
+    if is_moe:
+        return args, _upcycle_moe(checkpoint.tensors, args)
+    return args, _upcycle_dense(checkpoint.tensors, args, how)
 
 
 def _forget_missing_tokenizer(args) -> None:
-    """Name no tokenizer file that is not there (any more)."""
+    """Name no tokenizer that is not there (any more); a name on Hugging Face's hub is no path."""
     model = args.tokenizer_model
-    if model is not None and not os.path.exists(model):
+    on_hub = args.tokenizer_type == "HuggingFaceTokenizer" and not os.path.isabs(model or "")
+    if model is not None and not on_hub and not os.path.exists(model):
         args.tokenizer_model = None
 
 
@@ -376,16 +373,16 @@ class _Expert:
         return _generator(self.how.seed, self.layer, self.index, number + 1)
 
 
-def _upcycle_moe(tensors: dict[str, LazyTensor], args, scmoe) -> dict[str, LazyTensor]:
+def _upcycle_moe(tensors: dict[str, LazyTensor], args) -> dict[str, LazyTensor]:
     """The tensors of the ScMoE model from those of a stock MoE one: norms and gates are added."""
     tensors = dict(tensors)
     has_shared = args.moe_shared_expert_intermediate_size is not None
-    if scmoe.scmoe_combine != "add" and not has_shared:
+    if args.scmoe_combine != "add" and not has_shared:
         raise ConversionError(
-            f"--combine {scmoe.scmoe_combine}: the model has no shared expert; accepted: add"
+            f"--combine {args.scmoe_combine}: the model has no shared expert; accepted: add"
         )
     has_gate = args.moe_shared_expert_gate
-    new_gate = scmoe.scmoe_combine != "add" and not has_gate
+    new_gate = args.scmoe_combine != "add" and not has_gate
     pattern = moe_pattern(args.moe_layer_freq, args.num_layers)
     for layer in (i for i, is_moe in enumerate(pattern) if is_moe):
         block = f"decoder.layers.{layer}."
@@ -393,16 +390,16 @@ def _upcycle_moe(tensors: dict[str, LazyTensor], args, scmoe) -> dict[str, LazyT
             norm = _pop(tensors, f"{block}pre_mlp_layernorm.{kind}", layer)
             if has_shared:  # it has no other reader in a ScMoE block
                 tensors[f"{block}pre_mlp_layernorm.{kind}"] = norm
-            if scmoe.scmoe_router_norm == "own":
+            if args.scmoe_router_norm == "own":
                 tensors[f"{block}mlp.shortcut_layernorm.{kind}"] = norm
         if new_gate:
             shared = f"{block}mlp.shared_experts.linear_fc2.weight"
             down = _pop(tensors, shared, layer)
             tensors[shared] = _scale(down, 2.0)
-            if scmoe.scmoe_combine == "cg2":
+            if args.scmoe_combine == "cg2":
                 routed = f"{block}mlp.experts.experts.linear_fc2.weight"
                 tensors[routed] = _scale(_pop(tensors, routed, layer), 2.0)
-            gates = _gates(scmoe.scmoe_combine, args.hidden_size, down.dtype)
+            gates = _gates(args.scmoe_combine, args.hidden_size, down.dtype)
             tensors |= {block + key: value for key, value in gates.items()}
     return tensors
 

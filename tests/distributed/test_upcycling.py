@@ -282,8 +282,62 @@ def corpus(folders, tmp_path_factory):
     return folder
 
 
+def train(corpus, load, iterations: int, world_size: int, *flags):
+    """Train an upcycled model on the corpus, with --use-checkpoint-args alone for the model."""
+    run = run_pretrain(
+        [
+            "--use-checkpoint-args",
+            *("--seq-length", str(LENGTH), "--data-path", str(corpus / "text_text_document")),
+            *("--split", "100,0,0", "--transformer-impl", "local", "--num-workers", "0"),
+            *("--distributed-backend", "gloo", "--micro-batch-size", "2"),
+            *("--global-batch-size", "8", "--train-iters", str(iterations), "--lr", "1e-3"),
+            *("--eval-interval", "100", "--eval-iters", "0", "--log-interval", "1"),
+            *("--lr-decay-style", "constant", "--moe-aux-loss-coeff", "0", "--weight-decay", "0"),
+            *("--moe-token-dispatcher-type", "alltoall", "--load", str(load), *map(str, flags)),
+        ],
+        world_size,
+    )
+    assert run.status == 0, run.output[-3000:]
+    return run
+
+
+def test_gradient_of_the_shared_experts_bias(folders, tokens, tmp_path):
+    """GPT-2's shared expert has biases here, which Megatron's has not."""
+    how = Upcycling(**EXPERTS, combine="add", routed_scale=0.5)
+    upcycle(folders("gpt2"), tmp_path / "ckpt", how)
+    save = str(tmp_path / "ckpt")
+    alone = bias_gradient(save, tokens)
+    (split, _) = run_distributed(bias_gradient, 2, save, tokens, tensor=2)
+    assert np.abs(alone).max() > 1e-3
+    np.testing.assert_allclose(split, alone, atol=1e-6)
+    # The bias is added to the block's output for each token: by finite differences of the loss.
+    step = 0.05
+    direction = alone / np.linalg.norm(alone)
+    losses = [bias_gradient(save, tokens, shift=sign * step * direction) for sign in (1, -1)]
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert slope == pytest.approx(np.linalg.norm(alone), rel=0.02)
+
+
+def bias_gradient(save, tokens, shift=None, **layout):
+    """Of the mean loss; or that loss, with the bias shifted."""
+    found = loading.Checkpoint(save)
+    model = loading.build_model(found, loading.Layout(**layout))
+    bias = model.decoder.layers[1].mlp.shared_experts.linear_fc2.bias
+    if shift is not None:
+        bias.data += torch.from_numpy(shift)
+    ids = torch.from_numpy(tokens)
+    loss = models.forward(model, ids[:, :-2].contiguous(), ids[:, 1:-1].contiguous()).mean()
+    if shift is not None:
+        return loss.item()
+    loss.backward()
+    if layout:
+        assert bias.sequence_parallel  # by which Megatron sums it over the ranks
+        torch.distributed.all_reduce(bias.grad)
+    return bias.grad.numpy()
+
+
 def test_trains_from_the_loss_of_the_dense_model(corpus, tmp_path, capsys):
-    """With --use-checkpoint-args alone for the model; training moves experts apart."""
+    """And training moves the router, and the experts apart."""
     save = tmp_path / "ckpt"
     run_tool(
         "convert", "upcycle", *("--input", corpus / "model", "--save", save),
@@ -296,22 +350,8 @@ def test_trains_from_the_loss_of_the_dense_model(corpus, tmp_path, capsys):
         losses.append(float(capsys.readouterr().out.split()[1]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
-    run = run_pretrain(
-        [
-            "--use-checkpoint-args",
-            *("--seq-length", str(LENGTH), "--data-path", str(corpus / "text_text_document")),
-            *("--split", "100,0,0", "--transformer-impl", "local", "--num-workers", "0"),
-            *("--distributed-backend", "gloo", "--micro-batch-size", "2"),
-            *("--global-batch-size", "8", "--train-iters", "6", "--lr", "1e-3"),
-            *("--eval-interval", "100", "--eval-iters", "0", "--log-interval", "1"),
-            *("--lr-decay-style", "constant", "--moe-aux-loss-coeff", "0"),
-            *("--moe-token-dispatcher-type", "alltoall"),
-            *("--expert-model-parallel-size", "2", "--load", str(save)),
-            *("--save", str(tmp_path / "trained"), "--save-interval", "6"),
-        ],
-        2,
-    )
-    assert run.status == 0, run.output[-3000:]
+    layout = ("--expert-model-parallel-size", "2")
+    run = train(corpus, save, 6, 2, *layout, "--save", tmp_path / "trained", "--save-interval", 6)
     assert run.losses[6] < run.losses[1]
     before, after = experts_of(save), experts_of(tmp_path / "trained")
     down = after["experts.experts.linear_fc2.weight"]
@@ -349,13 +389,15 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
         if ".experts." in name and "linear_fc2" in name:
             parameter.data *= routed_scale
     metadata = models.checkpoint_metadata()
+    if not args.num_experts:  # Megatron stacks equal blocks
+        del metadata["non_homogeneous_layers"]
     state = model.sharded_state_dict(metadata=metadata)
     step = folder / "iter_0000007"
     step.mkdir(parents=True)
     dist_checkpointing.save(
         {**state, "args": args, "iteration": 7, "checkpoint_version": 3.0},
         str(step),
-        content_metadata={"non_homogeneous_layers": True},
+        content_metadata={name: value for name, value in metadata.items() if value is True},
     )
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 

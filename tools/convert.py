@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> None:
     for add_command in COMMANDS:
         add_command(commands)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing half-written
     try:
         lines = args.run(args)
     except ConversionError as error:
@@ -194,4 +193,5 @@ def quiet_imports() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing half-written
     run_tool(main)

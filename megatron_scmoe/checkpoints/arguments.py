@@ -100,7 +100,7 @@ def arguments_from_flags(
     """
     if dtype not in DTYPES:
         raise ConversionError(f"weights of {dtype}: accepted are {', '.join(map(str, DTYPES))}")
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = _refuse
     args = add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
     _derive(args, dtype, vocab_rows)

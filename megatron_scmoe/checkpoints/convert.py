@@ -14,7 +14,11 @@ from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.formats import Tensors, find_format
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
 from megatron_scmoe.checkpoints.model_card import model_card
-from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors, write_safetensors
+from megatron_scmoe.checkpoints.safetensors_folder import (
+    read_config,
+    read_safetensors,
+    write_safetensors,
+)
 from megatron_scmoe.checkpoints.tokenizers import generation_config, tokenizer_flags, tokenizer_of
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 
@@ -119,24 +123,6 @@ def hf_to_megatron(
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args ...",
     ]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder.
-
-    Raises:
-        ConversionError: if it is missing or no JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise ConversionError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ConversionError(f"{file}: not a JSON object")
-    return config
 
 
 def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:

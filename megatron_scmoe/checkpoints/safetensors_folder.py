@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,6 +31,24 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder.
+
+    Raises:
+        ConversionError: if it is missing or no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file}: not a JSON object")
+    return config
 
 
 def read_safetensors(folder: str | os.PathLike) -> dict[str, LazyTensor]:

@@ -51,60 +51,17 @@ def config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> d
         value = getattr(args, name, None)
         if not is_fine(value):
             shown = flag if value is True else f"{flag} {value}"
-            raise ConversionError(
-                f"{shown}: the {MODEL_TYPE} model in transformers has no such thing"
-            )
-    act, gated = _activation(args)
-    layers = args.num_layers
-    return ScMoEConfig(
-        architectures=[ScMoEForCausalLM.__name__],
-        auto_map={
-            "AutoConfig": "configuration_scmoe.ScMoEConfig",
-            "AutoModel": "modeling_scmoe.ScMoEModel",
-            "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
-        },
-        vocab_size=rows,
-        unpadded_vocab_size=tokens if tokens != rows else None,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.ffn_hidden_size,
-        moe_intermediate_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=args.num_attention_heads,
-        num_key_value_heads=args.num_query_groups
-        if args.group_query_attention
-        else args.num_attention_heads,
-        head_dim=args.kv_channels,
-        max_position_embeddings=args.max_position_embeddings,
-        moe_layers=moe_pattern(args.moe_layer_freq, layers),
-        num_experts=args.num_experts,
-        num_experts_per_tok=args.moe_router_topk,
-        tap=args.scmoe_tap,
-        combine=args.scmoe_combine,
-        router_norm=args.scmoe_router_norm,
-        post_norm=args.scmoe_post_norm,
-        router_score_function=args.moe_router_score_function,
-        router_pre_softmax=args.moe_router_pre_softmax,
-        router_expert_bias=args.moe_router_enable_expert_bias,
-        router_scaling_factor=args.moe_router_topk_scaling_factor,
-        router_num_groups=args.moe_router_num_groups,
-        router_group_topk=args.moe_router_group_topk,
-        router_dtype=_ROUTER_DTYPES[args.moe_router_dtype],
-        hidden_act=act,
-        gated_mlp=gated,
-        norm_type=args.normalization,
-        norm_eps=args.layernorm_epsilon,
-        norm_zero_centered=args.layernorm_zero_centered_gamma,
-        linear_bias=args.add_bias_linear,
-        qkv_bias=args.add_qkv_bias,
-        qk_norm=args.qk_layernorm,
-        position_embedding=args.position_embedding_type,
-        rope_parameters=_rope_parameters(args),
-        attention_dropout=args.attention_dropout,
-        hidden_dropout=args.hidden_dropout,
-        initializer_range=args.init_method_std,
-        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
-    ).to_dict()
+            raise ConversionError(f"{shown}: the {MODEL_TYPE} model in transformers has it not")
+    if not hasattr(args, "scmoe_tap"):
+        raise ConversionError("no --scmoe-tap in the checkpoint's arguments: it is no ScMoE model")
+    try:
+        return _config_from_arguments(args, tokens, rows)
+    except ConversionError:
+        raise
+    except AttributeError as error:
+        raise ConversionError(f"the checkpoint's arguments have no {error.name}") from error
+    except ValueError as error:
+        raise ConversionError(f"the checkpoint's arguments: {error}") from error
 
 
 def flags_from_config(config: Mapping[str, Any]) -> list[str]:
@@ -245,6 +202,60 @@ _REFUSED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 """What the modelling code has not: name, flag, and which values are fine."""
 
 _ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
+
+
+def _config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> dict[str, Any]:
+    act, gated = _activation(args)
+    layers = args.num_layers
+    return ScMoEConfig(
+        architectures=[ScMoEForCausalLM.__name__],
+        auto_map={
+            "AutoConfig": "configuration_scmoe.ScMoEConfig",
+            "AutoModel": "modeling_scmoe.ScMoEModel",
+            "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
+        },
+        vocab_size=rows,
+        unpadded_vocab_size=tokens if tokens != rows else None,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        moe_intermediate_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_query_groups
+        if args.group_query_attention
+        else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        max_position_embeddings=args.max_position_embeddings,
+        moe_layers=moe_pattern(args.moe_layer_freq, layers),
+        num_experts=args.num_experts,
+        num_experts_per_tok=args.moe_router_topk,
+        tap=args.scmoe_tap,
+        combine=args.scmoe_combine,
+        router_norm=args.scmoe_router_norm,
+        post_norm=args.scmoe_post_norm,
+        router_score_function=args.moe_router_score_function,
+        router_pre_softmax=args.moe_router_pre_softmax,
+        router_expert_bias=args.moe_router_enable_expert_bias,
+        router_scaling_factor=args.moe_router_topk_scaling_factor,
+        router_num_groups=args.moe_router_num_groups,
+        router_group_topk=args.moe_router_group_topk,
+        router_dtype=_ROUTER_DTYPES[args.moe_router_dtype],
+        hidden_act=act,
+        gated_mlp=gated,
+        norm_type=args.normalization,
+        norm_eps=args.layernorm_epsilon,
+        norm_zero_centered=args.layernorm_zero_centered_gamma,
+        linear_bias=args.add_bias_linear,
+        qkv_bias=args.add_qkv_bias,
+        qk_norm=args.qk_layernorm,
+        position_embedding=args.position_embedding_type,
+        rope_parameters=_rope_parameters(args),
+        attention_dropout=args.attention_dropout,
+        hidden_dropout=args.hidden_dropout,
+        initializer_range=args.init_method_std,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+    ).to_dict()
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:

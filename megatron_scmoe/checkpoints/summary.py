@@ -3,12 +3,14 @@
 import argparse
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.formats import Tensors
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
-from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors
+from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 
 ROUTED = ".mlp.experts."
@@ -92,7 +94,7 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
             )
         )
     rows += [
-        ("parameters", f"{total:,} ({millions(total)}), active {active:,} ({millions(active)})"),
+        ("parameters", _parameters(total, active)),
         ("dtypes", _dtypes(tensors)),
         ("saved at", _layout(checkpoint.layout)),
         ("tokenizer", f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip()),
@@ -101,16 +103,14 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
 
 
 def _describe_folder(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
-    from megatron_scmoe.checkpoints.convert import read_config
-
     config, tensors = read_config(path), read_safetensors(path)
-    total = sum(tensor.shape.numel() for tensor in tensors.values())
+    total, active = count_parameters(tensors, _experts(config))
     sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
     return [
         ("model", f"Hugging Face folder, {path}"),
         ("architecture", f"{config.get('model_type')} {config.get('architectures') or ''}".strip()),
         ("sizes", ", ".join(f"{name} {value}" for name, value in sizes.items())),
-        ("parameters", f"{total:,} ({millions(total)})"),
+        ("parameters", _parameters(total, active)),
         ("bytes", f"{total_bytes(tensors):,}"),
         ("dtypes", _dtypes(tensors)),
     ], tensors
@@ -152,6 +152,23 @@ def _architecture(args: argparse.Namespace) -> str:
     norm = f"router norm {args.scmoe_router_norm}"
     post = ", post norm" if args.scmoe_post_norm else ""
     return f"ScMoE GPT: tap {args.scmoe_tap}, combine {args.scmoe_combine}, {norm}{post}"
+
+
+def _experts(config: Mapping[str, Any]) -> argparse.Namespace:
+    """What a ``config.json`` says of experts, by Megatron's names."""
+
+    def first(*names):
+        return next((config[name] for name in names if config.get(name)), 0)
+
+    return argparse.Namespace(
+        num_experts=first("num_experts", "n_routed_experts", "num_local_experts"),
+        moe_router_topk=first("num_experts_per_tok", "moe_topk"),
+        scmoe_zero_experts=first("zero_expert_num"),
+    )
+
+
+def _parameters(total: int, active: int) -> str:
+    return f"{total:,} ({millions(total)}), active {active:,} ({millions(active)})"
 
 
 def _layout(layout: dict[str, int]) -> str:

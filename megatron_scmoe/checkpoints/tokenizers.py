@@ -129,7 +129,9 @@ def _sentencepiece(path: Path) -> TokenizerFiles:
 
 def _hugging_face(path: Path) -> TokenizerFiles:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise ConversionError(f"tokenizer {path}: it cannot be loaded ({line})") from error
@@ -177,11 +179,14 @@ def _backend(proto) -> Tokenizer:
     tokenizer.normalizer = _normalizer(normalizer)
     tokenizer.decoder = _decoder(normalizer)
     tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == kinds.CONTROL)
+        [  # symbols hold marked spaces, so they are looked for in normalised text
+            AddedToken(piece.piece, normalized=piece.type != kinds.CONTROL)
             for piece in proto.pieces
             if piece.type in (kinds.CONTROL, kinds.USER_DEFINED)
         ]
+    )
+    tokenizer.add_special_tokens(
+        [piece.piece for piece in proto.pieces if piece.type == kinds.CONTROL]
     )
     return tokenizer
 

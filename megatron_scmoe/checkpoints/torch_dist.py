@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.core import (
 )
 from megatron.core.safe_globals import SAFE_GLOBALS
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -137,12 +138,16 @@ def write_megatron(
     with tqdm(
         total=total_bytes(tensors), desc=description, unit="B", unit_scale=True, disable=None
     ) as bar:
-        dcp.save(
-            {**objects, **tensors},
-            storage_writer=_Writer(release),
-            planner=_SavePlanner(bar),
-            no_dist=True,
-        )
+        try:
+            dcp.save(
+                {**objects, **tensors},
+                storage_writer=_Writer(release),
+                planner=_SavePlanner(bar),
+                no_dist=True,
+            )
+        except CheckpointException as error:  # it wraps everything, Ctrl-C too
+            ((cause, _),) = error.failures.values()
+            raise cause from None
     save_config(BACKEND, str(release))
     (folder / TRACKER).write_text("release")
 

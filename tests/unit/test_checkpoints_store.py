@@ -330,6 +330,17 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
     assert counted.largest == experts.nbytes / 16
 
 
+@pytest.mark.parametrize("error", [ConversionError, KeyboardInterrupt])
+def test_an_error_while_writing_comes_out_as_it_is(tmp_path, error):
+    def read(box):
+        raise error("tensor x: gone")
+
+    tensors = {"x": LazyTensor((2,), torch.float32, read)}
+    with pytest.raises(error), new_folder(tmp_path / "out", 0) as folder:
+        write_megatron(folder, ARGS, tensors)
+    assert os.listdir(tmp_path) == []
+
+
 def test_equal_layers_saved_as_a_stack_get_one_key_each(tmp_path):
     scmoe = ScMoEConfig(tap="pos1")
     models.init_parallel()

@@ -13,12 +13,12 @@ of each predicting nothing. Logits are float32 [sequences, length, vocabulary], 
 that pad Megatron's vocabulary.
 """
 
+import logging
 import os
 import sys
 import time
 import warnings
 from argparse import Namespace
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,13 +69,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(args)
 
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+    quiet_imports()
     try:
         report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
         fail(" ".join(str(error).split()) or "unusable settings")
     if is_first_rank():
         print(describe(report))
+
+
+def quiet_imports() -> None:
+    """Megatron and PyTorch tell of what is not installed."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 def check_flags(args: Namespace) -> None:
@@ -113,7 +120,7 @@ def evaluate_checkpoint(args: Namespace):
 
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
     vocab_size = checkpoint.args.vocab_size
-    if vocab_size is None or args.text is not None:
+    if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
         tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
         vocab_size = vocab_size or tokenizer.vocab_size
     sequences = read_sequences(
@@ -130,8 +137,7 @@ def evaluate_checkpoint(args: Namespace):
     checkpoint.check_length(sequences.tokens.shape[1], layout)
     is_mine = initialise_ranks()
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    with megatron_said_nothing():
-        model = loading.build_model(checkpoint, layout, dtype)
+    model = loading.build_model(checkpoint, layout, dtype)
     report = evaluation.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
     if is_mine:
         torch.distributed.destroy_process_group()
@@ -203,14 +209,6 @@ def initialise_ranks() -> bool:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     return True
-
-
-@contextmanager
-def megatron_said_nothing():
-    """Keep Megatron's warnings of what is not installed out of the output."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def describe(report) -> str:

@@ -8,6 +8,7 @@ import queue
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.checkpointing import (
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
@@ -20,9 +21,9 @@ from megatron_scmoe import cpu
 
 
 def leave_out_missing_fusions(args) -> None:
-    """Turn off the fused kernels that Megatron asks for by default and no installed package has.
+    """Turn off the fused kernels that Megatron asks for by default and does not have here.
 
-    They change speed, not results. Megatron stops instead, naming the flag to give.
+    No installed package has them, or Megatron has none for such experts. Megatron stops instead.
     """
     if args.apply_rope_fusion and not HAVE_TE:
         args.apply_rope_fusion = False
@@ -35,6 +36,36 @@ def leave_out_missing_fusions(args) -> None:
         args.masked_softmax_fusion = False
         if args.transformer_impl == "local":
             warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
+    plain_gelu = not (args.swiglu or args.quick_geglu or args.squared_relu)
+    if args.num_experts and plain_gelu and args.bias_gelu_fusion:
+        args.bias_gelu_fusion = False
+        warn_rank_0("experts with gelu: not fused with the bias (--no-bias-gelu-fusion)")
+    if args.num_experts and args.add_bias_linear and args.bias_dropout_fusion:
+        args.bias_dropout_fusion = False
+        warn_rank_0("experts with biases: not fused with dropout (--no-bias-dropout-fusion)")
+
+
+def transformer_config(args):
+    """Megatron's ``TransformerConfig`` of parsed flags, with the one that it parses and forgets.
+
+    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu.
+    """
+    config = core_transformer_config_from_args(args)
+    if args.openai_gelu and not config.gated_linear_unit:
+        config.activation_func = tanh_gelu
+    return config
+
+
+def gpt_config(args, config):
+    """Megatron's ``GPTModelConfig``, with ``--rope-scaling-factor``, which it leaves at 8."""
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    return model_config
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 @functools.cache

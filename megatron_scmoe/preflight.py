@@ -101,6 +101,37 @@ def check_tokens(args, tokenizer) -> None:
             )
 
 
+def find_checkpoint(
+    flag: str, folder: str, step: int | None = None, ckpt_format: str = "torch_dist"
+) -> Path:
+    """The folder of one complete checkpoint below ``folder``, which ``flag`` names.
+
+    Args:
+        step: its iteration; None for the last one.
+
+    Raises:
+        PreflightError: if there is none, or files of it are missing or cut off.
+    """
+    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+    if step is None:
+        if not _has_tracker(folder):
+            raise PreflightError(
+                given,
+                f"there is no checkpoint (no {get_checkpoint_tracker_filename(folder)})",
+                "a folder that was a --save",
+            )
+        step = _read_tracker(flag, folder)
+    path = _step_folder(folder, step)
+    flaw = _find_flaw(path, ckpt_format)
+    if flaw is not None:
+        nearest = _nearest_complete(folder, step, ckpt_format)
+        accepted = "another folder; no checkpoint in this one is complete"
+        if nearest is not None:
+            accepted = f"--ckpt-step {nearest}, the nearest complete checkpoint"
+        raise PreflightError(given, f"the checkpoint is not complete: {flaw}", accepted)
+    return path
+
+
 @dataclass(frozen=True)
 class _Dataset:
     """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""
@@ -320,25 +351,10 @@ def _check_checkpoint(args) -> None:
         flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
     if folder is None or "://" in folder:
         return
-    step = _read_tracker(flag, folder) if _has_tracker(folder) else None
-    if args.ckpt_step:
-        step = args.ckpt_step
-    if step is None:
-        if flag == "--load" and not args.exit_on_missing_checkpoint:
-            return  # a first start; Megatron says so and begins at random
-        raise PreflightError(
-            f"{flag} {folder}",
-            f"there is no checkpoint (no {get_checkpoint_tracker_filename(folder)})",
-            "a folder that was a --save",
-        )
-    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if args.ckpt_step else "")
-    flaw = _find_flaw(_step_folder(folder, step), args.ckpt_format)
-    if flaw is not None:
-        nearest = _nearest_complete(folder, step, args.ckpt_format)
-        accepted = "another folder; no checkpoint in this one is complete"
-        if nearest is not None:
-            accepted = f"--ckpt-step {nearest}, the nearest complete checkpoint"
-        raise PreflightError(given, f"the checkpoint is not complete: {flaw}", accepted)
+    nothing_yet = not (_has_tracker(folder) or args.ckpt_step)
+    if flag == "--load" and nothing_yet and not args.exit_on_missing_checkpoint:
+        return  # a first start; Megatron says so and begins at random
+    find_checkpoint(flag, folder, args.ckpt_step or None, args.ckpt_format)
 
 
 def _has_tracker(folder: str) -> bool:

@@ -13,8 +13,9 @@ from dataclasses import fields, replace
 import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -24,7 +25,7 @@ from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.latent_attention import use_latent_attention
-from megatron_scmoe.moe_layer import ScMoELayer
+from megatron_scmoe.moe_layer import BiasedExpertLinear, BiasedSharedExpert, ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.router import ScMoERouter, finalize_model_grads, needs_own_router
 from megatron_scmoe.schedule import Schedule, build_schedule
@@ -92,7 +93,7 @@ def build_block_spec(
             path = RoutedPath(resolve_schedule(scmoe))
             if config.moe_shared_expert_intermediate_size is None:
                 submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
-            specs.append(_moe_block(submodules, scmoe, path, norm, local_norm_keys))
+            specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
         elif needs_dense_partner(scmoe):
             specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
         else:
@@ -131,7 +132,7 @@ def _is_moe(spec: ModuleSpec) -> bool:
 
 
 def _moe_block(
-    submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
+    config, submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
 ) -> ModuleSpec:
     """The MoE block's spec: Megatron's, with our MLP and with the keys of Transformer Engine.
 
@@ -142,6 +143,8 @@ def _moe_block(
     parts = submodules.mlp.keywords["submodules"]
     if needs_own_router(scmoe):
         parts = replace(parts, router=functools.partial(ScMoERouter, scmoe=scmoe))
+    if config.add_bias_linear:
+        parts = _with_biases(parts)
     if scmoe.combine == "cg1":
         parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
     submodules.mlp = functools.partial(
@@ -156,6 +159,16 @@ def _moe_block(
         params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},
         submodules=submodules,
     )
+
+
+def _with_biases(parts: MoESubmodules) -> MoESubmodules:
+    """Replace what of Megatron's experts cannot have biases."""
+    shared = functools.partial(BiasedSharedExpert, **parts.shared_experts.keywords)
+    linears = parts.experts.keywords["submodules"]
+    if linears.linear_fc2 is RowParallelLinear:
+        linears = replace(linears, linear_fc2=BiasedExpertLinear)
+    experts = functools.partial(parts.experts.func, submodules=linears)
+    return replace(parts, shared_experts=shared, experts=experts)
 
 
 def _with_gate(build_shared_experts, *, gate: bool, **kwargs):

@@ -13,11 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
-from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -47,7 +43,7 @@ def main() -> None:
                 "1 or more",
             )
         compat.leave_out_missing_fusions(args)
-        config = core_transformer_config_from_args(args)
+        config = compat.transformer_config(args)
         validate(scmoe, config)
         preflight.check_tokens(args, get_tokenizer())
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
@@ -59,7 +55,7 @@ def main() -> None:
         raise
 
     compat.apply(args)
-    model_config = gpt_config_from_args(args, config=config)
+    model_config = compat.gpt_config(args, config)
     model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
     if scmoe.expert_slot == "auto":
         tokens = args.seq_length // args.context_parallel_size

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -329,6 +330,23 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
                 )
 
 
+def _check_activation(scmoe: ScMoEConfig, view: _View) -> None:
+    """Megatron's experts have no fused gelu and fail in their first forward."""
+    fused = view.bias_activation_fusion  # of a TransformerConfig; flags are mended in compat.py
+    if fused and view.activation_func is torch.nn.functional.gelu and not view.gated_linear_unit:
+        raise ScMoEConfigError(
+            "experts with gelu and its fusion with the bias",
+            "Megatron's experts have no such kernel",
+            "--no-bias-gelu-fusion, or --swiglu",
+        )
+    if view.add_bias_linear and view.use_grouped_gemm_for_shared_expert:
+        raise ScMoEConfigError(
+            "--use-grouped-gemm-for-shared-expert without --disable-bias-linear",
+            "the fused shared expert has no biases",
+            "one of them",
+        )
+
+
 def _check_recompute(scmoe: ScMoEConfig, view: _View) -> None:
     if view.recompute_granularity == "selective" and "moe" in (view.recompute_modules or ()):
         raise ScMoEConfigError(
@@ -512,6 +530,7 @@ _CHECKS = (
     _check_own_router,
     _check_latent_attention,
     _check_dispatcher,
+    _check_activation,
     _check_recompute,
     _check_local_implementation,
 )

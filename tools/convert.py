@@ -1,7 +1,8 @@
-"""Convert checkpoints: Megatron to Hugging Face and back, and look into both.
+"""Convert checkpoints: Megatron to Hugging Face and back, dense to ScMoE, and look into them.
 
     python tools/convert.py megatron-to-hf --load checkpoints/ --output model/
     python tools/convert.py hf-to-megatron --input model/ --save checkpoints/
+    python tools/convert.py upcycle --input llama/ --save checkpoints/ --num-experts 8 --topk 2
     python tools/convert.py inspect checkpoints/ --keys
 
 It needs no GPU, and memory for the largest shard. A folder appears when it is complete; see
@@ -13,6 +14,7 @@ import signal
 import sys
 import warnings
 from argparse import Namespace, _SubParsersAction
+from dataclasses import fields
 from pathlib import Path
 
 from corpus import OneLineParser, UsageError, run_tool
@@ -100,6 +102,68 @@ def run_hf_to_megatron(args: Namespace) -> list[str]:
     return hf_to_megatron(args.input, args.save, dtype=args.dtype, force=args.force)
 
 
+def add_upcycle(commands: _SubParsersAction) -> None:
+    from megatron_scmoe.checkpoints.convert import parse_dtype
+    from megatron_scmoe.checkpoints.upcycle import INITS, Upcycling
+
+    parser = commands.add_parser("upcycle", help="make a ScMoE checkpoint of a dense or MoE model")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="DIR_OR_CKPT",
+        help="folder of a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, or a stock Megatron checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder to make")
+    parser.add_argument(
+        "--num-experts", type=int, metavar="N", help="routed experts of a MoE block"
+    )
+    parser.add_argument("--topk", type=int, metavar="K", help="routed experts a token goes to")
+    parser.add_argument(
+        "--expert-ffn", type=int, metavar="F",
+        help="intermediate size of a routed expert, a slice of the dense MLP (default: all of it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init", choices=INITS, default="copy",
+        help="up-projections of the routed experts: the dense MLP's; with a random part drawn anew; "
+        "with noise. Each keeps the logits while --routed-scale is 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tap", choices=("pos1", "pos2", "pos3"), default="pos2", help="--scmoe-tap"
+    )
+    parser.add_argument(
+        "--combine", choices=("add", "cg1", "cg2"),
+        help="--scmoe-combine (default: cg1; of a stock MoE model, what it has)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router-norm", choices=("own", "shared"), default="own", help="--scmoe-router-norm"
+    )
+    parser.add_argument(
+        "--every-block", action="store_true", help="MoE in every block, not every second; tap pos1"
+    )
+    floats = {
+        "--drop-ratio": "of --init drop: part of the intermediate dimensions drawn anew",
+        "--noise-scale": "of --init noise: its deviation, in deviations of the weights",
+        "--routed-scale": "on the routed experts' down-projections; above 0 the logits change",
+    }
+    for flag, meaning in floats.items():
+        default = getattr(Upcycling, flag[2:].replace("-", "_"))
+        parser.add_argument(flag, type=float, default=default, metavar="X", help=meaning)
+    parser.add_argument(
+        "--seed", type=int, default=Upcycling.seed, metavar="N", help="of the inits"
+    )
+    parser.add_argument(
+        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
+        help="cast a Hugging Face model's weights (default: as they are)",
+    )  # fmt: skip
+    add_force(parser)
+    parser.set_defaults(run=run_upcycle)
+
+
+def run_upcycle(args: Namespace) -> list[str]:
+    from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
+
+    how = {field.name: getattr(args, field.name) for field in fields(Upcycling)}
+    return upcycle(args.input, args.save, Upcycling(**how), args.force)
+
+
 def add_inspect(commands: _SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint or a model folder is")
     parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR")
@@ -113,7 +177,7 @@ def run_inspect(args: Namespace) -> list[str]:
     return describe(args.path, args.keys)
 
 
-COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_inspect]
+COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_upcycle, add_inspect]
 """What adds each subcommand's parser; it sets ``run`` to a function from arguments to lines."""
 
 

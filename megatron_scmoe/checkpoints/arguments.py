@@ -37,6 +37,7 @@ MODEL_ARGUMENTS = (
     "swiglu",
     "squared_relu",
     "quick_geglu",
+    "openai_gelu",
     "glu_linear_offset",
     "activation_func_clamp_value",
     "softmax_type",

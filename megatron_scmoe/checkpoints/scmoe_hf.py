@@ -268,8 +268,8 @@ def _activation(args: argparse.Namespace) -> tuple[str, bool]:
         return "relu2", False
     if args.quick_geglu:
         return "quick_gelu", True
-    if args.bias_gelu_fusion and args.add_bias_linear:
-        return "gelu_pytorch_tanh", False  # what the fused kernel computes
+    if args.openai_gelu or (args.bias_gelu_fusion and args.add_bias_linear):
+        return "gelu_pytorch_tanh", False  # which the fused kernel computes, too
     return "gelu", False
 
 
@@ -277,18 +277,16 @@ _ACTIVATION_FLAGS = {
     ("silu", True): ["--swiglu"],
     ("relu2", False): ["--squared-relu"],
     ("quick_gelu", True): ["--quick-geglu"],
-    ("gelu_pytorch_tanh", False): [],
+    ("gelu_pytorch_tanh", False): ["--openai-gelu", "--no-bias-gelu-fusion"],
     ("gelu", False): ["--no-bias-gelu-fusion"],
 }
 
 
 def _activation_flags(c: ScMoEConfig) -> list[str]:
     key = (c.hidden_act, c.gated_mlp)
-    accepted = key in _ACTIVATION_FLAGS and (key[0] != "gelu_pytorch_tanh" or c.linear_bias)
-    if not accepted:
+    if key not in _ACTIVATION_FLAGS:
         raise ConversionError(
-            f"hidden_act {c.hidden_act} with gated_mlp {c.gated_mlp} and linear_bias {c.linear_bias}: "
-            "Megatron has no flag for it"
+            f"hidden_act {c.hidden_act} with gated_mlp {c.gated_mlp}: Megatron has no flag for it"
         )
     return _ACTIVATION_FLAGS[key]
 
@@ -416,7 +414,9 @@ def _layer_rules(config: ScMoEConfig, m: str, h: str, is_moe: int) -> Iterator[_
     if config.shared_expert_intermediate_size is not None:
         norm = f"{m}.pre_mlp_layernorm."
         yield from _norm_rules(config, norm, f"{h}.post_attention_layernorm.")
-        yield from _mlp_rules(config, f"{m}.mlp.shared_experts", f"{h}.mlp.shared_expert", False)
+        yield from _mlp_rules(
+            config, f"{m}.mlp.shared_experts", f"{h}.mlp.shared_expert", config.linear_bias
+        )
     yield from _moe_rules(config, f"{m}.mlp", f"{h}.mlp")
 
 

@@ -1,6 +1,5 @@
 """The data tools, on real text: what Megatron reads back is what was in the files."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools import TOOLS, run_tool, tool
 
 # Indentation, blank lines, CR LF, tabs, characters outside any small vocabulary, no final newline.
 TEXTS = {
@@ -21,17 +20,6 @@ TEXTS = {
     "sub/c.txt": "naïve café, Ωmega, 漢字, \U0001f600; control \x01 and </s> as text" * 40,
 }
 VOCAB_SIZE = 400
-
-
-def tool(name):
-    """The tool of this name, as a module; scripts in tools/ import each other by name."""
-    if str(TOOLS) not in sys.path:
-        sys.path.append(str(TOOLS))
-    return importlib.import_module(name)
-
-
-def run_tool(name, *argv):
-    tool(name).main([str(word) for word in argv])
 
 
 @pytest.fixture(scope="module")

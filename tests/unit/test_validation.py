@@ -4,6 +4,7 @@ import sys
 from unittest.mock import patch
 
 import pytest
+import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.training.arguments import parse_args
 
@@ -246,6 +247,22 @@ def test_a_layout_that_splits_a_pair():
     layout = PipelineParallelLayerLayout("Ettt|tL", 2)
     config = models.transformer_config(pp=2, pipeline_model_parallel_layout=layout)
     with pytest.raises(ScMoEConfigError, match="--pipeline-model-parallel-layout"):
+        validate(ScMoEConfig(), config)
+
+
+def test_experts_have_no_fused_gelu():
+    changes = dict(gated_linear_unit=False, activation_func=torch.nn.functional.gelu)
+    config = models.transformer_config(add_bias_linear=True, **changes)
+    validate(ScMoEConfig(), config)
+    config.bias_activation_fusion = True
+    with pytest.raises(ScMoEConfigError, match="accepted: --no-bias-gelu-fusion"):
+        validate(ScMoEConfig(), config)
+
+
+def test_a_fused_shared_expert_has_no_biases():
+    config = models.transformer_config(add_bias_linear=True)
+    config.use_grouped_gemm_for_shared_expert = True
+    with pytest.raises(ScMoEConfigError, match="--use-grouped-gemm-for-shared-expert without"):
         validate(ScMoEConfig(), config)
 
 

@@ -239,7 +239,9 @@ class ScMoEMoE(nn.Module):
             ScMoEMLP(config, config.moe_intermediate_size, config.linear_bias)
             for _ in range(config.num_experts)
         )
-        self.shared_expert = None if shared is None else ScMoEMLP(config, shared, bias=False)
+        self.shared_expert = (
+            None if shared is None else ScMoEMLP(config, shared, config.linear_bias)
+        )
         is_cg1, is_cg2 = config.combine == "cg1", config.combine == "cg2"
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if is_cg1 else None
         self.combine_gate = nn.Linear(hidden, 2, bias=False) if is_cg2 else None

@@ -1,0 +1,311 @@
+"""Loss, perplexity and logits of a checkpoint's model, or of a Hugging Face model."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_scmoe import cpu
+from megatron_scmoe.preflight import PreflightError
+
+NO_LABEL = -1
+"""In labels: this position predicts nothing."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What is evaluated: tokens and the label of each, int64 [n, s]; NO_LABEL where there is none."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+
+    @staticmethod
+    def from_stream(ids: np.ndarray, length: int) -> "Sequences":
+        """Cut one stream of ids into rows of ``length``; the label of a token is the one after it.
+
+        The last row is filled up with id 0, behind all that counts.
+        """
+        rows = max(1, math.ceil((len(ids) - 1) / length))
+        tokens = np.zeros(rows * length, dtype=np.int64)
+        labels = np.full(rows * length, NO_LABEL, dtype=np.int64)
+        tokens[: len(ids)] = ids[: rows * length]
+        labels[: len(ids) - 1] = ids[1 : rows * length + 1]
+        return Sequences(tokens.reshape(rows, length), labels.reshape(rows, length))
+
+    @staticmethod
+    def from_rows(rows: np.ndarray) -> "Sequences":
+        """Rows that stand for themselves, [n, s]: the last token of each has no label."""
+        labels = np.full(rows.shape, NO_LABEL, dtype=np.int64)
+        labels[:, :-1] = rows[:, 1:]
+        return Sequences(rows.astype(np.int64), labels)
+
+    def first(self, count: int) -> "Sequences":
+        """The first ``count`` rows."""
+        return Sequences(self.tokens[:count], self.labels[:count])
+
+    def check(self, given: str, vocab_size: int) -> None:
+        """Refuse ids outside the vocabulary, with a :class:`PreflightError` that names ``given``."""
+        low, high = int(self.tokens.min()), int(max(self.tokens.max(), self.labels.max()))
+        if low < 0 or high >= vocab_size:
+            raise PreflightError(
+                given,
+                f"it has the id {low if low < 0 else high}",
+                f"ids from 0 to {vocab_size - 1}, the vocabulary of the model",
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome.
+
+    ``loss`` is the mean cross entropy in nats of ``tokens`` labels, with the vocabulary's entries in
+    the softmax. ``padded_loss`` has the entries that pad Megatron's vocabulary in it as well, as the
+    loss of training does; None if there are none.
+    """
+
+    loss: float
+    tokens: int
+    sequences: int
+    padded_loss: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+def evaluate(
+    model,
+    sequences: Sequences,
+    vocab_size: int,
+    micro_batch: int = 1,
+    logits_out: Path | None = None,
+) -> Report:
+    """Evaluate this rank's part of a model together with all other ranks.
+
+    Args:
+        model: what :func:`~megatron_scmoe.loading.build_model` returned.
+        vocab_size: number of entries of the vocabulary, without the padding.
+        micro_batch: rows computed at once; the data-parallel ranks take turns.
+        logits_out: where the logits go, float32 [n, s, vocab_size]; written whole or not at all.
+    """
+    rank = parallel_state.get_data_parallel_rank()
+    ranks = parallel_state.get_data_parallel_world_size()
+    own = _batches(sequences, micro_batch, ranks)[rank::ranks]
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    writes = is_last and rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    totals = torch.zeros(3, dtype=torch.float64).cuda()  # loss, loss with padding, labels
+    shape = (*sequences.tokens.shape, vocab_size)
+    target = _logits_file(logits_out, shape) if writes and logits_out else nullcontext()
+    with (
+        target as file,
+        tqdm(total=len(sequences.tokens), unit=" seq", disable=_quiet(writes)) as bar,
+    ):
+
+        def score(batch, output, non_loss_data=True):
+            """Of one micro-batch: output is [b, s, v / TP]."""
+            labels = torch.from_numpy(batch.labels).cuda()
+            counts = labels != NO_LABEL
+            for index, size in enumerate((vocab_size, None)):
+                losses = _cross_entropy(output, labels.clamp(min=0), size)
+                totals[index] += (losses * counts)[: batch.count].double().sum()
+            totals[2] += counts[: batch.count].sum()
+            if logits_out is not None:
+                logits = tensor_parallel.gather_from_tensor_model_parallel_region(output.float())
+                for start, count, rows in _gather_rows(batch, logits[..., :vocab_size]):
+                    if file is not None:
+                        file[start : start + count] = rows[:count].cpu().numpy()
+            bar.update(batch.count * ranks)
+
+        def step(iterator, model):
+            batch = next(iterator)
+            tokens = torch.from_numpy(batch.tokens).cuda()
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            return model(tokens, positions, None), partial(score, batch)
+
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iter(own),
+                model=model,
+                num_microbatches=len(own),
+                seq_length=sequences.tokens.shape[1],
+                micro_batch_size=micro_batch,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+    if not is_last or parallel_state.get_tensor_model_parallel_rank() != 0:
+        totals.zero_()
+    torch.distributed.all_reduce(totals)
+    loss, padded, count = totals.tolist()
+    padding = _padded_vocab_size(model) != vocab_size
+    return Report(
+        loss / count, int(count), len(sequences.tokens), padded / count if padding else None
+    )
+
+
+class HuggingFaceModel:
+    """A Hugging Face folder, evaluated by transformers in this process.
+
+    Args:
+        folder: with config.json, weights and, for a text, tokenizer.
+        trust_remote_code: whether code in the folder may run.
+
+    Raises:
+        PreflightError: here and in the methods, if transformers cannot load it.
+    """
+
+    def __init__(self, folder: str, trust_remote_code: bool = False):
+        from transformers import AutoConfig  # takes seconds, which --load need not wait for
+
+        self.folder = folder
+        self.trust = dict(trust_remote_code=trust_remote_code)
+        if not os.path.isdir(folder):
+            raise PreflightError(f"--hf {folder}", "there is no such folder", "a model folder")
+        with self._errors():
+            self.config = AutoConfig.from_pretrained(folder, **self.trust).get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits of a token."""
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence can have by the configuration."""
+        return getattr(self.config, "max_position_embeddings", 1 << 30)
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """The ids of a text, int64 [n]; no special tokens are added."""
+        from transformers import AutoTokenizer
+
+        with self._errors():
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.trust)
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        sequences: Sequences,
+        micro_batch: int = 1,
+        logits_out: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Report:
+        """As :func:`evaluate`; ``dtype`` None is that of the files."""
+        from transformers import AutoModelForCausalLM
+
+        with self._errors():
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype or "auto", **self.trust
+            )
+        device = "cpu" if cpu.is_enabled() else "cuda"
+        model = model.to(device).eval()
+        loss, count = 0.0, 0
+        shape = (*sequences.tokens.shape, self.vocab_size)
+        target = _logits_file(logits_out, shape) if logits_out else nullcontext()
+        with target as file, tqdm(total=shape[0], unit=" seq", disable=None) as bar:
+            for batch in _batches(sequences, micro_batch, 1):
+                tokens = torch.from_numpy(batch.tokens[: batch.count]).to(device)
+                labels = torch.from_numpy(batch.labels[: batch.count]).to(device)
+                logits = model(tokens).logits.float()
+                loss += torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
+                ).item()
+                count += int((labels != NO_LABEL).sum())
+                if file is not None:
+                    file[batch.start : batch.start + batch.count] = logits.cpu().numpy()
+                bar.update(batch.count)
+        return Report(loss / count, count, shape[0])
+
+    @contextmanager
+    def _errors(self):
+        try:
+            yield
+        except Exception as error:  # transformers raises what it likes
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise PreflightError(
+                f"--hf {self.folder}",
+                f"transformers cannot load it ({reason})",
+                "a folder with config.json, weights and tokenizer; with code: --trust-remote-code",
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """``count`` rows from row ``start`` on, filled up to the size of a micro-batch."""
+
+    start: int
+    count: int
+    tokens: np.ndarray
+    labels: np.ndarray
+
+
+def _batches(sequences: Sequences, size: int, ranks: int) -> list[_Batch]:
+    """Micro-batches of equal size, as many for each rank; those that only fill up count no row."""
+    total = len(sequences.tokens)
+    batches = []
+    for start in range(0, total, size):
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        batches.append(
+            _Batch(start, min(size, total - start), sequences.tokens[rows], sequences.labels[rows])
+        )
+    while len(batches) % ranks:
+        batches.append(replace(batches[-1], count=0))
+    return batches
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int | None) -> Tensor:
+    """Cross entropy [b, s] from logits [b, s, v / TP]; entries from ``vocab_size`` on left out."""
+    # Megatron's order of dimensions; a copy, as its cross entropy works in place.
+    logits = logits.float().transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    if vocab_size is not None:
+        local = logits.shape[-1]
+        first = parallel_state.get_tensor_model_parallel_rank() * local
+        logits[..., max(0, vocab_size - first) :] = -torch.inf
+    labels = labels.transpose(0, 1).contiguous()
+    return tensor_parallel.vocab_parallel_cross_entropy(logits, labels).transpose(0, 1)
+
+
+def _gather_rows(batch: _Batch, logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, number of rows and logits of the micro-batches of all data-parallel ranks."""
+    group = parallel_state.get_data_parallel_group()
+    logits = logits.contiguous()
+    place = torch.tensor([batch.start, batch.count]).to(logits.device)
+    places = [torch.empty_like(place) for _ in range(group.size())]
+    rows = [torch.empty_like(logits) for _ in range(group.size())]
+    torch.distributed.all_gather(places, place, group=group)
+    torch.distributed.all_gather(rows, logits, group=group)
+    for where, what in zip(places, rows):
+        yield *where.tolist(), what
+
+
+@contextmanager
+def _logits_file(path: Path, shape: tuple[int, int, int]):
+    """A float32 .npy file to fill in place, at ``path`` when it is whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        file = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        yield file
+        file.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _padded_vocab_size(model) -> int:
+    return getattr(model, "module", model).vocab_size
+
+
+def _quiet(shows: bool) -> bool | None:
+    """What tqdm's ``disable`` takes: None shows the bar on a terminal."""
+    return None if shows else True

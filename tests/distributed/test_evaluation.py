@@ -1,0 +1,230 @@
+"""tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness import run_distributed, run_pretrain
+from tests.tools import REPOSITORY, TOOLS, run_tool, tool
+
+LENGTH, ROWS, VOCAB = 32, 7, 360
+
+MODEL = f"""
+    --transformer-impl local --distributed-backend gloo --num-layers 4
+    --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+    --ffn-hidden-size 48 --seq-length {LENGTH} --max-position-embeddings {LENGTH}
+    --swiglu --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-3 --qk-layernorm
+    --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0.1 --hidden-dropout 0.1 --micro-batch-size 1 --global-batch-size 8
+    --lr 1e-2 --lr-decay-iters 10 --log-interval 1 --num-workers 0 --train-iters 4
+    --full-validation --multiple-validation-sets --eval-iters 1 --eval-interval 4
+    --eval-global-batch-size 1 --eval-micro-batch-size 1 --distributed-timeout-minutes 2
+""".split()
+SCMOE = """
+    --num-experts 4 --moe-layer-freq [0,1]*2 --moe-ffn-hidden-size 48 --moe-router-topk 2
+    --moe-shared-expert-intermediate-size 48 --moe-token-dispatcher-type alltoall
+    --scmoe-tap pos3 --scmoe-combine cg2 --scmoe-post-norm
+""".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tokenizer, training data, and held-out text of exactly ROWS sequences and one token."""
+    folder = tmp_path_factory.mktemp("data")
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    (folder / "train.txt").write_text(text)
+    run_tool(
+        "train_tokenizer",
+        *("--input", folder / "train.txt", "--vocab-size", VOCAB),
+        *("--output-prefix", folder / "small"),
+    )
+    tokenizer = tool("preprocess_data").load_tokenizer(folder / "small.model")
+    ids = tokenizer.tokenize(text)[: ROWS * LENGTH + 1]
+    held_out = tokenizer.detokenize(ids)
+    assert tokenizer.tokenize(held_out) == ids
+    (folder / "valid.txt").write_text(held_out)
+    for name in ("train", "valid"):
+        run_tool(
+            "preprocess_data",
+            *("--input", folder / f"{name}.txt", "--tokenizer-model", folder / "small.model"),
+            *("--output-prefix", folder / name),
+        )
+    np.save(folder / "ids.npy", np.array(ids))
+    np.save(folder / "rows.npy", np.array(ids[:-1]).reshape(ROWS, LENGTH))
+    return folder
+
+
+def train(data, save, *flags, world_size=1):
+    run = run_pretrain(
+        [
+            *MODEL,
+            *("--tokenizer-type", "SentencePieceTokenizer"),
+            *("--tokenizer-model", str(data / "small.model")),
+            *("--train-data-path", str(data / "train_text_document")),
+            *("--valid-data-path", str(data / "valid_text_document")),
+            *("--save", str(save), "--save-interval", "4", *flags),
+        ],
+        world_size,
+    )
+    assert run.status == 0, run.output[-3000:]
+    return float(re.findall(r"validation.*?lm loss value: (\S+)", run.output)[0])
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A ScMoE checkpoint saved at PP2, and the validation loss that training printed."""
+    save = tmp_path_factory.mktemp("scmoe")
+    loss = train(data, save, *SCMOE, "--pipeline-model-parallel-size", "2", world_size=2)
+    return save, loss
+
+
+def evaluate(world_size, folder, data, out, **layout) -> dict:
+    reports = run_distributed(_evaluate, world_size, str(folder), str(data), str(out), layout)
+    assert all(report == reports[0] for report in reports)
+    return reports[0]
+
+
+def _evaluate(folder, data, out, layout):
+    micro_batch = 2 if layout else 1
+    from megatron_scmoe import evaluation, loading
+
+    checkpoint = loading.Checkpoint(folder)
+    model = loading.build_model(checkpoint, loading.Layout(**layout))
+    sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
+    vocab_size = loading.tokenizer_of(checkpoint).vocab_size
+    report = evaluation.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
+    return vars(report)
+
+
+@pytest.fixture(scope="module")
+def alone(data, trained, tmp_path_factory):
+    """Report and logits on one rank."""
+    out = tmp_path_factory.mktemp("alone") / "logits.npy"
+    return evaluate(1, trained[0], data, out), np.load(out)
+
+
+def test_loss_is_the_validation_loss(trained, alone):
+    report, logits = alone
+    assert report["padded_loss"] == pytest.approx(trained[1], rel=2e-6)  # printed with 7 digits
+    assert report["tokens"] == ROWS * LENGTH
+    assert report["loss"] < report["padded_loss"]  # a softmax without the padding of 360 to 384
+    assert logits.shape == (ROWS, LENGTH, VOCAB)
+    assert logits.dtype == np.float32
+
+
+def test_loss_is_that_of_the_logits(data, alone):
+    report, logits = alone
+    labels = torch.from_numpy(np.load(data / "ids.npy")[1:])
+    losses = torch.nn.functional.cross_entropy(torch.from_numpy(logits).flatten(0, 1), labels)
+    assert report["loss"] == pytest.approx(losses.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [dict(tensor=2), dict(expert=2), dict(pipeline=2)], ids=str)
+def test_layouts_agree(data, trained, alone, tmp_path, layout):
+    report = evaluate(2, trained[0], data, tmp_path / "logits.npy", **layout)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), alone[1], atol=1e-5)
+    assert report["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
+
+
+def command(*flags, ranks=None):
+    """The command line in processes of its own."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    words = [*(launcher if ranks else []), str(TOOLS / "evaluate.py"), *map(str, flags)]
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=REPOSITORY, timeout=200
+    )
+
+
+def test_command_line_under_torchrun(data, trained, alone, tmp_path):
+    out = tmp_path / "logits.npy"
+    run = command(
+        *("--load", trained[0], "--text", data / "valid.txt", "--logits-out", out),
+        *("--expert-model-parallel-size", 2, "--limit", 3, "--micro-batch", 2),
+        ranks=2,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    np.testing.assert_allclose(np.load(out), alone[1][:3], atol=1e-5)
+    labels = torch.from_numpy(np.load(data / "ids.npy")[1 : 3 * LENGTH + 1])
+    loss = torch.nn.functional.cross_entropy(
+        torch.from_numpy(np.load(out)).flatten(0, 1), labels
+    ).item()
+    found = re.search(r"loss (\S+) nats per token, perplexity (\S+) \(96 tokens in 3 ", run.stdout)
+    assert float(found[1]) == pytest.approx(loss, abs=1e-5)
+    assert float(found[2]) == pytest.approx(np.exp(loss), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama by transformers, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_hugging_face_folder(data, llama, tmp_path, capsys):
+    folder, model = llama
+    out = tmp_path / "logits.npy"
+    rows = data / "rows.npy"
+    flags = ["--hf", folder, "--tokens", rows, "--logits-out", out, "--micro-batch", 3]
+    run_tool("evaluate", *flags)
+    tokens = torch.from_numpy(np.load(rows))
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens)
+    np.testing.assert_allclose(np.load(out), expected.logits.numpy(), atol=1e-5)
+    loss = float(re.search(r"loss (\S+) nats", capsys.readouterr().out)[1])
+    assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def refusal(*flags) -> str:
+    with pytest.raises(tool("corpus").UsageError) as refused:
+        run_tool("evaluate", *flags)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_refusals(data, trained, llama, tmp_path):
+    load, text = ("--load", trained[0]), ("--text", data / "valid.txt")
+    existing = data / "rows.npy"
+    many = tmp_path / "many.npy"
+    np.save(many, np.array([1, 2, VOCAB]))
+    halves = tmp_path / "halves.npy"
+    np.save(halves, np.array([0.5, 1.5]))
+    for flags, told in (
+        ((*load, "--text", "absent.txt"), "--text absent.txt: there is no such file"),
+        (("--load", tmp_path, *text), f"--load {tmp_path}: there is no checkpoint"),
+        ((*load, "--ckpt-step", 3, *text), "accepted: --ckpt-step 4, the nearest"),
+        ((*load, *text, "--logits-out", existing), "it exists; give another file or --force"),
+        ((*load, "--tokens", many), f"it has the id {VOCAB}; accepted: ids from 0 to {VOCAB - 1}"),
+        ((*load, "--tokens", halves), "it is float64 with 1 dimensions; accepted"),
+        ((*load, "--tokens", data / "valid.txt"), "it is no .npy file of ids"),
+        ((*load, *text, "--micro-batch", 0), "--micro-batch 0: accepted is 1 or more"),
+        ((*load, *text, "--trust-remote-code"), "--trust-remote-code: it goes with --hf only"),
+        ((*load, *text, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        ((*load, "--tokens", existing, "--sequence-length", 5), "--sequence-length 5: the rows of"),
+        (("--hf", tmp_path, *text), f"--hf {tmp_path}: transformers cannot load it"),
+        (("--hf", llama[0], "--tokens", many), f"it has the id {VOCAB}"),
+        (("--hf", llama[0], *text, "--ckpt-step", 1), "--ckpt-step: it goes with --load only"),
+    ):
+        assert told in refusal(*flags)
+
+
+def test_layout_that_does_not_fit_is_one_line_and_status_2(data, trained):
+    run = command(
+        *("--load", trained[0], "--text", data / "valid.txt", "--expert-model-parallel-size", 3)
+    )
+    assert run.returncode == 2
+    assert "--expert-model-parallel-size 3: the model has 4 experts" in run.stderr
+    assert "Traceback" not in run.stderr

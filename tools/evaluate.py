@@ -1,0 +1,240 @@
+"""Loss and perplexity of a checkpoint on a text, and its logits.
+
+    python tools/evaluate.py --load checkpoints/ --text held-out.txt
+    torchrun --nproc-per-node 2 tools/evaluate.py --load checkpoints/ --text held-out.txt \
+        --expert-model-parallel-size 2
+    python tools/evaluate.py --hf model/ --tokens ids.npy --logits-out logits.npy
+
+takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
+any, or a Hugging Face folder. A text, or a one-dimensional array of ids, is cut into sequences, and
+each token predicts the next; a last sequence that is short is filled up with id 0, whose logits are
+written but which is no part of the loss. A two-dimensional array is taken as its rows, the last token
+of each predicting nothing. Logits are float32 [sequences, length, vocabulary], without the entries
+that pad Megatron's vocabulary.
+"""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from corpus import OneLineParser, UsageError, run_tool
+
+from megatron_scmoe import cpu
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEFAULT_HF_LENGTH = 1024
+LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description="Loss, perplexity and logits of a checkpoint.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--load", metavar="CKPT", help="a Megatron checkpoint: what was --save")
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face model folder")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8")
+    data.add_argument("--tokens", type=Path, metavar="FILE", help=".npy of ids, [n] or [n, length]")
+    parser.add_argument(
+        "--logits-out", type=Path, metavar="FILE", help="write the logits to this .npy file"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite --logits-out")
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="N",
+        help="tokens in a sequence (default: --seq-length of training; with --hf "
+        f"{DEFAULT_HF_LENGTH}, or what the model can)",
+    )  # fmt: skip
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences at once")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="evaluate the first N sequences only"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument(
+        "--tokenizer-model", metavar="MODEL",
+        help="the tokenizer of --load, where it is not (any more) where training had it",
+    )  # fmt: skip
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code in the folder of --hf"
+    )
+    for kind in ("tensor", "pipeline", "expert"):
+        parser.add_argument(
+            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
+        )
+    args = parser.parse_args(argv)
+    check_flags(args)
+
+    quiet_imports()
+    try:
+        report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
+    except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
+        fail(" ".join(str(error).split()) or "unusable settings")
+    if is_first_rank():
+        print(describe(report))
+
+
+def quiet_imports() -> None:
+    """Megatron and PyTorch tell of what is not installed."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse what cannot work before seconds go into imports."""
+    for name in (
+        "sequence_length", "micro_batch", "limit", "tensor_model_parallel_size",
+        "pipeline_model_parallel_size", "expert_model_parallel_size",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
+    of_load = ("tokenizer_model", "ckpt_step")
+    of_hf = ("trust_remote_code",)
+    for name in of_load if args.hf else of_hf:
+        if getattr(args, name):
+            fail(f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.hf and ranks > 1:
+        fail(f"--hf under torchrun with {ranks} ranks: transformers' model runs in one process")
+    for path in (args.text, args.tokens):
+        if path is not None and not path.is_file():
+            fail(f"{'--text' if args.text else '--tokens'} {path}: there is no such file")
+    if args.logits_out is not None:
+        if args.logits_out.exists() and not args.force:
+            fail(f"--logits-out {args.logits_out}: it exists; give another file or --force")
+        if not args.logits_out.absolute().parent.is_dir():
+            fail(f"--logits-out {args.logits_out}: there is no folder {args.logits_out.parent}")
+
+
+def evaluate_checkpoint(args: Namespace):
+    """Evaluate what --load names; on every rank."""
+    import torch
+
+    from megatron_scmoe import evaluation, loading
+
+    checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
+    vocab_size = checkpoint.args.vocab_size
+    if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
+        tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
+        vocab_size = vocab_size or tokenizer.vocab_size
+    sequences = read_sequences(
+        args,
+        lambda text: np.array(tokenizer.tokenize(text), dtype=np.int64),
+        args.sequence_length or checkpoint.args.seq_length,
+    )
+    sequences.check(data_flag(args), vocab_size)
+    layout = loading.Layout(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    checkpoint.check_length(sequences.tokens.shape[1], layout)
+    is_mine = initialise_ranks()
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    model = loading.build_model(checkpoint, layout, dtype)
+    report = evaluation.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+    return report
+
+
+def evaluate_hf(args: Namespace):
+    """Evaluate what --hf names."""
+    import torch
+
+    from megatron_scmoe import evaluation
+
+    model = evaluation.HuggingFaceModel(args.hf, args.trust_remote_code)
+    length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
+    sequences = read_sequences(args, model.tokenize, length)
+    sequences.check(data_flag(args), model.vocab_size)
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    return model.evaluate(sequences, args.micro_batch, args.logits_out, dtype)
+
+
+def read_sequences(args: Namespace, tokenize, length: int):
+    """The sequences of --text or --tokens, cut to --limit."""
+    from megatron_scmoe.evaluation import Sequences
+
+    if args.text is not None:
+        try:
+            ids = tokenize(args.text.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            fail(f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text")
+    else:
+        try:
+            ids = np.load(args.tokens, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({error})")
+        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+            fail(
+                f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "
+                "are integers, [n] or [n, length]"
+            )
+    if ids.ndim == 2:
+        if args.sequence_length not in (None, ids.shape[1]):
+            fail(
+                f"--sequence-length {args.sequence_length}: the rows of {args.tokens} have "
+                f"{ids.shape[1]} ids"
+            )
+        sequences = Sequences.from_rows(ids)
+    else:
+        sequences = Sequences.from_stream(ids, length) if ids.size > 1 else None
+    if sequences is None or ids.shape[-1] < 2 or not ids.size:
+        fail(f"{data_flag(args)}: it has fewer than two tokens in a sequence; there is no loss")
+    return sequences.first(args.limit) if args.limit else sequences
+
+
+def data_flag(args: Namespace) -> str:
+    return f"--text {args.text}" if args.text else f"--tokens {args.tokens}"
+
+
+def initialise_ranks() -> bool:
+    """Make the process group, torchrun's or one of this process alone; False if there is one."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        return False
+    backend = "gloo" if cpu.is_enabled() else "nccl"
+    if "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    return True
+
+
+def describe(report) -> str:
+    text = (
+        f"loss {report.loss:.6f} nats per token, perplexity {report.perplexity:.4f} "
+        f"({report.tokens:,} tokens in {report.sequences:,} sequences)"
+    )
+    if report.padded_loss is not None:
+        text += (
+            f"\nloss {report.padded_loss:.6f} with the entries that pad the vocabulary in the "
+            "softmax, as in training"
+        )
+    return text
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def fail(message: str) -> NoReturn:
+    """One line from the first rank; the launcher ends the others with it."""
+    if not is_first_rank():
+        time.sleep(LAST_WORD_S)
+        sys.exit(2)
+    raise UsageError(message)
+
+
+if __name__ == "__main__":
+    run_tool(main)

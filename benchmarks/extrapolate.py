@@ -32,7 +32,9 @@ def added(system: str, key: str, result: dict, times: OperatorTimes, factor: flo
         if system in VOLUME:
             total += VOLUME[system] * (factor - 1) * (now["dispatch"] + now["combine"])
         elif system == "scmoe":
-            slot = result["slot"] if result["slot"] is not None else DEFAULT_EXPERT_SLOT[result["tap"]]
+            slot = (
+                result["slot"] if result["slot"] is not None else DEFAULT_EXPERT_SLOT[result["tap"]]
+            )
             schedule = build_schedule(result["tap"], slot, True, chunks=result["chunks"])
             longer = {name: now[name] * factor for name in ("dispatch", "combine")}
             then = replace(times, forward=now | longer, backward=now | longer)
@@ -61,7 +63,9 @@ def main() -> None:
     measured_on = result["world_size"]
     factor = (1 - 1 / options.gpus) / (1 - 1 / measured_on)
     pairs = result["sizes"]["blocks"] // (1 if result["sizes"]["every_block"] else 2)
-    print(f"{result['shape']}, {result['link']}: measured on {measured_on} GPUs, for {options.gpus}:")
+    print(
+        f"{result['shape']}, {result['link']}: measured on {measured_on} GPUs, for {options.gpus}:"
+    )
     found: dict[str, dict[str, float]] = {}
     for system, row in result["systems"].items():
         for key in DIRECTIONS:

@@ -20,6 +20,8 @@ from megatron_scmoe.checkpoints import tokenizers
 from megatron_scmoe.checkpoints.arguments import arguments_from_flags
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf, read_config
 from megatron_scmoe.checkpoints.formats import find_format
+from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
+from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
 from megatron_scmoe.checkpoints.scmoe_hf import flags_from_config, to_hf, to_megatron
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
@@ -314,6 +316,22 @@ def test_the_modelling_code_needs_torch_and_transformers_alone(exported):
         imports = [line for line in copied.splitlines() if line.startswith(("import ", "from "))]
         roots = {line.split()[1].split(".")[0] for line in imports}
         assert roots <= {"torch", "transformers", ""}  # and each other
+
+
+def test_zero_centred_norms_are_stored_minus_one(exported):
+    config = ScMoEConfig.from_pretrained(exported)
+    model = ScMoEForCausalLM.from_pretrained(exported).eval()
+    config.norm_zero_centered = True
+    centred = ScMoEForCausalLM(config).eval()
+    state = model.state_dict()
+    state = {key: value - 1 if "norm" in key else value for key, value in state.items()}
+    centred.load_state_dict(state)
+    tokens, _ = models.batch(0)
+    with torch.no_grad():
+        assert (centred(tokens).logits - model(tokens).logits).abs().max() < 1e-5
+    assert "--apply-layernorm-1p" in flags_from_config(config.to_dict())
+    with pytest.raises(ConversionError, match=r"attention_scale 0\.5: Megatron has no flag"):
+        flags_from_config(config.to_dict() | {"attention_scale": 0.5})
 
 
 def test_inspect_counts_what_the_model_has(source, exported):

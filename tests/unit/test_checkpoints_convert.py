@@ -1,6 +1,5 @@
 """Conversions of whole folders: what is refused, tokenizers, memory, the command line."""
 
-import importlib
 import io
 import json
 import os
@@ -34,8 +33,7 @@ from megatron_scmoe.checkpoints.store import (
 from megatron_scmoe.checkpoints.summary import count_parameters, describe
 from megatron_scmoe.checkpoints.torch_dist import _Writer
 from tests import checkpoints, models
-
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools import TOOLS, tool
 
 
 @pytest.fixture(scope="module")
@@ -482,14 +480,8 @@ def test_another_tokenizer_or_none_can_be_given(with_tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def tool():
-    if str(TOOLS) not in sys.path:
-        sys.path.append(str(TOOLS))
-    return importlib.import_module("convert")
-
-
 def test_command_line_converts_and_inspects(source, tmp_path, capsys):
-    convert = tool()
+    convert = tool("convert")
     hf, back = str(tmp_path / "hf"), str(tmp_path / "back")
     convert.main(["megatron-to-hf", "--load", str(source), "--output", hf, "--dtype", "bf16"])
     convert.main(["hf-to-megatron", "--input", hf, "--save", back])

@@ -148,9 +148,9 @@ def test_tensor_and_context_parallel_train():
 @requires_multi_gpu
 def test_overlap_on_and_off_are_bit_identical():
     for digests in run_distributed(_train_all, 2, backend="nccl"):
-        for (tap, slot), (overlapped, serial, again) in digests.items():
+        for (tap, slot, chunks), (overlapped, serial, again) in digests.items():
             assert serial == again, "the kernels themselves are not deterministic"
-            assert overlapped == serial, (tap, slot)
+            assert overlapped == serial, (tap, slot, chunks)
             assert len(set(overlapped)) == len(overlapped)
 
 
@@ -184,12 +184,13 @@ def _train_all() -> dict:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
     return {
-        (tap, slot): tuple(
-            _train(ScMoEConfig(tap=tap, expert_slot=slot, overlap=overlap))
+        (tap, slot, chunks): tuple(
+            _train(ScMoEConfig(tap=tap, expert_slot=slot, overlap=overlap, chunks=chunks))
             for overlap in (True, False, False)
         )
         for tap in TAP_BOUNDARY
         for slot in range(num_slots(tap))
+        for chunks in ((1, 2) if slot == 1 else (1,))
     }
 
 

@@ -5,7 +5,7 @@ import os
 import shlex
 from dataclasses import fields
 
-from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
 
 from megatron_scmoe.config import ScMoEConfig
 
@@ -21,6 +21,12 @@ class _ScMoEArgumentGroup(ArgumentGroupFactory):
 
     def _format_arg_name(self, config_attr_name, prefix=None):
         return super()._format_arg_name(_PREFIX + config_attr_name, prefix)
+
+    def _extract_type(self, config_type):
+        try:
+            return super()._extract_type(config_type)
+        except TypeInferenceError:  # Megatron prints a warning: the field's metadata has the type
+            return {"type": str}
 
     def _build_argparse_kwargs_from_field(self, attribute):
         kwargs = super()._build_argparse_kwargs_from_field(attribute)

@@ -11,6 +11,10 @@ import math
 from dataclasses import replace
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -47,6 +51,7 @@ def use_latent_attention(
     keys = dict(submodules.sharded_state_dict_keys_map)
     if is_local:
         parts = replace(parts, core_attention=LocalCoreAttention)
+        attention = replace(attention, module=LatentSelfAttention)
         keys |= _LOCAL_KEYS
     if config.qk_layernorm and (is_local or scaled):
         build = functools.partial(_latent_norm, norm=norm, scmoe=scmoe)
@@ -65,14 +70,32 @@ def use_latent_attention(
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron's MLA with norms and projections exactly as the spec lists them.
+    """Megatron's MLA with norms and projections exactly as the spec lists them, and right under TP.
 
     Megatron would put a norm before the projection of uncompressed queries (no ``--q-lora-rank``).
+    Where the down-projection is split over the tensor-parallel ranks, as in the local implementation,
+    the rotary key's gradient would be that of one rank's heads only.
     """
 
     def _resolve_qk_norm_config(self, submodules) -> dict:
         names = "linear_q_proj linear_q_up_proj linear_kv_up_proj q_layernorm kv_layernorm"
         return {name: getattr(submodules, name) for name in names.split()}
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Megatron's, with latent and rotary key of keys and values whole on every rank.
+
+        Left split, the rotary key would be gathered by a function whose backward splits and does not
+        sum. Whole, it is gathered along the sequence, as Transformer Engine's is.
+
+        Returns:
+            The queries' latent (or ``hidden_states``), and latent with rotary key,
+            [s / TP, b, kv_lora_rank + qk_pos_emb_head_dim].
+        """
+        q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
+        if kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
+            whole = gather_from_tensor_model_parallel_region(kv_combined)
+            kv_combined = scatter_to_sequence_parallel_region(whole)
+        return q_compressed, kv_combined
 
 
 class LocalCoreAttention(DotProductAttention):

@@ -310,6 +310,17 @@ def _check_latent_attention(scmoe: ScMoEConfig, view: _View) -> None:
         )
 
 
+def _check_tensor_parallel(scmoe: ScMoEConfig, view: _View) -> None:
+    """Megatron's MoE refuses this in its forward: gradients of experts and router would be wrong."""
+    size = view.tensor_model_parallel_size or 1
+    if size > 1 and not view.sequence_parallel:
+        raise ScMoEConfigError(
+            f"--tensor-model-parallel-size {size} without --sequence-parallel",
+            "every tensor-parallel rank would send the same tokens to the experts",
+            "--sequence-parallel",
+        )
+
+
 def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
     kind = view.moe_token_dispatcher_type
     if kind == "allgather" and scmoe.overlap:
@@ -529,6 +540,7 @@ _CHECKS = (
     _check_router,
     _check_own_router,
     _check_latent_attention,
+    _check_tensor_parallel,
     _check_dispatcher,
     _check_activation,
     _check_recompute,

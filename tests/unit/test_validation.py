@@ -175,6 +175,11 @@ REFUSED = [
         "1e-6",
     ),
     (f"{LATENT} --mla-down-proj-fusion", "--mla-down-proj-fusion with", "leave the flag out"),
+    (
+        "--tensor-model-parallel-size 2",
+        "--tensor-model-parallel-size 2 without --sequence-parallel",
+        "--sequence-parallel",
+    ),
     (f"{LATENT} --cache-mla-latents", "--cache-mla-latents", "leave the flag out"),
 ]
 
@@ -216,6 +221,7 @@ def test_gates_need_a_shared_expert(combine):
         f"{BIASED} --scmoe-zero-experts 4 --scmoe-active-experts 1.5",
         "--scmoe-zero-experts 2 --moe-token-dispatcher-type allgather --no-scmoe-overlap",
         f"{LATENT} --scmoe-mla-scale --scmoe-mla-norm-epsilon 1e-6",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
     ],
 )
 def test_accepted(flags):

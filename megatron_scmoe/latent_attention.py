@@ -49,9 +49,10 @@ def use_latent_attention(
     attention = submodules.self_attention
     parts = attention.submodules
     keys = dict(submodules.sharded_state_dict_keys_map)
+    if is_local or (config.qk_layernorm and (scaled or config.q_lora_rank is None)):
+        attention = replace(attention, module=LatentSelfAttention)
     if is_local:
         parts = replace(parts, core_attention=LocalCoreAttention)
-        attention = replace(attention, module=LatentSelfAttention)
         keys |= _LOCAL_KEYS
     if config.qk_layernorm and (is_local or scaled):
         build = functools.partial(_latent_norm, norm=norm, scmoe=scmoe)
@@ -63,7 +64,6 @@ def use_latent_attention(
         if not is_local:
             linear = TESpecProvider().column_parallel_linear()
             parts = replace(parts, linear_q_up_proj=linear, linear_kv_up_proj=linear)
-        attention = replace(attention, module=LatentSelfAttention)
         keys |= _KEYS
     submodules.self_attention = replace(attention, submodules=parts)
     submodules.sharded_state_dict_keys_map = keys
@@ -72,7 +72,8 @@ def use_latent_attention(
 class LatentSelfAttention(MLASelfAttention):
     """Megatron's MLA with norms and projections exactly as the spec lists them, and right under TP.
 
-    Megatron would put a norm before the projection of uncompressed queries (no ``--q-lora-rank``).
+    With Transformer Engine Megatron would put a second norm before the projection of uncompressed
+    queries (no ``--q-lora-rank``), which the local implementation has not.
     Where the down-projection is split over the tensor-parallel ranks, as in the local implementation,
     the rotary key's gradient would be that of one rank's heads only.
     """

@@ -302,6 +302,12 @@ def _check_latent_attention(scmoe: ScMoEConfig, view: _View) -> None:
         raise ScMoEConfigError(
             "--cache-mla-latents", "it is for inference only", "leave the flag out"
         )
+    if view.mla_down_proj_fusion and view.q_lora_rank is None:
+        raise ScMoEConfigError(
+            "--mla-down-proj-fusion without --q-lora-rank",
+            "there is one down-projection, nothing to fuse it with",
+            "--q-lora-rank, or leave the flag out",
+        )
     if view.mla_down_proj_fusion and (own or view.transformer_impl == "local"):
         raise ScMoEConfigError(
             f"--mla-down-proj-fusion with {own or '--transformer-impl local'}",

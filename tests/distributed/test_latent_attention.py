@@ -27,7 +27,7 @@ VARIANTS = {
     "LongCat-Flash's norms": (SCALED, LATENTS | dict(qk_layernorm=True)),
     "Megatron's norms": (ScMoEConfig(), LATENTS | dict(qk_layernorm=True)),
     "no norms": (ScMoEConfig(), LATENTS),
-    "queries not compressed": (ScMoEConfig(), LATENTS | dict(q_lora_rank=None)),
+    "queries not compressed": (ScMoEConfig(), LATENTS | dict(q_lora_rank=None, qk_layernorm=True)),
 }
 
 

@@ -54,3 +54,25 @@ def test_trains_in_bf16_with_fused_kernels(tmp_path):
     run = run_pretrain([*FLAGS, *flags, "--moe-aux-loss-coeff", "0"], 1)
     assert run.status == 0, run.output[-2000:]
     assert run.losses[30] < run.losses[1] - 1.0
+
+
+def test_checkpoint_keys_do_not_depend_on_the_implementation():
+    [(local, fused)] = run_distributed(_keys, 1, backend="nccl")
+    assert local == fused
+
+
+def _keys() -> tuple[list[str], list[str]]:
+    """Of a model with Megatron's norms of latents, and queries that are not compressed."""
+    from megatron_scmoe.config import ScMoEConfig
+    from tests import models
+    from tests.distributed.test_latent_attention import VARIANTS
+
+    _, changes = VARIANTS["queries not compressed"]
+    found = []
+    for implementation in ("local", "transformer_engine"):
+        changes = changes | dict(transformer_impl=implementation)
+        (model,) = models.build_scmoe(ScMoEConfig(), **changes)
+        state = model.sharded_state_dict(metadata=models.checkpoint_metadata())
+        keys = {tensor.key for tensor in state.values() if hasattr(tensor, "key")}
+        found.append(sorted(key for key in keys if not key.endswith("_extra_state")))
+    return found[0], found[1]

@@ -174,7 +174,16 @@ REFUSED = [
         "--scmoe-mla-norm-epsilon 0",
         "1e-6",
     ),
-    (f"{LATENT} --mla-down-proj-fusion", "--mla-down-proj-fusion with", "leave the flag out"),
+    (
+        f"{LATENT} --q-lora-rank 8 --mla-down-proj-fusion",
+        "--mla-down-proj-fusion with",
+        "leave the flag out",
+    ),
+    (
+        f"{LATENT} --mla-down-proj-fusion",
+        "--mla-down-proj-fusion without --q-lora-rank",
+        "--q-lora-rank",
+    ),
     (
         "--tensor-model-parallel-size 2",
         "--tensor-model-parallel-size 2 without --sequence-parallel",

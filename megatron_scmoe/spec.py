@@ -22,10 +22,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.arguments import scmoe_config_from_environment
+from megatron_scmoe.biases import BiasedExpertLinear, BiasedSharedExpert
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.latent_attention import use_latent_attention
-from megatron_scmoe.moe_layer import BiasedExpertLinear, BiasedSharedExpert, ScMoELayer
+from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.router import ScMoERouter, finalize_model_grads, needs_own_router
 from megatron_scmoe.schedule import Schedule, build_schedule

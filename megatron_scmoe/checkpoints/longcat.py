@@ -23,6 +23,7 @@ from megatron_scmoe.checkpoints.lazy import (
     concatenate,
     stack,
 )
+from megatron_scmoe.checkpoints.refusals import IN_NO_FORMAT, refuse
 
 MODEL_TYPE = "longcat_flash"
 
@@ -124,6 +125,7 @@ def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str
     Raises:
         ConversionError: if the model is no LongCat-Flash; it names the flag.
     """
+    refuse(args, MODEL_TYPE, IN_NO_FORMAT)
     for name, (expected, flag) in _FIXED_ARGUMENTS.items():
         if getattr(args, name, None) != expected:
             raise ConversionError(
@@ -419,4 +421,10 @@ _FIXED_ARGUMENTS = {
     "rotary_percent": (1.0, "--rotary-percent"),
     "moe_router_score_function": ("softmax", "--moe-router-score-function"),
     "moe_router_pre_softmax": (True, "--moe-router-pre-softmax"),
+    "layernorm_zero_centered_gamma": (False, "--apply-layernorm-1p"),
+    "use_rope_scaling": (False, "--use-rope-scaling"),
+    "rotary_seq_len_interpolation_factor": (None, "--rotary-seq-len-interpolation-factor"),
+    "moe_router_num_groups": (None, "--moe-router-num-groups"),
+    "moe_router_enable_expert_bias": (False, "--moe-router-enable-expert-bias"),
+    "moe_router_dtype": ("fp32", "--moe-router-dtype"),
 }

@@ -24,6 +24,7 @@ from megatron_scmoe.checkpoints.lazy import (
     concatenate,
     stack,
 )
+from megatron_scmoe.checkpoints.refusals import IN_NO_FORMAT, Refusal, one_of, refuse
 from megatron_scmoe.validation import moe_pattern
 
 MODEL_TYPE = ScMoEConfig.model_type
@@ -47,11 +48,7 @@ def config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> d
     Raises:
         ConversionError: if the modelling code cannot express it; it names the flag.
     """
-    for name, flag, is_fine in _REFUSED:
-        value = getattr(args, name, None)
-        if not is_fine(value):
-            shown = flag if value is True else f"{flag} {value}"
-            raise ConversionError(f"{shown}: the {MODEL_TYPE} model in transformers has it not")
+    refuse(args, MODEL_TYPE, (*IN_NO_FORMAT, *_REFUSED))
     if not hasattr(args, "scmoe_tap"):
         raise ConversionError("no --scmoe-tap in the checkpoint's arguments: it is no ScMoE model")
     try:
@@ -152,56 +149,19 @@ FORMAT = Format(
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _one_of(*values):
-    return lambda value: value in values
-
-
-_REFUSED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("multi_latent_attention", "--multi-latent-attention", _one_of(None, False)),
-    ("num_experts", "--num-experts", lambda value: bool(value)),
+_REFUSED: tuple[Refusal, ...] = (
+    ("multi_latent_attention", "--multi-latent-attention", one_of(None, False)),
     (
         "position_embedding_type",
         "--position-embedding-type",
-        _one_of("rope", "learned_absolute", "none"),
+        one_of("rope", "learned_absolute", "none"),
     ),
-    ("rotary_interleaved", "--rotary-interleaved", _one_of(None, False)),
-    ("no_rope_freq", "--no-rope-freq", _one_of(None)),
-    ("qk_l2_norm", "--qk-l2-norm", _one_of(None, False)),
-    ("window_size", "--window-size", _one_of(None)),
-    ("softmax_type", "--softmax-type", _one_of(None, "vanilla")),
-    ("attention_output_gate", "--attention-output-gate", _one_of(None, False)),
-    (
-        "apply_residual_connection_post_layernorm",
-        "--apply-residual-connection-post-layernorm",
-        _one_of(None, False),
-    ),
-    ("glu_linear_offset", "--glu-linear-offset", _one_of(None, 0.0)),
-    ("activation_func_clamp_value", "--activation-func-clamp-value", _one_of(None)),
-    ("use_mup", "--use-mup", _one_of(None, False)),
-    ("fp32_residual_connection", "--fp32-residual-connection", _one_of(None, False)),
-    ("mtp_num_layers", "--mtp-num-layers", _one_of(None, 0)),
-    ("moe_latent_size", "--moe-latent-size", _one_of(None)),
-    ("moe_apply_probs_on_input", "--moe-apply-probs-on-input", _one_of(None, False)),
-    ("moe_expert_capacity_factor", "--moe-expert-capacity-factor", _one_of(None)),
-    (
-        "moe_router_force_load_balancing",
-        "--moe-router-force-load-balancing",
-        _one_of(None, False),
-    ),
-    ("moe_router_score_function", "--moe-router-score-function", _one_of("softmax", "sigmoid")),
-    (
-        "moe_router_load_balancing_type",
-        "--moe-router-load-balancing-type",
-        lambda value: (
-            not {"sinkhorn", "quantile_balancing"}
-            & set(value if isinstance(value, list) else [value])
-        ),
-    ),
-    ("scmoe_zero_experts", "--scmoe-zero-experts", _one_of(None, 0)),
-    ("scmoe_expert_bias", "--scmoe-expert-bias", _one_of(None, "none")),
-    ("scmoe_router_bias", "--scmoe-router-bias", _one_of(None, False)),
+    ("moe_router_score_function", "--moe-router-score-function", one_of("softmax", "sigmoid")),
+    ("scmoe_zero_experts", "--scmoe-zero-experts", one_of(None, 0)),
+    ("scmoe_expert_bias", "--scmoe-expert-bias", one_of(None, "none")),
+    ("scmoe_router_bias", "--scmoe-router-bias", one_of(None, False)),
 )
-"""What the modelling code has not: name, flag, and which values are fine."""
+"""What the modelling code has not beside what no format has."""
 
 _ROUTER_DTYPES = {None: None, "fp32": "float32", "fp64": "float64"}
 

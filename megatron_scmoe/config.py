@@ -81,8 +81,9 @@ class ScMoEConfig:
     LongCat-Flash) or by its sign; those of zero experts stay."""
 
     active_experts: float | None = None
-    """Experts per token, zero experts left out, that --scmoe-expert-bias aims at. Default: their share
-    if all experts were chosen alike, topk * experts / (experts + zero experts)."""
+    """Experts per token, zero experts left out, that --scmoe-expert-bias aims at; needs
+    --scmoe-zero-experts. Default: their share if all experts were chosen alike,
+    topk * experts / (experts + zero experts)."""
 
     router_bias: bool = False
     """The router holds a bias of its linear layer, for the way back to a LongCat-Flash checkpoint with

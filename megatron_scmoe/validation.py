@@ -256,6 +256,12 @@ def _check_own_router(scmoe: ScMoEConfig, view: _View) -> None:
             f"a token has {topk} experts (--moe-router-topk)",
             f"more than 0, up to {topk}",
         )
+    if scmoe.active_experts not in (None, topk) and not zero:
+        raise ScMoEConfigError(
+            f"--scmoe-active-experts {scmoe.active_experts} without --scmoe-zero-experts",
+            f"every token then has all its {topk} experts (--moe-router-topk), whatever the biases",
+            f"leave the flag out, {topk}, or --scmoe-zero-experts",
+        )
     if not zero and not biased:
         return
     for name, is_given, flag, accepted in _NOT_WITH_OWN_ROUTER:

@@ -167,6 +167,11 @@ REFUSED = [
     ("--scmoe-active-experts 1", "--scmoe-active-experts 1", "--scmoe-expert-bias proportional"),
     (f"{BIASED} --scmoe-active-experts 3", "--scmoe-active-experts 3", "more than 0, up to 2"),
     (f"{BIASED} --scmoe-active-experts 0", "--scmoe-active-experts 0", "more than 0, up to 2"),
+    (
+        f"{BIASED} --scmoe-active-experts 1.5",
+        "--scmoe-active-experts 1.5 without --scmoe-zero-experts",
+        "2, or --scmoe-zero-experts",
+    ),
     ("--scmoe-mla-scale", "--scmoe-mla-scale", "--multi-latent-attention"),
     ("--scmoe-mla-scale --multi-latent-attention", "without --qk-layernorm", "--qk-layernorm"),
     (
@@ -228,6 +233,7 @@ def test_gates_need_a_shared_expert(combine):
         "--recompute-num-layers 1",
         "--scmoe-zero-experts 2 --moe-router-topk 6",
         f"{BIASED} --scmoe-zero-experts 4 --scmoe-active-experts 1.5",
+        f"{BIASED} --scmoe-active-experts 2",
         "--scmoe-zero-experts 2 --moe-token-dispatcher-type allgather --no-scmoe-overlap",
         f"{LATENT} --scmoe-mla-scale --scmoe-mla-norm-epsilon 1e-6",
         "--tensor-model-parallel-size 2 --sequence-parallel",

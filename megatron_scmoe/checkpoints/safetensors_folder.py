@@ -123,7 +123,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{folder / INDEX}: not an index of safetensors files") from error
     for name in where.values():
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ConversionError(f"{folder / INDEX}: {name} is not a file of this folder")
     return where
 

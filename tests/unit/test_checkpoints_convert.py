@@ -331,6 +331,10 @@ def test_what_a_folder_holds(source, exported):
         "model.safetensors",
         "modeling_scmoe.py",
     }
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in exported.iterdir() if path.suffix != ".py"}
+    assert modes == {0o666 & ~umask}
     config = read_config(exported)
     assert config["vocab_size"] == 96 and config["unpadded_vocab_size"] == 64
     generation = GenerationConfig.from_pretrained(exported)

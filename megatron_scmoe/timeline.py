@@ -7,7 +7,8 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_scmoe.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
@@ -26,14 +27,18 @@ class OperatorTimes:
     """Milliseconds of each operator (see ``OPERATORS``) of one pair of blocks, for all tokens.
 
     An operator which a model has not (a dense MLP, a shared expert) takes no time.
+    ``measured_on`` holds the sizes that the times depend on, by name; empty if nobody said.
     """
 
     forward: dict[str, float]
     backward: dict[str, float]
+    measured_on: dict[str, int] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write as JSON, under a temporary name until it is whole."""
+        part = Path(f"{path}.{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        part.replace(path)
 
     @classmethod
     def read(cls, path: str | Path) -> "OperatorTimes":
@@ -54,7 +59,8 @@ class OperatorTimes:
                 value = times.get(name)
                 if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                     raise ValueError(f"{path}: {direction} '{name}' is {value!r}, not milliseconds")
-        return cls(*({n: float(found[d][n]) for n in OPERATORS} for d in ("forward", "backward")))
+        times = ({n: float(found[d][n]) for n in OPERATORS} for d in ("forward", "backward"))
+        return cls(*times, found.get("measured_on", {}))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def main() -> None:
         config = compat.transformer_config(args)
         validate(scmoe, config)
         preflight.check_tokens(args, get_tokenizer())
+        tokens = args.seq_length // args.context_parallel_size
+        tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
         # Megatron reports unusable settings as assertions; the message is what matters of them.
         fail(str(error))
@@ -58,7 +60,6 @@ def main() -> None:
     model_config = compat.gpt_config(args, config)
     model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
     if scmoe.expert_slot == "auto":
-        tokens = args.seq_length // args.context_parallel_size
         model_config.pre_wrap_hooks.append(
             partial(
                 tuning.choose_slot, scmoe=scmoe, micro_batch=args.micro_batch_size, sequence=tokens

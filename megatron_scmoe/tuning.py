@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import print_rank_0
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.schedule import Schedule, build_schedule, idle_schedule, num_slots
 from megatron_scmoe.timeline import OPERATORS, OperatorTimes, block_time
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
+from megatron_scmoe.validation import ScMoEConfigError
 
 WARMUP, REPEATS = 2, 5
 """Runs before, and runs measured; the median counts."""
@@ -53,6 +55,8 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
             model.cuda()
         pair = find_pair(models)
         times, measured = measure(pair, scmoe, micro_batch, sequence)
+        sizes = sizes_of(models[0].config, micro_batch, sequence)
+        times = replace(times, measured_on=sizes)
         if scmoe.operator_times and torch.distributed.get_rank() == 0:
             times.write(scmoe.operator_times)
     predicted = predict(scmoe, times)
@@ -65,6 +69,35 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
     source = scmoe.operator_times if measured is None else None
     print_rank_0(describe(times, predicted, measured, slot, source))
     return models
+
+
+def sizes_of(config: TransformerConfig, micro_batch: int, sequence: int) -> dict[str, int]:
+    """What operator times depend on, besides the machine: Megatron's settings by name."""
+    names = (
+        *("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_moe_experts"),
+        *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk"),
+        *("tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"),
+    )
+    sizes = {name: getattr(config, name) for name in names}
+    return sizes | {"micro_batch_size": micro_batch, "tokens_per_sequence": sequence}
+
+
+def check_times(scmoe: ScMoEConfig, sizes: dict[str, int]) -> None:
+    """Refuse operator times that were measured on something else.
+
+    Raises:
+        ScMoEConfigError: naming the file and the first size that differs.
+    """
+    path = scmoe.operator_times
+    if path is None or not Path(path).exists():
+        return
+    for name, size in OperatorTimes.read(path).measured_on.items():
+        if size != sizes.get(name):
+            raise ScMoEConfigError(
+                f"--scmoe-operator-times {path}",
+                f"its times were measured with {name} {size}, and this is {sizes.get(name)}",
+                "another file, which will be written if it does not exist",
+            )
 
 
 def predict(scmoe: ScMoEConfig, times: OperatorTimes) -> list[float]:

@@ -13,7 +13,7 @@ import logging
 import signal
 import sys
 import warnings
-from argparse import Namespace, _SubParsersAction
+from argparse import ArgumentTypeError, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def add_upcycle(commands: _SubParsersAction) -> None:
         default = getattr(Upcycling, flag[2:].replace("-", "_"))
         parser.add_argument(flag, type=float, default=default, metavar="X", help=meaning)
     parser.add_argument(
-        "--seed", type=int, default=Upcycling.seed, metavar="N", help="of the inits"
+        "--seed", type=count, default=Upcycling.seed, metavar="N", help="of the inits"
     )
     parser.add_argument(
         "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
@@ -181,6 +181,13 @@ COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_upcycle, add_inspect]
 """What adds each subcommand's parser; it sets ``run`` to a function from arguments to lines."""
 
 
+def count(text: str) -> int:
+    """The value of a flag that is 0 or more."""
+    if not text.isdigit():
+        raise ArgumentTypeError(f"{text}: accepted: 0 or more")
+    return int(text)
+
+
 def add_force(parser: OneLineParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
@@ -193,5 +200,6 @@ def quiet_imports() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave nothing half-written
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave nothing half-written
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run_tool(main)

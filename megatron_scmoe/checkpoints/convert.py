@@ -1,9 +1,11 @@
 """Whole conversions: a folder in, a folder out, complete or not at all."""
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,12 @@ import torch
 from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags
 from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.formats import Tensors, find_format
-from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
+from megatron_scmoe.checkpoints.lazy import (
+    ConversionError,
+    check_weights,
+    naming,
+    total_bytes,
+)
 from megatron_scmoe.checkpoints.model_card import model_card
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
@@ -67,8 +74,9 @@ def megatron_to_hf(
         raise ConversionError(
             f"{files.description}: it has {tokens} tokens, the checkpoint's embedding {rows} rows"
         )
-    config = form.config(args, tokens, rows)
-    tensors = cast(form.to_hf(config, checkpoint.tensors), dtype)
+    with naming(checkpoint.path):
+        config = form.config(args, tokens, rows)
+        tensors = cast(form.to_hf(config, checkpoint.tensors), dtype)
     config["dtype"] = _dtype_name(_main_dtype(tensors))
     for name in ("bos", "eos", "pad"):
         config[f"{name}_token_id"] = getattr(files, name)
@@ -110,14 +118,16 @@ def hf_to_megatron(
     """
     source = Path(source).expanduser()
     config = read_config(source)
-    form = find_format(config.get("model_type"))
-    found = read_safetensors(source)
-    tensors = cast(form.to_megatron(config, found), dtype)
-    left_out = form.left_out(config, found)
-    rows = tensors[EMBEDDING].shape[0]
-    tokens = config.get("unpadded_vocab_size") or rows
-    flags = [*form.flags(config), *tokenizer_flags(source, tokens)]
-    args = arguments_from_flags(flags, _main_dtype(tensors), rows)
+    with naming(source), _naming_types(source):
+        form = find_format(config.get("model_type"))
+        found = read_safetensors(source)
+        check_weights(found)
+        tensors = cast(form.to_megatron(config, found), dtype)
+        left_out = form.left_out(config, found)
+        rows = tensors[EMBEDDING].shape[0]
+        tokens = config.get("unpadded_vocab_size") or rows
+        flags = [*form.flags(config), *tokenizer_flags(source, tokens)]
+        args = arguments_from_flags(flags, _main_dtype(tensors), rows)
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors)
     return [
@@ -127,6 +137,20 @@ def hf_to_megatron(
         *([f"... and {len(left_out) - 3} more such tensors"] if len(left_out) > 3 else []),
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args ...",
     ]
+
+
+@contextlib.contextmanager
+def _naming_types(source: Path) -> Iterator[None]:
+    """A field of config.json with a value of another type fails wherever it is computed with."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConversionError(
+            f"{source / 'config.json'}: a field has no value of its type ({reason})"
+        ) from error
 
 
 def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:

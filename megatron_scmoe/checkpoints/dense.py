@@ -16,7 +16,9 @@ import torch
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
     LazyTensor,
+    check_weights,
     concatenate,
+    naming,
     read_safetensors,
 )
 
@@ -131,6 +133,8 @@ class _Weights:
                 name = self.prefix + name  # files of a model without its head
             if not name.endswith(_BUFFERS):
                 self.left[name] = tensor
+        with naming(folder):
+            check_weights(self.left)
         self.dtype = dtype or self._dtype_of_embedding()
         self.given: dict[str, LazyTensor] = {}
 

@@ -57,12 +57,33 @@ def new_folder(
         if path.exists():
             path.rename(temporary / "old")
         folder.rename(path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except BaseException as error:
+        for cause in _causes(error):
+            if isinstance(cause, KeyboardInterrupt | SystemExit) and cause is not error:
+                raise cause from None  # a file that it left open failed to close, and hid it
+        if _is_disk_full(error, path.parent):
             raise ConversionError(f"{path.parent}: the disk is full") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that were being handled when it was raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _is_disk_full(error: BaseException, parent: Path) -> bool:
+    """Each library says it in its own way; PyTorch only of a file's length."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(cause):
+            return True
+    return isinstance(error, RuntimeError) and shutil.disk_usage(parent).free < 2**20
 
 
 def _check_place(path: Path, force: bool, sources: Iterable[str | os.PathLike]) -> None:

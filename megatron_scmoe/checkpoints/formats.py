@@ -56,5 +56,7 @@ def find_format(model_type: str | None) -> Format:
         ConversionError: if there is none.
     """
     if model_type not in _MODULES:
-        raise ConversionError(f"model_type {model_type}: accepted: {', '.join(NAMES)}")
+        raise ConversionError(
+            f"model_type {model_type}; accepted: {', '.join(NAMES)} (dense models: upcycle)"
+        )
     return importlib.import_module(_MODULES[model_type]).FORMAT

@@ -4,16 +4,20 @@ A mapping between formats is a function from ``dict[str, LazyTensor]`` to ``dict
 It computes shapes and dtypes only; a writer then loads one tensor after the other.
 """
 
+import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Box = tuple[slice, ...]
 """A part of a tensor: a slice with start and stop for each dimension."""
+
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ConversionError(ValueError):
@@ -161,15 +165,34 @@ def total_bytes(tensors: dict[str, LazyTensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_tensors(
-    where: str | os.PathLike,
-    tensors: Mapping[str, LazyTensor],
-    expected: Mapping[str, Sequence[int]],
-) -> None:
+@contextlib.contextmanager
+def naming(place: str | os.PathLike) -> Iterator[None]:
+    """Put the file or folder before the message of a ConversionError which does not name it yet."""
+    try:
+        yield
+    except ConversionError as error:
+        if str(place) in str(error):
+            raise
+        raise ConversionError(f"{place}: {error}") from error
+
+
+def check_weights(tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse weights that are no plain floats: quantised ones mean nothing without their scales.
+
+    Raises:
+        ConversionError: it names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in WEIGHT_DTYPES)
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ConversionError(f"tensor {name} is {found}; accepted: {accepted}")
+
+
+def check_tensors(tensors: Mapping[str, LazyTensor], expected: Mapping[str, Sequence[int]]) -> None:
     """Refuse tensors that are missing, left over or of another shape.
 
     Args:
-        where: the file or folder they come from.
         tensors: what is there.
         expected: shapes by name.
 
@@ -178,15 +201,15 @@ def check_tensors(
     """
     for name, shape in expected.items():
         if name not in tensors:
-            raise ConversionError(f"{where}: tensor {name} is missing")
+            raise ConversionError(f"tensor {name} is missing")
         found = tensors[name].shape
         if tuple(found) != tuple(shape):
             raise ConversionError(
-                f"{where}: tensor {name} has the shape {list(found)} instead of {list(shape)}"
+                f"tensor {name} has the shape {list(found)} instead of {list(shape)}"
             )
     for name in tensors:
         if name not in expected:
-            raise ConversionError(f"{where}: tensor {name} is left over, the model has none")
+            raise ConversionError(f"tensor {name} is left over, the model has none")
 
 
 def _whole(shape: Sequence[int]) -> Box:

@@ -179,7 +179,7 @@ def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     unused = set(left_out(config, tensors))
     used = {name: tensor for name, tensor in tensors.items() if name not in unused}
     pairs = list(_pairs(shape))
-    check_tensors("folder", used, {name: pair.shape for pair in pairs for name in pair.longcat})
+    check_tensors(used, {name: pair.shape for pair in pairs for name in pair.longcat})
     result = {pair.megatron: pair.join([used[name] for name in pair.longcat]) for pair in pairs}
     biases = {pair.megatron for pair in pairs if pair.is_bias}
     return {k: v.cast(torch.float32) if k in biases else v for k, v in result.items()}
@@ -205,7 +205,7 @@ def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
         if pair.is_bias
     }
     tensors = {**zeros, **tensors}
-    check_tensors("checkpoint", tensors, {pair.megatron: pair.joined_shape for pair in pairs})
+    check_tensors(tensors, {pair.megatron: pair.joined_shape for pair in pairs})
     result = {}
     for pair in pairs:
         result.update(zip(pair.longcat, pair.split(tensors[pair.megatron])))

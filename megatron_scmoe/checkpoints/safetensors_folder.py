@@ -106,7 +106,11 @@ def write_safetensors(
                 bar.set_postfix_str(key, refresh=False)
                 shard[key] = tensors[key].load()
                 bar.update(tensors[key].nbytes)
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            file = folder / name
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(shard, file, metadata={"format": "pt"})
+            file.chmod(mode)  # as the user's umask has it; safetensors makes files private
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -123,7 +127,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{folder / INDEX}: not an index of safetensors files") from error
     for name in where.values():
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ConversionError(f"{folder / INDEX}: {name} is not a file of this folder")
     return where
 

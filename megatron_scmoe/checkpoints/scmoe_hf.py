@@ -117,18 +117,18 @@ def to_hf(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     config = _config(config)
     shapes = _shapes(config)
     rules = list(_rules(config))
-    check_tensors("checkpoint", tensors, _megatron_shapes(rules, shapes))
+    check_tensors(tensors, _megatron_shapes(rules, shapes))
     result: Tensors = {}
     for rule in rules:
         result.update(zip(rule.hf, rule.split(tensors[rule.megatron])))
-    check_tensors("mapping", result, shapes)
+    check_tensors(result, shapes)
     return result
 
 
 def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Megatron's tensors from those of a folder."""
     config = _config(config)
-    check_tensors("folder", tensors, _shapes(config))
+    check_tensors(tensors, _shapes(config))
     return {
         rule.megatron: rule.join([tensors[name] for name in rule.hf]) for rule in _rules(config)
     }

@@ -249,11 +249,14 @@ def _read_common(folder: Path, reader: _Reader, metadata: Metadata) -> dict:
 def _checkpoint_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if tracker.is_file():
-        word = tracker.read_text().strip()
+        word = tracker.read_text(errors="replace").strip()
         if word != "release" and not word.isdigit():
             raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
         path = path / (word if word == "release" else f"iter_{int(word):07d}")
-    config = maybe_load_config(str(path)) if path.is_dir() else None
+    try:
+        config = maybe_load_config(str(path)) if path.is_dir() else None
+    except (ValueError, TypeError) as error:  # no JSON, or other fields
+        raise ConversionError(f"{path}: its metadata.json is damaged ({_line(error)})") from error
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(
             f"{path}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ folder"

@@ -103,7 +103,10 @@ def test_the_script_measures_logs_writes_and_then_reads(tmp_path):
     run = train(*flags, iterations=2)
     assert "operator times of a pair in ms, measured" in run.output
     assert run.output.count("<- chosen") == 1
-    assert set(json.loads(path.read_text())["forward"]) == set(OPERATORS)
+    written = json.loads(path.read_text())
+    assert set(written["forward"]) == set(OPERATORS)
+    assert written["measured_on"]["expert_model_parallel_size"] == 2
+    assert written["measured_on"]["tokens_per_sequence"] == 32
     plain = train(iterations=2)
     assert run.losses == plain.losses, "measuring must not change the training"
 
@@ -122,6 +125,19 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     run = run_pretrain([*TINY, *flags], 1)
     assert run.status == 2
     assert run.error.startswith(f"--scmoe-operator-times {path}: forward 'attention' is None")
+
+
+def test_times_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "times.json"
+    write_times(path)
+    found = json.loads(path.read_text()) | {"measured_on": {"hidden_size": 64}}
+    path.write_text(json.dumps(found))
+    flags = ["--scmoe-expert-slot", "auto", "--scmoe-operator-times", str(path)]
+    flags += ["--train-iters", "1", "--expert-model-parallel-size", "1"]
+    run = run_pretrain([*TINY, *flags], 1)
+    assert run.status == 2
+    expected = "its times were measured with hidden_size 64, and this is 32"
+    assert run.error.startswith(f"--scmoe-operator-times {path}: {expected}")
 
 
 def test_pipeline_stages_agree():

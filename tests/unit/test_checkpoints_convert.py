@@ -93,12 +93,29 @@ def wrong_vocabulary(folder):
 
 def unknown_architecture(folder):
     change_config(folder, model_type="resnet")
-    return "model_type resnet: accepted: scmoe"
+    return "model_type resnet; accepted: scmoe, longcat_flash"
 
 
 def no_architecture(folder):
     change_config(folder, model_type=None)
-    return "model_type None: accepted: scmoe"
+    return "model_type None; accepted: scmoe, longcat_flash"
+
+
+def text_for_a_number(folder):
+    change_config(folder, hidden_size="big")
+    return r"config\.json: a field has no value of its type"
+
+
+def quantised(folder):
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_tensors(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
+    return r"tensor model\.layers\.0\.mlp\.down_proj\.weight is int8; accepted: float32"
+
+
+def number_for_a_file(folder):
+    index = {"weight_map": {"model.norm.weight": 1}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return r"index\.json: 1 is not a file of this folder"
 
 
 def no_config(folder):
@@ -149,6 +166,9 @@ def remote_code(folder):
         wrong_vocabulary,
         unknown_architecture,
         no_architecture,
+        text_for_a_number,
+        quantised,
+        number_for_a_file,
         no_config,
         broken_config,
         impossible_config,
@@ -163,6 +183,7 @@ def test_folders_that_cannot_be_converted_are_refused_in_one_line(copy, tmp_path
     with pytest.raises(ConversionError, match=expected) as caught:
         hf_to_megatron(copy, tmp_path / "save")
     assert "\n" not in str(caught.value)
+    assert str(copy) in str(caught.value)
     assert os.listdir(tmp_path) == ["copy"]
 
 
@@ -211,6 +232,18 @@ def test_checkpoints_that_cannot_be_converted_are_refused(source, tmp_path, expe
         megatron_to_hf(tmp_path / "changed", tmp_path / "hf")
     assert expected in str(caught.value)
     assert os.listdir(tmp_path) == ["changed"]
+
+
+def test_a_damaged_tracker_or_metadata_is_refused_by_name(source, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(source, save)
+    (iteration,) = (folder for folder in save.iterdir() if folder.is_dir())
+    (iteration / "metadata.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"metadata\.json is damaged"):
+        read_megatron(save)
+    (save / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConversionError, match="is neither an iteration nor 'release'"):
+        read_megatron(save)
 
 
 def test_a_checkpoint_without_arguments_is_refused(source, tmp_path):
@@ -298,6 +331,10 @@ def test_what_a_folder_holds(source, exported):
         "model.safetensors",
         "modeling_scmoe.py",
     }
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in exported.iterdir() if path.suffix != ".py"}
+    assert modes == {0o666 & ~umask}
     config = read_config(exported)
     assert config["vocab_size"] == 96 and config["unpadded_vocab_size"] == 64
     generation = GenerationConfig.from_pretrained(exported)

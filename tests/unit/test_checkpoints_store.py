@@ -1,14 +1,17 @@
 """Lazy tensors, new folders, safetensors folders and Megatron's checkpoints, each by itself."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from safetensors import SafetensorError
 
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
@@ -119,6 +122,38 @@ def test_nothing_is_left_of_a_folder_that_fails(tmp_path, error):
     with pytest.raises(error), new_folder(tmp_path / "out", 0) as folder:
         (folder / "half").write_text("written")
         raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error,free",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 10**12),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 10**12),
+        (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos"), 0),
+    ],
+)
+def test_a_disk_that_fills_up_meanwhile_is_said_in_one_line(tmp_path, monkeypatch, error, free):
+    """Each writer has its own words for it."""
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.raises(ConversionError, match="the disk is full"), new_folder(tmp_path / "out", 0):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_of_a_writer_come_out_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^unexpected$"), new_folder(tmp_path / "out", 0):
+        raise RuntimeError("unexpected")
+
+
+def test_an_interrupt_is_not_hidden_by_the_file_it_left_open(tmp_path):
+    with pytest.raises(SystemExit) as caught, new_folder(tmp_path / "out", 0):
+        try:
+            sys.exit(143)
+        finally:
+            raise RuntimeError("unexpected pos")
+    assert caught.value.code == 143
     assert os.listdir(tmp_path) == []
 
 

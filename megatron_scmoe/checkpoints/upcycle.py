@@ -160,6 +160,8 @@ def _upcycle_megatron(source: Path, how: Upcycling):
     vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
     vars(args).update(dict.fromkeys(LAYOUT, 1), sequence_parallel=False)
     _forget_missing_tokenizer(args)
+    if compat.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
+        args.openai_gelu, args.bias_gelu_fusion = True, False
     if is_moe:
         return args, _upcycle_moe(checkpoint.tensors, args)
     return args, _upcycle_dense(checkpoint.tensors, args, how)

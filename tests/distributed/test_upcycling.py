@@ -407,9 +407,18 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0, **run) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 
 
+WITH_BIASES = [flag for flag in DENSE_STOCK if flag not in ("--swiglu", "--disable-bias-linear")]
+DENSE_STOCKS = {
+    "swiglu": DENSE_STOCK,
+    "gelu, fused with its bias": WITH_BIASES,
+    "gelu": [*WITH_BIASES, "--no-bias-gelu-fusion"],
+}
+
+
 @pytest.mark.parametrize("combine", ["add", "cg1"])
-def test_stock_dense_checkpoint(tokens, tmp_path, combine):
-    save_stock(tmp_path / "stock", DENSE_STOCK)
+@pytest.mark.parametrize("name", DENSE_STOCKS)
+def test_stock_dense_checkpoint(tokens, tmp_path, name, combine):
+    save_stock(tmp_path / "stock", DENSE_STOCKS[name])
     upcycle(tmp_path / "stock", tmp_path / "ckpt", Upcycling(**EXPERTS, combine=combine))
     expected = logits(tmp_path / "stock", tokens)
     np.testing.assert_allclose(logits(tmp_path / "ckpt", tokens), expected, atol=TOLERANCE)

@@ -195,15 +195,26 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     return model.eval()
 
 
+def settings_of_the_model(saved: argparse.Namespace) -> argparse.Namespace:
+    """A copy of saved arguments: the model as saved, the run that of one rank and of the kernels here.
+
+    What computes the same without Transformer Engine is computed without it, where there is none.
+    """
+    args = argparse.Namespace(**vars(saved))
+    vars(args).update(_OF_THE_RUN)
+    if not HAVE_TE:
+        vars(args).update(_WITHOUT_TE)
+    compat.leave_out_missing_fusions(args)
+    return args
+
+
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 """How keys of weights begin; the others are the optimizer's and those of the loop."""
 
 
 def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None):
     """The checkpoint's arguments with this run's layout and kernels."""
-    args = argparse.Namespace(**vars(checkpoint.args))
-    for name, value in _OF_THE_RUN.items():
-        setattr(args, name, value)
+    args = settings_of_the_model(checkpoint.args)
     args.tensor_model_parallel_size = layout.tensor
     # Megatron's MoE needs it; its own local norms refuse it.
     args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or HAVE_TE)
@@ -214,21 +225,23 @@ def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None)
     args.expert_tensor_parallel_size = 1 if with_bias else layout.tensor
     args.rank = torch.distributed.get_rank()
     args.world_size = torch.distributed.get_world_size()
-    if not HAVE_TE:
-        args.transformer_impl = "local"
     if dtype is not None:
         args.params_dtype = dtype
         args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    compat.leave_out_missing_fusions(args)
     _check_layout(checkpoint, layout, args)
     return args
 
 
 _OF_THE_RUN = dict(
+    tensor_model_parallel_size=1,
     tensor_parallel_num_weight_shards=None,
+    sequence_parallel=False,
+    expert_model_parallel_size=1,
+    expert_tensor_parallel_size=1,
     expert_tensor_parallel_num_weight_shards=None,
     gtp_weight_remat_size=1,
     expert_gtp_weight_remat_size=1,
+    pipeline_model_parallel_size=1,
     virtual_pipeline_model_parallel_size=None,
     pipeline_model_parallel_layout=None,
     decoder_first_pipeline_num_layers=None,
@@ -243,17 +256,33 @@ _OF_THE_RUN = dict(
     recompute_method=None,
     recompute_num_layers=None,
     recompute_modules=None,
+    moe_layer_recompute=False,
     cpu_offloading=False,
+    fine_grained_activation_offloading=False,
+    moe_paged_stash=False,
     cuda_graph_impl="none",
+    batch_invariant_mode=False,
+    fp8=None,
+    fp8_param_gather=False,
+    fp8_output_proj=False,
+    fp4=None,
+    fp4_param_gather=False,
+    moe_router_padding_for_fp8=False,
+    moe_router_padding_for_quantization=False,
     moe_token_dispatcher_type="alltoall",
     moe_router_force_load_balancing=False,
     moe_shared_expert_overlap=False,
     overlap_moe_expert_parallel_comm=False,
+    overlap_dispatch_backward_with_experts_wgrad=False,
+    ep_overlap_early_attn_memory_release=False,
     delay_wgrad_compute=False,
     perform_initialization=False,
     no_persist_layer_norm=True,
 )
-"""Settings of the run that saved the checkpoint, as this one has them; none changes a result."""
+"""Settings of the run that saved the checkpoint, as this one has them; no result changes but by
+rounding, finer than with fp8 and fp4."""
+
+_WITHOUT_TE = dict(transformer_impl="local", moe_permute_fusion=False, moe_router_fusion=False)
 
 
 def _check_layout(checkpoint: Checkpoint, layout: Layout, args) -> None:

@@ -1,5 +1,6 @@
 """tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.training.arguments import add_megatron_arguments
 
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -83,17 +85,18 @@ def trained(data, tmp_path_factory):
     return save, loss
 
 
-def evaluate(world_size, folder, data, out, **layout) -> dict:
-    reports = run_distributed(_evaluate, world_size, str(folder), str(data), str(out), layout)
+def evaluate(world_size, folder, data, out, run=(), **layout) -> dict:
+    reports = run_distributed(_evaluate, world_size, str(folder), str(data), str(out), layout, run)
     assert all(report == reports[0] for report in reports)
     return reports[0]
 
 
-def _evaluate(folder, data, out, layout):
+def _evaluate(folder, data, out, layout, run):
     micro_batch = 2 if layout else 1
     from megatron_scmoe import evaluation, loading
 
     checkpoint = loading.Checkpoint(folder)
+    vars(checkpoint.args).update(run)
     model = loading.build_model(checkpoint, loading.Layout(**layout))
     sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
     vocab_size = loading.tokenizer_of(checkpoint).vocab_size
@@ -130,6 +133,42 @@ def test_layouts_agree(data, trained, alone, tmp_path, layout):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), alone[1], atol=1e-5)
     assert report["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
     assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
+
+
+def kernel_flags(recipe: str) -> list[str]:
+    """The flags of a recipe in examples/ that choose its kernels."""
+    script = (
+        f'GPUS_PER_NODE=8; . examples/{recipe}/config.sh; printf "%s\\n" "${{KERNEL_FLAGS[@]}}"'
+    )
+    run = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    return run.stdout.split()
+
+
+RUNS = {
+    "gpt2_moe_medium": kernel_flags("gpt2_moe_medium"),
+    "longcat_flash": kernel_flags("longcat_flash"),
+    "other kernels": """
+        --moe-router-fusion --fp8-format hybrid --fp8-param-gather --batch-invariant-mode
+        --moe-router-padding-for-quantization --overlap-dispatch-backward-with-experts-wgrad
+        --fine-grained-activation-offloading --offload-modules moe_act
+        --transformer-impl transformer_engine
+    """.split(),
+}
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_checkpoints_of_any_kernels(data, trained, alone, tmp_path, recipe):
+    """Trained with kernels that are not here; in fp32 all the same, to compare the logits."""
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    given, defaults = vars(parser.parse_args(RUNS[recipe])), vars(parser.parse_args([]))
+    run = {name: value for name, value in given.items() if value != defaults[name]}
+    assert len(run) >= 5 and given["transformer_impl"] == "transformer_engine"
+    run = run | {"transformer_impl": "transformer_engine", "bf16": False}
+    report = evaluate(1, trained[0], data, tmp_path / "logits.npy", run=run)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), alone[1], atol=1e-5)
+    assert report["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
 
 
 def command(*flags, ranks=None):

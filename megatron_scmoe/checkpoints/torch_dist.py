@@ -6,12 +6,15 @@ name the types listed in metadata.py and in Megatron's ``safe_globals`` and no o
 """
 
 import argparse
+import contextlib
 import io
+import os
 import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
@@ -110,6 +113,35 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         args=common.get("args"),
         tensors=_normal_form(stored),
     )
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What an ``iter_...`` folder holds that is no tensor: arguments, iteration and more.
+
+    Raises:
+        ConversionError: as :func:`read_megatron`.
+    """
+    reader = _Reader(folder)
+    return _read_common(folder, reader, reader.read_metadata())
+
+
+@contextlib.contextmanager
+def only_safe_types() -> Iterator[None]:
+    """``torch.load`` gives tensors and Megatron's safe types, and refuses the rest, whoever calls it.
+
+    PyTorch's planners for distributed checkpoints load objects without that restriction.
+    """
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in forced}
+    os.environ.update(forced)
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def write_megatron(
@@ -220,7 +252,7 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 def _load_safely(stream, file: Path):
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with only_safe_types():
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

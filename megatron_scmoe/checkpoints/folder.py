@@ -49,19 +49,22 @@ def new_folder(
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise ConversionError(f"{path.parent}: {error.strerror}") from error
+    old = temporary / "old"
     try:
         folder = temporary / "new"
         folder.mkdir()  # with the permissions that the user's umask gives, unlike mkdtemp's
         yield folder
         _check_place(path, force, sources)
         if path.exists():
-            path.rename(temporary / "old")
+            path.rename(old)
         folder.rename(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ConversionError(f"{path.parent}: the disk is full") from error
         raise
     finally:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

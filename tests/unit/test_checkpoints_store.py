@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,18 +123,43 @@ def test_nothing_is_left_of_a_folder_that_fails(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
+def write_model_folder(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_safetensors(folder, {"a": lazy(A)})
+
+
 def test_an_existing_folder_needs_force_and_survives_a_failure(tmp_path):
     old = tmp_path / "out"
-    old.mkdir()
-    (old / "config.json").write_text("old")
+    write_model_folder(old)
     with pytest.raises(ConversionError, match="out: exists; --force"), new_folder(old, 0):
         pytest.fail("entered")
     with pytest.raises(KeyboardInterrupt), new_folder(old, 0, force=True):
         raise KeyboardInterrupt
-    assert (old / "config.json").read_text() == "old"
+    assert sorted(os.listdir(old)) == ["config.json", "model.safetensors"]
     with new_folder(old, 0, force=True) as folder:
         (folder / "new").touch()
     assert os.listdir(old) == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_the_old_folder_survives_an_error_while_the_new_one_takes_its_name(
+    tmp_path, monkeypatch, error
+):
+    old = tmp_path / "out"
+    write_model_folder(old)
+    rename = Path.rename
+
+    def fails_once(self, target):
+        if self.name == "new":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(error), new_folder(old, 0, force=True) as folder:
+        (folder / "new").touch()
+    assert sorted(os.listdir(old)) == ["config.json", "model.safetensors"]
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_force_replaces_checkpoints_only(tmp_path):

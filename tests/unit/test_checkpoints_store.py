@@ -162,14 +162,55 @@ def test_the_old_folder_survives_an_error_while_the_new_one_takes_its_name(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_force_replaces_checkpoints_only(tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").touch()
-    with (
-        pytest.raises(ConversionError, match="no checkpoint"),
-        new_folder(tmp_path / "home", 0, force=True),
-    ):
+def only_a_thesis(path):
+    path.mkdir()
+
+
+def config_of_something_else(path):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+
+
+def metadata_of_something_else(path):
+    path.mkdir()
+    (path / "metadata.json").write_text('["a", "b"]')
+    (path / ".metadata").touch()
+
+
+def one_iteration(path):
+    (path.parent / "saved").mkdir()
+    write_megatron(path.parent / "saved", ARGS, {"a": lazy(A)})
+    (path.parent / "saved" / "release").rename(path)
+
+
+def checkpoints_of_training(path):
+    path.mkdir()
+    write_megatron(path, ARGS, {"a": lazy(A)})
+
+
+KINDS = {
+    only_a_thesis: "home: exists and is no checkpoint",
+    config_of_something_else: "home: exists and is no checkpoint",
+    metadata_of_something_else: "home: exists and is no checkpoint",
+    write_model_folder: "home/thesis.tex: no part of a checkpoint",
+    one_iteration: "home/thesis.tex: no part of a checkpoint",
+    checkpoints_of_training: "home/thesis.tex: no part of a checkpoint",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_force_replaces_checkpoints_only(tmp_path, kind):
+    home = tmp_path / "home"
+    kind(home)
+    (home / "thesis.tex").touch()
+    with pytest.raises(ConversionError, match=KINDS[kind]), new_folder(home, 0, force=True):
         pytest.fail("entered")
+    assert (home / "thesis.tex").exists()
+    (home / "thesis.tex").unlink()
+    if "no part" in KINDS[kind]:  # without it, a checkpoint
+        with new_folder(home, 0, force=True) as folder:
+            (folder / "new").touch()
+        assert os.listdir(home) == ["new"]
 
 
 @pytest.mark.parametrize("source", ["out", "out/iter_0000001"])

@@ -95,7 +95,13 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         ConversionError: if there is none, a file is missing or truncated, or it names a type that
             a checkpoint does not need.
     """
-    folder = _checkpoint_folder(Path(path).expanduser())
+    folder = find_iteration(path)
+    config = maybe_load_config(str(folder)) if folder.is_dir() else None
+    if config is None or config.sharded_backend != BACKEND.sharded_backend:
+        raise ConversionError(
+            f"{folder}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ "
+            "folder"
+        )
     reader = _Reader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -113,6 +119,22 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         args=common.get("args"),
         tensors=_normal_form(stored),
     )
+
+
+def find_iteration(path: str | os.PathLike) -> Path:
+    """The folder of the last complete iteration in what ``--save`` named, or ``path`` as it is.
+
+    Raises:
+        ConversionError: if the file that says which is the last one does not.
+    """
+    path = Path(path).expanduser()
+    tracker = path / TRACKER
+    if tracker.is_file():
+        word = tracker.read_text().strip()
+        if word != "release" and not word.isdigit():
+            raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
+        path = path / (word if word == "release" else f"iter_{int(word):07d}")
+    return path
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -276,21 +298,6 @@ def _read_common(folder: Path, reader: _Reader, metadata: Metadata) -> dict:
     if not isinstance(common, dict):
         raise ConversionError(f"{folder}: its common state is no dictionary")
     return common
-
-
-def _checkpoint_folder(path: Path) -> Path:
-    tracker = path / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text().strip()
-        if word != "release" and not word.isdigit():
-            raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
-        path = path / (word if word == "release" else f"iter_{int(word):07d}")
-    config = maybe_load_config(str(path)) if path.is_dir() else None
-    if config is None or config.sharded_backend != BACKEND.sharded_backend:
-        raise ConversionError(
-            f"{path}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ folder"
-        )
-    return path
 
 
 def _normal_form(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

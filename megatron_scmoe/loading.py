@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -19,6 +20,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.module import Float16Module
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe import compat, preflight
 from megatron_scmoe.arguments import (
@@ -26,6 +28,8 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_args,
     scmoe_config_from_environment,
 )
+from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
@@ -41,7 +45,7 @@ class Layout:
 
 
 class Checkpoint:
-    """A Megatron torch_dist checkpoint and the arguments it was saved with.
+    """A Megatron torch_dist checkpoint and the arguments it was saved with; none of it is executed.
 
     Args:
         folder: what ``--load`` names.
@@ -57,8 +61,8 @@ class Checkpoint:
         self.step = step
         self.path = preflight.find_checkpoint("--load", folder, step)
         try:
-            self._common = dist_checkpointing.load_common_state_dict(str(self.path))
-        except Exception as error:  # its readers raise what they like
+            self._common = read_common(self.path)
+        except ConversionError as error:
             raise PreflightError(
                 self.given, f"{self.path} cannot be read ({error})", "a torch_dist checkpoint"
             ) from error
@@ -100,16 +104,27 @@ class Checkpoint:
         """Load the model's weights, whatever the layouts of both.
 
         Raises:
-            PreflightError: if a tensor of either is missing in the other or has another shape.
+            PreflightError: if a tensor of either is missing in the other or has another shape, or
+                it cannot be read.
         """
         metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=self._common) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         sharded = model.sharded_state_dict(metadata=metadata)
+        # Extra states are pickles, and of use to FP8 alone.
+        _, sharded = extract_matching_values(
+            sharded, lambda value: isinstance(value, ShardedObject)
+        )
         self._check_shapes(sharded)
         # What Megatron calls missing is in the checkpoint and not asked for.
-        state, left_over, absent = dist_checkpointing.load(
-            sharded, str(self.path), strict=StrictHandling.RETURN_ALL
-        )
+        try:
+            with only_safe_types():
+                state, left_over, absent = dist_checkpointing.load(
+                    sharded, str(self.path), strict=StrictHandling.RETURN_ALL
+                )
+        except (Exception, CheckpointException) as error:  # its readers raise what they like
+            raise PreflightError(
+                self.given, f"{self.path} cannot be read ({_reason(error)})", "a whole checkpoint"
+            ) from error
         left_over = [key for key in left_over if key.startswith(_OF_THE_MODEL)]
         for keys, flaw in ((absent, "lacks"), (left_over, "has a tensor of no use here,")):
             keys = sorted(key for key in keys if "_extra_state" not in key)
@@ -119,12 +134,13 @@ class Checkpoint:
                     f"{self.path} {flaw} {keys[0]} ({len(keys)} in all)",
                     "a checkpoint whose arguments describe its tensors",
                 )
-        model.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
+        # The common state is in it too, under names that a checkpoint chooses.
+        model.load_state_dict({key: state[key] for key in sharded if key in state}, strict=False)
 
     def _check_shapes(self, sharded: dict) -> None:
         stored = dist_checkpointing.load_tensors_metadata(str(self.path))
         for tensor in sharded.values():
-            if isinstance(tensor, ShardedObject) or getattr(tensor, "allow_shape_mismatch", False):
+            if getattr(tensor, "allow_shape_mismatch", False):
                 continue
             found = stored.get(getattr(tensor, "key", None))
             if hasattr(tensor, "global_shape") and found is not None:
@@ -147,6 +163,7 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     args = argparse.Namespace(**vars(checkpoint.args))
     args.tokenizer_model = model or args.tokenizer_model
     args.pad_vocab_size = False
+    args.trust_remote_code = False
     try:
         return build_tokenizer(args)
     except Exception as error:  # its library may raise anything
@@ -171,9 +188,17 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
             not go together.
     """
     args = _settings(checkpoint, layout, dtype)
+    scmoe = checkpoint.scmoe
+    if scmoe is not None:
+        args.spec = None
+    elif args.spec and not args.spec[0].startswith("megatron.core."):
+        raise PreflightError(
+            f"{checkpoint.given} (--spec {' '.join(args.spec)})",
+            "the checkpoint asks for code, and none that it names is run",
+            "a model of ScMoE, or of Megatron's own",
+        )
     config = compat.transformer_config(args)
     model_config = compat.gpt_config(args, config)
-    scmoe = checkpoint.scmoe
     if scmoe is not None:
         keys = compat.has_local_norm_keys(checkpoint.folder, checkpoint.step)
         model_config.transformer_layer_spec = partial(
@@ -206,6 +231,12 @@ def settings_of_the_model(saved: argparse.Namespace) -> argparse.Namespace:
         vars(args).update(_WITHOUT_TE)
     compat.leave_out_missing_fusions(args)
     return args
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # it wraps what each rank raised
+        ((error, _),) = error.failures.values()
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")

@@ -399,7 +399,8 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
     for file in sorted(whole_files):  # torch.save writes an archive; its end is its directory
         if not zipfile.is_zipfile(file):
             return f"{file} is truncated ({file.stat().st_size} bytes)"
-    if any(file.name != "common.pt" for file in whole_files):
+    distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
+    if not distributed and any(file.name != "common.pt" for file in whole_files):
         return None  # one file for each rank: Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last
         try:

@@ -521,6 +521,7 @@ def test_another_tokenizer_or_none_can_be_given(with_tokenizer, tmp_path):
     checkpoint, _, processor = with_tokenizer
     megatron_to_hf(checkpoint, tmp_path / "one")
     megatron_to_hf(checkpoint, tmp_path / "two", tokenizer=str(tmp_path / "one"))
+    megatron_to_hf(checkpoint, tmp_path / "one", force=True)  # what it wrote, it replaces
     fast = AutoTokenizer.from_pretrained(tmp_path / "two")
     assert fast(TEXT[3])["input_ids"] == processor.encode(TEXT[3])
     (said,) = (

@@ -70,10 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args)
 
     quiet_imports()
+    from megatron_scmoe.errors import in_words
+
     try:
         report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
-        fail(" ".join(str(error).split()) or "unusable settings")
+        fail(in_words(error))
     if is_first_rank():
         print(describe(report))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_scmoe import cpu
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 
 NO_LABEL = -1
@@ -232,7 +233,7 @@ class HuggingFaceModel:
         try:
             yield
         except Exception as error:  # transformers raises what it likes
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = in_words(error, lines=1)
             raise PreflightError(
                 f"--hf {self.folder}",
                 f"transformers cannot load it ({reason})",

@@ -19,6 +19,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.module import Float16Module
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe import compat, preflight
 from megatron_scmoe.arguments import (
@@ -27,6 +28,7 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_environment,
 )
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
 
@@ -60,7 +62,9 @@ class Checkpoint:
             self._common = dist_checkpointing.load_common_state_dict(str(self.path))
         except Exception as error:  # its readers raise what they like
             raise PreflightError(
-                self.given, f"{self.path} cannot be read ({error})", "a torch_dist checkpoint"
+                self.given,
+                f"{self.path} cannot be read ({in_words(error)})",
+                "a torch_dist checkpoint",
             ) from error
         if "args" not in self._common:
             raise PreflightError(
@@ -150,7 +154,7 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     try:
         return build_tokenizer(args)
     except Exception as error:  # its library may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = in_words(error, lines=1)
         raise PreflightError(
             f"--tokenizer-model {args.tokenizer_model} ({args.tokenizer_type})",
             f"it cannot be loaded ({reason})",
@@ -189,7 +193,15 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups).cuda()
-    checkpoint.load(model)
+    try:
+        checkpoint.load(model)
+    except CheckpointException as error:  # PyTorch's, of all ranks that failed
+        cause, _ = next(iter(error.failures.values()))
+        raise PreflightError(
+            checkpoint.given,
+            f"a tensor in {checkpoint.path} cannot be read ({in_words(cause)})",
+            "a checkpoint whose files are whole",
+        ) from error
     if args.bf16 or args.fp16:
         model = Float16Module(config, model)
     return model.eval()

@@ -162,6 +162,7 @@ def evaluate_hf(args: Namespace):
 
 def read_sequences(args: Namespace, tokenize, length: int):
     """The sequences of --text or --tokens, cut to --limit."""
+    from megatron_scmoe.errors import in_words
     from megatron_scmoe.evaluation import Sequences
 
     if args.text is not None:
@@ -173,7 +174,7 @@ def read_sequences(args: Namespace, tokenize, length: int):
         try:
             ids = np.load(args.tokens, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({error})")
+            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})")
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             fail(
                 f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "

@@ -1,6 +1,9 @@
 """tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
 
+import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_scmoe.checkpoints.metadata import read_metadata
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
@@ -209,7 +213,7 @@ def test_refusals(data, trained, llama, tmp_path):
         ((*load, *text, "--logits-out", existing), "it exists; give another file or --force"),
         ((*load, "--tokens", many), f"it has the id {VOCAB}; accepted: ids from 0 to {VOCAB - 1}"),
         ((*load, "--tokens", halves), "it is float64 with 1 dimensions; accepted"),
-        ((*load, "--tokens", data / "valid.txt"), "it is no .npy file of ids"),
+        ((*load, "--tokens", data / "valid.txt"), "no .npy file of ids (its bytes are damaged, or"),
         ((*load, *text, "--micro-batch", 0), "--micro-batch 0: accepted is 1 or more"),
         ((*load, *text, "--trust-remote-code"), "--trust-remote-code: it goes with --hf only"),
         ((*load, *text, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
@@ -219,6 +223,46 @@ def test_refusals(data, trained, llama, tmp_path):
         (("--hf", llama[0], *text, "--ckpt-step", 1), "--ckpt-step: it goes with --load only"),
     ):
         assert told in refusal(*flags)
+
+
+class Touch:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda file: b"\xc7" * 99, "(its bytes are damaged, or of another format)"),
+        (lambda file: saved(Touch(file)), f"(it asks for {os.system.__module__}.system)"),
+    ],
+    ids=["damaged", "foreign pickle"],
+)
+def test_tensor_that_cannot_be_read(data, trained, tmp_path, make, told):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    (path,) = folder.glob("iter_*")
+    places = read_metadata(path).storage_data.items()
+    place = next(info for key, info in places if key.fqn == "decoder.final_layernorm.weight")
+    content = make(tmp_path / "executed")
+    assert len(content) <= place.length
+    with open(path / place.relative_path, "r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(content.ljust(place.length, b"\0"))
+    flags = ["--load", str(folder), "--tokens", str(data / "rows.npy")]
+    (message,) = run_distributed(refusal, 1, *flags)  # in a process of its own: it makes groups
+    assert message.startswith(f"--load {folder}: a tensor in {path} cannot be read {told}")
+    assert not (tmp_path / "executed").exists()
+
+
+def saved(value) -> bytes:
+    """What the older of torch.save's formats makes of it, which may be followed by anything."""
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
 
 
 def test_layout_that_does_not_fit_is_one_line_and_status_2(data, trained):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from tests.harness import run_distributed, run_pretrain
@@ -190,6 +191,46 @@ def test_hugging_face_folder(data, llama, tmp_path, capsys):
     np.testing.assert_allclose(np.load(out), expected.logits.numpy(), atol=1e-5)
     loss = float(re.search(r"loss (\S+) nats", capsys.readouterr().out)[1])
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (
+            lambda tensors: tensors.update({"model.layers.0.foo.weight": torch.zeros(2)}),
+            "tensor model.layers.0.foo.weight is left over, the model has none",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}),
+            "tensor model.norm.weight has the shape [3] instead of [32]",
+        ),
+    ],
+    ids=["missing", "left over", "of another shape"],
+)
+def test_hugging_face_folder_with_other_tensors(data, llama, tmp_path, change, told):
+    folder = tmp_path / "copy"
+    shutil.copytree(llama[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal("--hf", folder, "--tokens", data / "rows.npy")
+    assert message.startswith(f"--hf {folder}: {told}; accepted")
+
+
+def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=LENGTH
+    )
+    assert config.tie_word_embeddings
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1)  # older versions stored it
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    run_tool("evaluate", "--hf", tmp_path, "--tokens", data / "rows.npy")
+    assert "nats per token" in capsys.readouterr().out
 
 
 def refusal(*flags) -> str:

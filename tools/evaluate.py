@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
         )
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, parser)
 
     quiet_imports()
     from megatron_scmoe.errors import in_words
@@ -87,19 +87,17 @@ def quiet_imports() -> None:
     cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
-def check_flags(args: Namespace) -> None:
+def check_flags(args: Namespace, parser: OneLineParser) -> None:
     """Refuse what cannot work before seconds go into imports."""
-    for name in (
-        "sequence_length", "micro_batch", "limit", "tensor_model_parallel_size",
-        "pipeline_model_parallel_size", "expert_model_parallel_size",
-    ):  # fmt: skip
+    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    for name in ("sequence_length", "micro_batch", "limit", *layout):
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
-    of_load = ("tokenizer_model", "ckpt_step")
+    of_load = ("tokenizer_model", "ckpt_step", *layout)
     of_hf = ("trust_remote_code",)
     for name in of_load if args.hf else of_hf:
-        if getattr(args, name):
+        if getattr(args, name) != parser.get_default(name):
             fail(f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.hf and ranks > 1:

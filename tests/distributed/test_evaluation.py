@@ -261,7 +261,7 @@ def test_refusals(data, trained, llama, tmp_path):
         ((*load, "--tokens", existing, "--sequence-length", 5), "--sequence-length 5: the rows of"),
         (("--hf", tmp_path, *text), f"--hf {tmp_path}: transformers cannot load it"),
         (("--hf", llama[0], "--tokens", many), f"it has the id {VOCAB}"),
-        (("--hf", llama[0], *text, "--ckpt-step", 1), "--ckpt-step: it goes with --load only"),
+        (("--hf", llama[0], *text, "--ckpt-step", 0), "--ckpt-step: it goes with --load only"),
     ):
         assert told in refusal(*flags)
 
@@ -304,6 +304,13 @@ def saved(value) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=False)
     return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "expert"])
+def test_hugging_face_models_have_no_layout(data, llama, kind):
+    flag = f"--{kind}-model-parallel-size"
+    told = refusal("--hf", llama[0], "--text", data / "valid.txt", flag, 2)
+    assert told == f"{flag}: it goes with --load only"
 
 
 def test_layout_that_does_not_fit_is_one_line_and_status_2(data, trained):

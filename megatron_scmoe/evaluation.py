@@ -186,6 +186,16 @@ class HuggingFaceModel:
         """Tokens that a sequence can have by the configuration."""
         return getattr(self.config, "max_position_embeddings", 1 << 30)
 
+    def check_length(self, length: int) -> None:
+        """Refuse a sequence that is longer than the model has positions, unless it rotates."""
+        rotates = getattr(self.config, "rope_parameters", None)
+        if length > self.max_length and not rotates:
+            raise PreflightError(
+                f"a sequence length of {length}",
+                f"the model in {self.folder} has {self.max_length} positions",
+                f"--sequence-length {self.max_length} or less",
+            )
+
     def tokenize(self, text: str) -> np.ndarray:
         """The ids of a text, int64 [n]; no special tokens are added."""
         from transformers import AutoTokenizer

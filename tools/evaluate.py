@@ -154,6 +154,7 @@ def evaluate_hf(args: Namespace):
     length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
     sequences = read_sequences(args, model.tokenize, length)
     sequences.check(data_flag(args), model.vocab_size)
+    model.check_length(sequences.tokens.shape[1])
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     return model.evaluate(sequences, args.micro_batch, args.logits_out, dtype)
 

@@ -218,14 +218,34 @@ def test_hugging_face_folder_with_other_tensors(data, llama, tmp_path, change, t
     assert message.startswith(f"--hf {folder}: {told}; accepted")
 
 
-def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A GPT-2 by transformers, of LENGTH learned positions, with random weights."""
     transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpt2")
     config = transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=LENGTH
     )
     assert config.tie_word_embeddings
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_models_have_so_many_learned_positions(data, gpt2, llama, capsys):
+    flags = ["--tokens", data / "ids.npy", "--sequence-length"]
+    told = refusal("--hf", gpt2, *flags, LENGTH + 1)
+    assert told == (
+        f"a sequence length of {LENGTH + 1}: the model in {gpt2} has {LENGTH} positions; "
+        f"accepted: --sequence-length {LENGTH} or less"
+    )
+    run_tool("evaluate", "--hf", gpt2, *flags, LENGTH)
+    run_tool("evaluate", "--hf", llama[0], *flags, 100)  # 64 in training; it rotates
+    assert capsys.readouterr().out.count("nats per token") == 2
+
+
+def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, gpt2, tmp_path, capsys):
+    shutil.copy(gpt2 / "config.json", tmp_path)
+    tensors = load_file(gpt2 / "model.safetensors")
     assert "lm_head.weight" not in tensors
     tensors["transformer.h.0.attn.bias"] = torch.ones(1)  # older versions stored it
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

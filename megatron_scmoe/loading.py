@@ -46,8 +46,8 @@ class Checkpoint:
     """A Megatron torch_dist checkpoint and the arguments it was saved with.
 
     Args:
-        folder: what ``--load`` names.
-        step: the iteration in it; None for the last one.
+        folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
+        step: the iteration in it; None for the last one, or the folder's own.
 
     Raises:
         PreflightError: if there is none, it is not complete, or it names no arguments.
@@ -55,9 +55,14 @@ class Checkpoint:
 
     def __init__(self, folder: str, step: int | None = None):
         self.given = f"--load {folder}"
-        self.folder = folder
-        self.step = step
-        self.path = preflight.find_checkpoint("--load", folder, step)
+        if not preflight.is_iteration(folder):
+            self.path = preflight.find_checkpoint("--load", folder, step)
+        elif step is None:
+            self.path = preflight.check_iteration("--load", folder)
+        else:
+            raise PreflightError(
+                f"--ckpt-step {step}", f"{folder} is one iteration already", "--load alone"
+            )
         try:
             self._common = dist_checkpointing.load_common_state_dict(str(self.path))
         except Exception as error:  # its readers raise what they like
@@ -179,7 +184,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     model_config = compat.gpt_config(args, config)
     scmoe = checkpoint.scmoe
     if scmoe is not None:
-        keys = compat.has_local_norm_keys(checkpoint.folder, checkpoint.step)
+        keys = compat.has_local_norm_keys_at(str(checkpoint.path))
         model_config.transformer_layer_spec = partial(
             _block_spec, scmoe=scmoe, local_norm_keys=keys
         )

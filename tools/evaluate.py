@@ -35,7 +35,9 @@ LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Loss, perplexity and logits of a checkpoint.")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--load", metavar="CKPT", help="a Megatron checkpoint: what was --save")
+    model.add_argument(
+        "--load", metavar="CKPT", help="a Megatron checkpoint: what was --save, or an iter_ folder"
+    )
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face model folder")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8")

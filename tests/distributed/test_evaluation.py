@@ -146,6 +146,19 @@ def command(*flags, ranks=None):
     )
 
 
+def test_the_folder_of_an_iteration_will_do(data, trained, alone, tmp_path):
+    (path,) = trained[0].glob("iter_*")
+    report = evaluate(1, path, data, tmp_path / "logits.npy")
+    assert report == alone[0]
+    rows = ("--tokens", data / "rows.npy")
+    told = refusal("--load", path, *rows, "--ckpt-step", 4)
+    assert told == f"--ckpt-step 4: {path} is one iteration already; accepted: --load alone"
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy" / "__0_0.distcp").unlink()
+    told = refusal("--load", tmp_path / "copy", *rows)
+    assert "the checkpoint is not complete: " in told and "__0_0.distcp is missing" in told
+
+
 def test_command_line_under_torchrun(data, trained, alone, tmp_path):
     out = tmp_path / "logits.npy"
     run = command(

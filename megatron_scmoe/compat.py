@@ -95,6 +95,11 @@ def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> boo
     else:
         release = False
     path = get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+    return has_local_norm_keys_at(path)
+
+
+def has_local_norm_keys_at(path: str) -> bool:
+    """As :func:`has_local_norm_keys`, of the folder of one iteration."""
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
         return False
     keys = dist_checkpointing.load_tensors_metadata(path).keys()

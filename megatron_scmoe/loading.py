@@ -31,6 +31,7 @@ from megatron_scmoe.arguments import (
 from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
 
@@ -48,8 +49,8 @@ class Checkpoint:
     """A Megatron torch_dist checkpoint and the arguments it was saved with; none of it is executed.
 
     Args:
-        folder: what ``--load`` names.
-        step: the iteration in it; None for the last one.
+        folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
+        step: the iteration in it; None for the last one, or the folder's own.
 
     Raises:
         PreflightError: if there is none, it is not complete, or it names no arguments.
@@ -57,14 +58,21 @@ class Checkpoint:
 
     def __init__(self, folder: str, step: int | None = None):
         self.given = f"--load {folder}"
-        self.folder = folder
-        self.step = step
-        self.path = preflight.find_checkpoint("--load", folder, step)
+        if not preflight.is_iteration(folder):
+            self.path = preflight.find_checkpoint("--load", folder, step)
+        elif step is None:
+            self.path = preflight.check_iteration("--load", folder)
+        else:
+            raise PreflightError(
+                f"--ckpt-step {step}", f"{folder} is one iteration already", "--load alone"
+            )
         try:
             self._common = read_common(self.path)
         except ConversionError as error:
             raise PreflightError(
-                self.given, f"{self.path} cannot be read ({error})", "a torch_dist checkpoint"
+                self.given,
+                f"{self.path} cannot be read ({in_words(error)})",
+                "a torch_dist checkpoint",
             ) from error
         if "args" not in self._common:
             raise PreflightError(
@@ -167,7 +175,7 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     try:
         return build_tokenizer(args)
     except Exception as error:  # its library may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = in_words(error, lines=1)
         raise PreflightError(
             f"--tokenizer-model {args.tokenizer_model} ({args.tokenizer_type})",
             f"it cannot be loaded ({reason})",
@@ -200,7 +208,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     config = compat.transformer_config(args)
     model_config = compat.gpt_config(args, config)
     if scmoe is not None:
-        keys = compat.has_local_norm_keys(checkpoint.folder, checkpoint.step)
+        keys = compat.has_local_norm_keys_at(str(checkpoint.path))
         model_config.transformer_layer_spec = partial(
             _block_spec, scmoe=scmoe, local_norm_keys=keys
         )
@@ -214,7 +222,15 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups).cuda()
-    checkpoint.load(model)
+    try:
+        checkpoint.load(model)
+    except CheckpointException as error:  # PyTorch's, of all ranks that failed
+        cause, _ = next(iter(error.failures.values()))
+        raise PreflightError(
+            checkpoint.given,
+            f"a tensor in {checkpoint.path} cannot be read ({in_words(cause)})",
+            "a checkpoint whose files are whole",
+        ) from error
     if args.bf16 or args.fp16:
         model = Float16Module(config, model)
     return model.eval()

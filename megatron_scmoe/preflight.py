@@ -132,6 +132,26 @@ def find_checkpoint(
     return path
 
 
+def is_iteration(folder: str) -> bool:
+    """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
+    marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
+    return not _has_tracker(folder) and any(mark.is_file() for mark in marks)
+
+
+def check_iteration(flag: str, folder: str) -> Path:
+    """``folder`` as a path, if it is one complete torch_dist checkpoint.
+
+    Raises:
+        PreflightError: if files of it are missing or cut off.
+    """
+    flaw = _find_flaw(Path(folder), "torch_dist")
+    if flaw is not None:
+        raise PreflightError(
+            f"{flag} {folder}", f"the checkpoint is not complete: {flaw}", "another folder"
+        )
+    return Path(folder)
+
+
 @dataclass(frozen=True)
 class _Dataset:
     """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""

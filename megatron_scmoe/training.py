@@ -24,6 +24,7 @@ from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
@@ -49,8 +50,7 @@ def main() -> None:
         tokens = args.seq_length // args.context_parallel_size
         tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
-        # Megatron reports unusable settings as assertions; the message is what matters of them.
-        fail(str(error))
+        fail(in_words(error))
     except BaseException:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(LAST_WORD_S)  # the first rank may be about to say it in one line
@@ -137,8 +137,7 @@ def _add_args_with_defaults(defaults, parser):
 def fail(message: str) -> None:
     """Print one line, on the first rank, and exit with status 2."""
     if os.environ.get("RANK", "0") == "0":
-        line = " ".join(message.split()) or "unusable settings"
-        print(f"pretrain_gpt_scmoe.py: error: {line}", file=sys.stderr, flush=True)
+        print(f"pretrain_gpt_scmoe.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(LAST_WORD_S)  # the launcher ends all ranks with the first that exits
     sys.exit(2)

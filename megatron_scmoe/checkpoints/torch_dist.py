@@ -49,6 +49,7 @@ from tqdm import tqdm
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.errors import in_words
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
@@ -279,11 +280,7 @@ def _load_safely(stream, file: Path):
     try:
         with only_safe_types():
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else _line(error)
-        raise ConversionError(f"{file} is unreadable ({what})") from error
-    except (RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ConversionError(f"{file} is unreadable ({_line(error)})") from error
 
 
@@ -423,4 +420,4 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return in_words(error)[:200]

@@ -36,13 +36,18 @@ def leave_out_missing_fusions(args) -> None:
         args.masked_softmax_fusion = False
         if args.transformer_impl == "local":
             warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
-    plain_gelu = not (args.swiglu or args.quick_geglu or args.squared_relu)
-    if args.num_experts and plain_gelu and args.bias_gelu_fusion:
+    if args.num_experts and _is_gelu(args) and args.bias_gelu_fusion:
         args.bias_gelu_fusion = False
         warn_rank_0("experts with gelu: not fused with the bias (--no-bias-gelu-fusion)")
     if args.num_experts and args.add_bias_linear and args.bias_dropout_fusion:
         args.bias_dropout_fusion = False
         warn_rank_0("experts with biases: not fused with dropout (--no-bias-dropout-fusion)")
+
+
+def has_tanh_gelu(args) -> bool:
+    """Whether the MLPs of these arguments compute gelu's tanh form; the fused kernel does, too."""
+    is_fused = args.bias_gelu_fusion and args.add_bias_linear
+    return _is_gelu(args) and bool(args.openai_gelu or is_fused)
 
 
 def transformer_config(args):
@@ -61,6 +66,10 @@ def gpt_config(args, config):
     model_config = gpt_config_from_args(args, config=config)
     model_config.rope_scaling_factor = args.rope_scaling_factor
     return model_config
+
+
+def _is_gelu(args) -> bool:
+    return not (args.swiglu or args.quick_geglu or args.squared_relu)
 
 
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +95,11 @@ def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> boo
     else:
         release = False
     path = get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+    return has_local_norm_keys_at(path)
+
+
+def has_local_norm_keys_at(path: str) -> bool:
+    """As :func:`has_local_norm_keys`, of the folder of one iteration."""
     if not dist_checkpointing.check_is_distributed_checkpoint(path):
         return False
     keys = dist_checkpointing.load_tensors_metadata(path).keys()

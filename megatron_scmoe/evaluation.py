@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_scmoe import cpu
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 
 NO_LABEL = -1
@@ -185,6 +186,16 @@ class HuggingFaceModel:
         """Tokens that a sequence can have by the configuration."""
         return getattr(self.config, "max_position_embeddings", 1 << 30)
 
+    def check_length(self, length: int) -> None:
+        """Refuse a sequence that is longer than the model has positions, unless it rotates."""
+        rotates = getattr(self.config, "rope_parameters", None)
+        if length > self.max_length and not rotates:
+            raise PreflightError(
+                f"a sequence length of {length}",
+                f"the model in {self.folder} has {self.max_length} positions",
+                f"--sequence-length {self.max_length} or less",
+            )
+
     def tokenize(self, text: str) -> np.ndarray:
         """The ids of a text, int64 [n]; no special tokens are added."""
         from transformers import AutoTokenizer
@@ -205,9 +216,14 @@ class HuggingFaceModel:
         from transformers import AutoModelForCausalLM
 
         with self._errors():
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype or "auto", **self.trust
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused by name
+                **self.trust,
             )
+        self._check_tensors(loaded)
         device = "cpu" if cpu.is_enabled() else "cuda"
         model = model.to(device).eval()
         loss, count = 0.0, 0
@@ -227,12 +243,34 @@ class HuggingFaceModel:
                 bar.update(batch.count)
         return Report(loss / count, count, shape[0])
 
+    def _check_tensors(self, loaded: dict) -> None:
+        """Refuse weights that transformers would leave at random, or leave out, with a warning.
+
+        ``loaded`` is its report, without tied weights and what the model declares dispensable.
+        """
+        flaws = {
+            "is missing": sorted(loaded["missing_keys"]),
+            "is left over, the model has none": sorted(loaded["unexpected_keys"]),
+        }
+        for name, found, expected in sorted(loaded["mismatched_keys"]):
+            flaws[f"has the shape {list(found)} instead of {list(expected)}"] = [name]
+        for flaw, names in flaws.items():
+            if names:
+                others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise PreflightError(
+                    f"--hf {self.folder}",
+                    f"tensor {names[0]} {flaw}{others}",
+                    "a folder whose tensors are those that its config.json describes",
+                )
+
     @contextmanager
     def _errors(self):
         try:
             yield
         except Exception as error:  # transformers raises what it likes
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = in_words(error, lines=1)
+            if "`CONVERSION`" in reason:  # it refers to a report in the log
+                reason = "tensors that it stacks, as those of experts, do not fit together"
             raise PreflightError(
                 f"--hf {self.folder}",
                 f"transformers cannot load it ({reason})",

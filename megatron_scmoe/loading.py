@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -19,6 +20,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.module import Float16Module
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe import compat, preflight
 from megatron_scmoe.arguments import (
@@ -26,7 +28,10 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_args,
     scmoe_config_from_environment,
 )
+from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
 
@@ -41,11 +46,11 @@ class Layout:
 
 
 class Checkpoint:
-    """A Megatron torch_dist checkpoint and the arguments it was saved with.
+    """A Megatron torch_dist checkpoint and the arguments it was saved with; none of it is executed.
 
     Args:
-        folder: what ``--load`` names.
-        step: the iteration in it; None for the last one.
+        folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
+        step: the iteration in it; None for the last one, or the folder's own.
 
     Raises:
         PreflightError: if there is none, it is not complete, or it names no arguments.
@@ -53,14 +58,21 @@ class Checkpoint:
 
     def __init__(self, folder: str, step: int | None = None):
         self.given = f"--load {folder}"
-        self.folder = folder
-        self.step = step
-        self.path = preflight.find_checkpoint("--load", folder, step)
-        try:
-            self._common = dist_checkpointing.load_common_state_dict(str(self.path))
-        except Exception as error:  # its readers raise what they like
+        if not preflight.is_iteration(folder):
+            self.path = preflight.find_checkpoint("--load", folder, step)
+        elif step is None:
+            self.path = preflight.check_iteration("--load", folder)
+        else:
             raise PreflightError(
-                self.given, f"{self.path} cannot be read ({error})", "a torch_dist checkpoint"
+                f"--ckpt-step {step}", f"{folder} is one iteration already", "--load alone"
+            )
+        try:
+            self._common = read_common(self.path)
+        except ConversionError as error:
+            raise PreflightError(
+                self.given,
+                f"{self.path} cannot be read ({in_words(error)})",
+                "a torch_dist checkpoint",
             ) from error
         if "args" not in self._common:
             raise PreflightError(
@@ -100,16 +112,27 @@ class Checkpoint:
         """Load the model's weights, whatever the layouts of both.
 
         Raises:
-            PreflightError: if a tensor of either is missing in the other or has another shape.
+            PreflightError: if a tensor of either is missing in the other or has another shape, or
+                it cannot be read.
         """
         metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=self._common) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         sharded = model.sharded_state_dict(metadata=metadata)
+        # Extra states are pickles, and of use to FP8 alone.
+        _, sharded = extract_matching_values(
+            sharded, lambda value: isinstance(value, ShardedObject)
+        )
         self._check_shapes(sharded)
         # What Megatron calls missing is in the checkpoint and not asked for.
-        state, left_over, absent = dist_checkpointing.load(
-            sharded, str(self.path), strict=StrictHandling.RETURN_ALL
-        )
+        try:
+            with only_safe_types():
+                state, left_over, absent = dist_checkpointing.load(
+                    sharded, str(self.path), strict=StrictHandling.RETURN_ALL
+                )
+        except (Exception, CheckpointException) as error:  # its readers raise what they like
+            raise PreflightError(
+                self.given, f"{self.path} cannot be read ({_reason(error)})", "a whole checkpoint"
+            ) from error
         left_over = [key for key in left_over if key.startswith(_OF_THE_MODEL)]
         for keys, flaw in ((absent, "lacks"), (left_over, "has a tensor of no use here,")):
             keys = sorted(key for key in keys if "_extra_state" not in key)
@@ -119,12 +142,13 @@ class Checkpoint:
                     f"{self.path} {flaw} {keys[0]} ({len(keys)} in all)",
                     "a checkpoint whose arguments describe its tensors",
                 )
-        model.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
+        # The common state is in it too, under names that a checkpoint chooses.
+        model.load_state_dict({key: state[key] for key in sharded if key in state}, strict=False)
 
     def _check_shapes(self, sharded: dict) -> None:
         stored = dist_checkpointing.load_tensors_metadata(str(self.path))
         for tensor in sharded.values():
-            if isinstance(tensor, ShardedObject) or getattr(tensor, "allow_shape_mismatch", False):
+            if getattr(tensor, "allow_shape_mismatch", False):
                 continue
             found = stored.get(getattr(tensor, "key", None))
             if hasattr(tensor, "global_shape") and found is not None:
@@ -147,10 +171,11 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     args = argparse.Namespace(**vars(checkpoint.args))
     args.tokenizer_model = model or args.tokenizer_model
     args.pad_vocab_size = False
+    args.trust_remote_code = False
     try:
         return build_tokenizer(args)
     except Exception as error:  # its library may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = in_words(error, lines=1)
         raise PreflightError(
             f"--tokenizer-model {args.tokenizer_model} ({args.tokenizer_type})",
             f"it cannot be loaded ({reason})",
@@ -171,11 +196,19 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
             not go together.
     """
     args = _settings(checkpoint, layout, dtype)
-    config = compat.transformer_config(args)
-    model_config = compat.gpt_config(args, config)
     scmoe = checkpoint.scmoe
     if scmoe is not None:
-        keys = compat.has_local_norm_keys(checkpoint.folder, checkpoint.step)
+        args.spec = None
+    elif args.spec and not args.spec[0].startswith("megatron.core."):
+        raise PreflightError(
+            f"{checkpoint.given} (--spec {' '.join(args.spec)})",
+            "the checkpoint asks for code, and none that it names is run",
+            "a model of ScMoE, or of Megatron's own",
+        )
+    config = compat.transformer_config(args)
+    model_config = compat.gpt_config(args, config)
+    if scmoe is not None:
+        keys = compat.has_local_norm_keys_at(str(checkpoint.path))
         model_config.transformer_layer_spec = partial(
             _block_spec, scmoe=scmoe, local_norm_keys=keys
         )
@@ -189,10 +222,37 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups).cuda()
-    checkpoint.load(model)
+    try:
+        checkpoint.load(model)
+    except CheckpointException as error:  # PyTorch's, of all ranks that failed
+        cause, _ = next(iter(error.failures.values()))
+        raise PreflightError(
+            checkpoint.given,
+            f"a tensor in {checkpoint.path} cannot be read ({in_words(cause)})",
+            "a checkpoint whose files are whole",
+        ) from error
     if args.bf16 or args.fp16:
         model = Float16Module(config, model)
     return model.eval()
+
+
+def settings_of_the_model(saved: argparse.Namespace) -> argparse.Namespace:
+    """A copy of saved arguments: the model as saved, the run that of one rank and of the kernels here.
+
+    What computes the same without Transformer Engine is computed without it, where there is none.
+    """
+    args = argparse.Namespace(**vars(saved))
+    vars(args).update(_OF_THE_RUN)
+    if not HAVE_TE:
+        vars(args).update(_WITHOUT_TE)
+    compat.leave_out_missing_fusions(args)
+    return args
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # it wraps what each rank raised
+        ((error, _),) = error.failures.values()
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
@@ -201,9 +261,7 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None):
     """The checkpoint's arguments with this run's layout and kernels."""
-    args = argparse.Namespace(**vars(checkpoint.args))
-    for name, value in _OF_THE_RUN.items():
-        setattr(args, name, value)
+    args = settings_of_the_model(checkpoint.args)
     args.tensor_model_parallel_size = layout.tensor
     # Megatron's MoE needs it; its own local norms refuse it.
     args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or HAVE_TE)
@@ -214,21 +272,23 @@ def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None)
     args.expert_tensor_parallel_size = 1 if with_bias else layout.tensor
     args.rank = torch.distributed.get_rank()
     args.world_size = torch.distributed.get_world_size()
-    if not HAVE_TE:
-        args.transformer_impl = "local"
     if dtype is not None:
         args.params_dtype = dtype
         args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    compat.leave_out_missing_fusions(args)
     _check_layout(checkpoint, layout, args)
     return args
 
 
 _OF_THE_RUN = dict(
+    tensor_model_parallel_size=1,
     tensor_parallel_num_weight_shards=None,
+    sequence_parallel=False,
+    expert_model_parallel_size=1,
+    expert_tensor_parallel_size=1,
     expert_tensor_parallel_num_weight_shards=None,
     gtp_weight_remat_size=1,
     expert_gtp_weight_remat_size=1,
+    pipeline_model_parallel_size=1,
     virtual_pipeline_model_parallel_size=None,
     pipeline_model_parallel_layout=None,
     decoder_first_pipeline_num_layers=None,
@@ -243,17 +303,33 @@ _OF_THE_RUN = dict(
     recompute_method=None,
     recompute_num_layers=None,
     recompute_modules=None,
+    moe_layer_recompute=False,
     cpu_offloading=False,
+    fine_grained_activation_offloading=False,
+    moe_paged_stash=False,
     cuda_graph_impl="none",
+    batch_invariant_mode=False,
+    fp8=None,
+    fp8_param_gather=False,
+    fp8_output_proj=False,
+    fp4=None,
+    fp4_param_gather=False,
+    moe_router_padding_for_fp8=False,
+    moe_router_padding_for_quantization=False,
     moe_token_dispatcher_type="alltoall",
     moe_router_force_load_balancing=False,
     moe_shared_expert_overlap=False,
     overlap_moe_expert_parallel_comm=False,
+    overlap_dispatch_backward_with_experts_wgrad=False,
+    ep_overlap_early_attn_memory_release=False,
     delay_wgrad_compute=False,
     perform_initialization=False,
     no_persist_layer_norm=True,
 )
-"""Settings of the run that saved the checkpoint, as this one has them; none changes a result."""
+"""Settings of the run that saved the checkpoint, as this one has them; no result changes but by
+rounding, finer than with fp8 and fp4."""
+
+_WITHOUT_TE = dict(transformer_impl="local", moe_permute_fusion=False, moe_router_fusion=False)
 
 
 def _check_layout(checkpoint: Checkpoint, layout: Layout, args) -> None:

@@ -132,6 +132,26 @@ def find_checkpoint(
     return path
 
 
+def is_iteration(folder: str) -> bool:
+    """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
+    marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
+    return not _has_tracker(folder) and any(mark.is_file() for mark in marks)
+
+
+def check_iteration(flag: str, folder: str) -> Path:
+    """``folder`` as a path, if it is one complete torch_dist checkpoint.
+
+    Raises:
+        PreflightError: if files of it are missing or cut off.
+    """
+    flaw = _find_flaw(Path(folder), "torch_dist")
+    if flaw is not None:
+        raise PreflightError(
+            f"{flag} {folder}", f"the checkpoint is not complete: {flaw}", "another folder"
+        )
+    return Path(folder)
+
+
 @dataclass(frozen=True)
 class _Dataset:
     """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""
@@ -399,7 +419,8 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
     for file in sorted(whole_files):  # torch.save writes an archive; its end is its directory
         if not zipfile.is_zipfile(file):
             return f"{file} is truncated ({file.stat().st_size} bytes)"
-    if any(file.name != "common.pt" for file in whole_files):
+    distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
+    if not distributed and any(file.name != "common.pt" for file in whole_files):
         return None  # one file for each rank: Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last
         try:

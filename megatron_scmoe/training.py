@@ -6,7 +6,7 @@ import time
 from functools import partial
 
 import torch
-from megatron.core import mpu
+from megatron.core import dist_checkpointing, mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -22,8 +22,9 @@ from torch import Tensor
 from megatron_scmoe import compat, preflight, tuning
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
-from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
@@ -49,8 +50,7 @@ def main() -> None:
         tokens = args.seq_length // args.context_parallel_size
         tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
-        # Megatron reports unusable settings as assertions; the message is what matters of them.
-        fail(str(error))
+        fail(in_words(error))
     except BaseException:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(LAST_WORD_S)  # the first rank may be about to say it in one line
@@ -87,11 +87,15 @@ def parse_settings():
     """
     add_args = add_scmoe_args
     given = parse_args(add_args)
+    complete = True  # of another format Megatron reads the arguments, later; main() validates then
     if given.use_checkpoint_args:
-        add_args = partial(_add_args_of_checkpoint, given)
+        saved = _arguments_of_checkpoint(given)
+        complete = saved is not None
+        add_args = partial(_add_args_with_defaults, saved or {})
         given = parse_args(add_args)
     scmoe = scmoe_config_from_args(given)
-    validate(scmoe, given)
+    if complete:
+        validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
     args = parse_and_validate_args(add_args)
@@ -100,29 +104,40 @@ def parse_settings():
     return args, scmoe
 
 
-def _add_args_of_checkpoint(given, parser):
-    """Make what a checkpoint says of its model the default of the flags.
+def _arguments_of_checkpoint(given) -> dict | None:
+    """What the checkpoint to load says of its model; None if it is of a format Megatron alone reads.
 
     Megatron's ``--use-checkpoint-args`` takes over some of it (not the norms' epsilon, the rope's
     scaling, the router's groups), and knows nothing of ``--scmoe-*``.
     """
-    parser = add_scmoe_args(parser)
     for folder in (given.load, given.pretrained_checkpoint):
         if folder is not None and os.path.isfile(get_checkpoint_tracker_filename(folder)):
             step = given.ckpt_step
-            path = (
-                folder if step is None else get_checkpoint_name(folder, step, return_base_dir=True)
-            )
-            parser.set_defaults(**model_arguments(read_megatron(path).args))
-            break
+            if step is not None:
+                folder = get_checkpoint_name(folder, step, return_base_dir=True)
+            path = find_iteration(folder)
+            if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+                return model_arguments(read_megatron(path).args)
+            if given.rank == 0:
+                print(
+                    f"WARNING: --use-checkpoint-args: {path} is no torch_dist checkpoint; flags "
+                    "that Megatron does not take from it, as --scmoe-*, are those of the command line",
+                    flush=True,
+                )
+            return None
+    return {}
+
+
+def _add_args_with_defaults(defaults, parser):
+    parser = add_scmoe_args(parser)
+    parser.set_defaults(**defaults)
     return parser
 
 
 def fail(message: str) -> None:
     """Print one line, on the first rank, and exit with status 2."""
     if os.environ.get("RANK", "0") == "0":
-        line = " ".join(message.split()) or "unusable settings"
-        print(f"pretrain_gpt_scmoe.py: error: {line}", file=sys.stderr, flush=True)
+        print(f"pretrain_gpt_scmoe.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(LAST_WORD_S)  # the launcher ends all ranks with the first that exits
     sys.exit(2)

@@ -35,7 +35,9 @@ LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Loss, perplexity and logits of a checkpoint.")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--load", metavar="CKPT", help="a Megatron checkpoint: what was --save")
+    model.add_argument(
+        "--load", metavar="CKPT", help="a Megatron checkpoint: what was --save, or an iter_ folder"
+    )
     model.add_argument("--hf", metavar="DIR", help="a Hugging Face model folder")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8")
@@ -67,13 +69,15 @@ def main(argv: list[str] | None = None) -> None:
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
         )
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, parser)
 
     quiet_imports()
+    from megatron_scmoe.errors import in_words
+
     try:
         report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
-        fail(" ".join(str(error).split()) or "unusable settings")
+        fail(in_words(error))
     if is_first_rank():
         print(describe(report))
 
@@ -85,19 +89,17 @@ def quiet_imports() -> None:
     cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
-def check_flags(args: Namespace) -> None:
+def check_flags(args: Namespace, parser: OneLineParser) -> None:
     """Refuse what cannot work before seconds go into imports."""
-    for name in (
-        "sequence_length", "micro_batch", "limit", "tensor_model_parallel_size",
-        "pipeline_model_parallel_size", "expert_model_parallel_size",
-    ):  # fmt: skip
+    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    for name in ("sequence_length", "micro_batch", "limit", *layout):
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
-    of_load = ("tokenizer_model", "ckpt_step")
+    of_load = ("tokenizer_model", "ckpt_step", *layout)
     of_hf = ("trust_remote_code",)
     for name in of_load if args.hf else of_hf:
-        if getattr(args, name):
+        if getattr(args, name) != parser.get_default(name):
             fail(f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.hf and ranks > 1:
@@ -154,12 +156,14 @@ def evaluate_hf(args: Namespace):
     length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
     sequences = read_sequences(args, model.tokenize, length)
     sequences.check(data_flag(args), model.vocab_size)
+    model.check_length(sequences.tokens.shape[1])
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     return model.evaluate(sequences, args.micro_batch, args.logits_out, dtype)
 
 
 def read_sequences(args: Namespace, tokenize, length: int):
     """The sequences of --text or --tokens, cut to --limit."""
+    from megatron_scmoe.errors import in_words
     from megatron_scmoe.evaluation import Sequences
 
     if args.text is not None:
@@ -171,7 +175,7 @@ def read_sequences(args: Namespace, tokenize, length: int):
         try:
             ids = np.load(args.tokens, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({error})")
+            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})")
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             fail(
                 f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "

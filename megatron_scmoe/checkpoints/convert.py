@@ -126,7 +126,7 @@ def hf_to_megatron(
         left_out = form.left_out(config, found)
         rows = tensors[EMBEDDING].shape[0]
         tokens = config.get("unpadded_vocab_size") or rows
-        flags = [*form.flags(config), *tokenizer_flags(source, tokens)]
+        flags = [*form.flags(config), *tokenizer_flags(source, tokens, rows)]
         args = arguments_from_flags(flags, _main_dtype(tensors), rows)
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors)

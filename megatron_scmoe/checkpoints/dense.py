@@ -21,6 +21,7 @@ from megatron_scmoe.checkpoints.store import (
     naming,
     read_safetensors,
 )
+from megatron_scmoe.checkpoints.tokenizers import tokenizer_flags
 
 VOCAB_MULTIPLE = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
@@ -59,44 +60,19 @@ def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = Non
     setting_flags = flags(config)  # settings are judged before weights
     tensors = take_model(weights, config)
     weights.check_left_over()
+    size = config.vocab_size
+    rows = padded_vocab_size(size)
     return DenseModel(
         [
             *setting_flags,
             *DTYPE_FLAGS[weights.dtype],
-            *_tokenizer_flags(folder, config.vocab_size),
+            *tokenizer_flags(folder, size, size, sentencepiece_first=False),
+            *("--vocab-size", str(size), "--padded-vocab-size", str(rows)),
         ],
         tensors,
         weights.dtype,
-        padded_vocab_size(config.vocab_size),
+        rows,
     )
-
-
-def _tokenizer_flags(folder: Path, vocab_size: int) -> list[str]:
-    """Flags of the tokenizer in a Hugging Face folder; of Megatron's NullTokenizer if it has none.
-
-    Raises:
-        ConversionError: if it cannot be loaded, or has more entries than the model.
-    """
-    folder = folder.absolute()
-    size = ["--vocab-size", str(vocab_size)]
-    size += ["--padded-vocab-size", str(padded_vocab_size(vocab_size))]
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        return ["--tokenizer-type", "NullTokenizer", *size]
-    from transformers import AutoTokenizer  # seconds, which a folder without one need not wait for
-
-    try:
-        entries = len(AutoTokenizer.from_pretrained(folder))
-    except Exception as error:  # its library may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConversionError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
-    if entries > vocab_size:
-        raise ConversionError(
-            f"{folder}: its tokenizer has {entries} entries, vocab_size in config.json is {vocab_size}"
-        )
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder), *size]
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def _read_config(folder: Path):

@@ -2,18 +2,31 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.core import maybe_load_config
+
 from megatron_scmoe.checkpoints.lazy import ConversionError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """What Megatron keeps in a folder of checkpoints."""
 
-_MARKS = (TRACKER, "config.json", "metadata.json")
+_MODEL_FOLDER = (
+    *("config.json", "generation_config.json", "configuration_*.py", "modeling_*.py"),
+    *("model*.safetensors", "model.safetensors.index.json", "README.md", "LICENSE*"),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "sentencepiece*.model", "vocab.txt", "vocab.json", "merges.txt"),
+    *("chat_template.*", ".gitattributes", "__pycache__"),
+)
+_CHECKPOINTS = (TRACKER, "iter_[0-9]*", "release", "progress.txt", "non_persistent")
+_CHECKPOINT = (".metadata", "metadata.json", "common.pt", "*.distcp")
+"""Names in a model folder, in what ``--save`` names, and in one checkpoint of it."""
+
 _SPARE_BYTES = 64 * 2**20  # index, tokenizer, metadata
 
 
@@ -31,11 +44,12 @@ def new_folder(
     Args:
         path: the folder to make; its parent must exist.
         needed_bytes: what will be written; free space is checked for it.
-        force: replace a folder with a checkpoint in it; nothing else is ever replaced.
+        force: replace a model folder or checkpoint that holds nothing else; no other folder is
+            ever replaced.
         sources: folders that are read meanwhile, which ``path`` must not replace.
 
     Raises:
-        ConversionError: if ``path`` exists, or there is not enough space.
+        ConversionError: if ``path`` exists and may not be replaced, or there is not enough space.
     """
     path = Path(path).expanduser().resolve()
     _check_place(path, force, sources)
@@ -49,13 +63,14 @@ def new_folder(
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise ConversionError(f"{path.parent}: {error.strerror}") from error
+    old = temporary / "old"
     try:
         folder = temporary / "new"
         folder.mkdir()  # with the permissions that the user's umask gives, unlike mkdtemp's
         yield folder
         _check_place(path, force, sources)
         if path.exists():
-            path.rename(temporary / "old")
+            path.rename(old)
         folder.rename(path)
     except BaseException as error:
         for cause in _causes(error):
@@ -65,6 +80,8 @@ def new_folder(
             raise ConversionError(f"{path.parent}: the disk is full") from error
         raise
     finally:
+        if old.exists() and not path.exists():  # stopped between the two renames
+            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -97,7 +114,29 @@ def _check_place(path: Path, force: bool, sources: Iterable[str | os.PathLike]) 
         return
     if not force:
         raise ConversionError(f"{path}: exists; --force replaces it")
-    if not path.is_dir() or not any((path / mark).exists() for mark in _MARKS):
+    names = _names_of_its_kind(path)
+    if names is None:
         raise ConversionError(
             f"{path}: exists and is no checkpoint; --force replaces no other files"
         )
+    for entry in sorted(os.listdir(path)):
+        if not any(fnmatch.fnmatchcase(entry, name) for name in names):
+            raise ConversionError(
+                f"{path / entry}: no part of a checkpoint; --force replaces no other files"
+            )
+
+
+def _names_of_its_kind(path: Path) -> tuple[str, ...] | None:
+    """What may lie in a folder with a model or checkpoints; None if it is neither."""
+    if (path / "config.json").is_file() and any(
+        (path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
+        return _MODEL_FOLDER
+    if (path / TRACKER).is_file():
+        return _CHECKPOINTS
+    if (path / ".metadata").is_file():
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # another metadata.json
+            config = maybe_load_config(str(path))
+            if config is not None and config.sharded_backend == "torch_dist":
+                return _CHECKPOINT
+    return None

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.checkpoints.folder import TRACKER
-from megatron_scmoe.checkpoints.formats import Tensors
+from megatron_scmoe.checkpoints.formats import NAMES, Tensors, find_format
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 
 ROUTED = ".mlp.experts."
-BUFFERS = (".expert_bias", ".qb_beta", ".classifier_bias")
+BUFFERS = (
+    *(".expert_bias", ".qb_beta", ".classifier_bias"),
+    *(".e_score_correction_bias", ".classifier.bias"),  # LongCat-Flash's names
+)
 
 
 def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
@@ -106,16 +109,22 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
 
 def _describe_folder(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
     config, tensors = read_config(path), read_safetensors(path)
-    total, active = count_parameters(tensors, _experts(config))
+    model_type = config.get("model_type")
+    unused = find_format(model_type).left_out(config, tensors) if model_type in NAMES else []
+    used = {name: tensors[name] for name in tensors.keys() - set(unused)}
+    total, active = count_parameters(used, _experts(config))
     sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
-    return [
+    rows = [
         ("model", f"Hugging Face folder, {path}"),
-        ("architecture", f"{config.get('model_type')} {config.get('architectures') or ''}".strip()),
+        ("architecture", f"{model_type} {config.get('architectures') or ''}".strip()),
         ("sizes", ", ".join(f"{name} {value}" for name, value in sizes.items())),
         ("parameters", _parameters(total, active)),
         ("bytes", f"{total_bytes(tensors):,}"),
         ("dtypes", _dtypes(tensors)),
-    ], tensors
+    ]
+    if unused:
+        rows.append(("not used", f"{len(unused)} tensors, such as {unused[0]}"))
+    return rows, tensors
 
 
 _SIZES = (

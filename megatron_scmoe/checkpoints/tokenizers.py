@@ -80,15 +80,36 @@ def tokenizer_of(args: argparse.Namespace, given: str | None = None) -> Tokenize
     return _sentencepiece(path)
 
 
-def tokenizer_flags(folder: Path, tokens: int) -> list[str]:
-    """Megatron's flags for the tokenizer in a Hugging Face folder."""
+def tokenizer_flags(
+    folder: Path, tokens: int, rows: int, sentencepiece_first: bool = True
+) -> list[str]:
+    """Megatron's flags for the tokenizer in a Hugging Face folder; its NullTokenizer if it has none.
+
+    Args:
+        tokens: how many tokens exist.
+        rows: of the embedding in the folder.
+        sentencepiece_first: take SentencePiece's own file where there is one beside the others.
+
+    Raises:
+        ConversionError: if it cannot be loaded, or has more entries than the embedding has rows.
+    """
     folder = folder.resolve()
-    if (folder / SENTENCEPIECE_FILE).is_file():
-        path = str(folder / SENTENCEPIECE_FILE)
-        return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", path]
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
-    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(tokens)]
+    if sentencepiece_first and (folder / SENTENCEPIECE_FILE).is_file():
+        kind, model = "SentencePieceTokenizer", folder / SENTENCEPIECE_FILE
+        entries = _load(model).get_piece_size()
+    elif any((folder / name).is_file() for name in _FILES):
+        kind, model = "HuggingFaceTokenizer", folder
+        entries = _hugging_face(folder).tokens
+    else:
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(tokens)]
+    if entries > rows:
+        raise ConversionError(
+            f"{folder}: its tokenizer has {entries} entries, the embedding {rows} rows"
+        )
+    return ["--tokenizer-type", kind, "--tokenizer-model", str(model)]
+
+
+_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json", "tokenizer_config.json")
 
 
 def fast_tokenizer(model: Path) -> PreTrainedTokenizerFast:
@@ -132,8 +153,8 @@ def _hugging_face(path: Path) -> TokenizerFiles:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())[:200]
+    except Exception as error:  # its library may raise anything
+        line = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConversionError(f"tokenizer {path}: it cannot be loaded ({line})") from error
     return _files(type(tokenizer).__name__, tokenizer, tokenizer.save_pretrained)
 

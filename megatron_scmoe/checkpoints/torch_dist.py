@@ -6,12 +6,15 @@ name the types listed in metadata.py and in Megatron's ``safe_globals`` and no o
 """
 
 import argparse
+import contextlib
 import io
+import os
 import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
@@ -46,6 +49,7 @@ from tqdm import tqdm
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.errors import in_words
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
@@ -92,7 +96,16 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         ConversionError: if there is none, a file is missing or truncated, or it names a type that
             a checkpoint does not need.
     """
-    folder = _checkpoint_folder(Path(path).expanduser())
+    folder = find_iteration(path)
+    try:
+        config = maybe_load_config(str(folder)) if folder.is_dir() else None
+    except (ValueError, TypeError) as error:  # no JSON, or other fields
+        raise ConversionError(f"{folder}: its metadata.json is damaged ({_line(error)})") from error
+    if config is None or config.sharded_backend != BACKEND.sharded_backend:
+        raise ConversionError(
+            f"{folder}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ "
+            "folder"
+        )
     reader = _Reader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -110,6 +123,51 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         args=common.get("args"),
         tensors=_normal_form(stored),
     )
+
+
+def find_iteration(path: str | os.PathLike) -> Path:
+    """The folder of the last complete iteration in what ``--save`` named, or ``path`` as it is.
+
+    Raises:
+        ConversionError: if the file that says which is the last one does not.
+    """
+    path = Path(path).expanduser()
+    tracker = path / TRACKER
+    if tracker.is_file():
+        word = tracker.read_text(errors="replace").strip()
+        if word != "release" and not word.isdigit():
+            raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
+        path = path / (word if word == "release" else f"iter_{int(word):07d}")
+    return path
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What an ``iter_...`` folder holds that is no tensor: arguments, iteration and more.
+
+    Raises:
+        ConversionError: as :func:`read_megatron`.
+    """
+    reader = _Reader(folder)
+    return _read_common(folder, reader, reader.read_metadata())
+
+
+@contextlib.contextmanager
+def only_safe_types() -> Iterator[None]:
+    """``torch.load`` gives tensors and Megatron's safe types, and refuses the rest, whoever calls it.
+
+    PyTorch's planners for distributed checkpoints load objects without that restriction.
+    """
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in forced}
+    os.environ.update(forced)
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def write_megatron(
@@ -220,13 +278,9 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 def _load_safely(stream, file: Path):
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with only_safe_types():
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else _line(error)
-        raise ConversionError(f"{file} is unreadable ({what})") from error
-    except (RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ConversionError(f"{file} is unreadable ({_line(error)})") from error
 
 
@@ -244,24 +298,6 @@ def _read_common(folder: Path, reader: _Reader, metadata: Metadata) -> dict:
     if not isinstance(common, dict):
         raise ConversionError(f"{folder}: its common state is no dictionary")
     return common
-
-
-def _checkpoint_folder(path: Path) -> Path:
-    tracker = path / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text(errors="replace").strip()
-        if word != "release" and not word.isdigit():
-            raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
-        path = path / (word if word == "release" else f"iter_{int(word):07d}")
-    try:
-        config = maybe_load_config(str(path)) if path.is_dir() else None
-    except (ValueError, TypeError) as error:  # no JSON, or other fields
-        raise ConversionError(f"{path}: its metadata.json is damaged ({_line(error)})") from error
-    if config is None or config.sharded_backend != BACKEND.sharded_backend:
-        raise ConversionError(
-            f"{path}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ folder"
-        )
-    return path
 
 
 def _normal_form(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -384,4 +420,4 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return in_words(error)[:200]

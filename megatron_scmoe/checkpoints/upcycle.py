@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
@@ -43,7 +42,8 @@ from megatron_scmoe.checkpoints.store import (
     write_megatron,
 )
 from megatron_scmoe.checkpoints.torch_dist import LAYOUT
-from megatron_scmoe.validation import ScMoEConfigError, moe_pattern, validate
+from megatron_scmoe.loading import settings_of_the_model
+from megatron_scmoe.validation import moe_pattern, validate
 
 INITS = ("copy", "drop", "noise")
 
@@ -100,7 +100,7 @@ def upcycle(
     try:
         args, tensors = _convert(Path(source).expanduser(), how)
         _judge(args)
-    except (ScMoEConfigError, AssertionError) as error:  # of this package, and Megatron's own
+    except (ValueError, AssertionError) as error:  # of this package, and Megatron's own
         raise ConversionError(" ".join(str(error).split()) or "unusable settings") from error
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
@@ -158,8 +158,10 @@ def _upcycle_megatron(source: Path, how: Upcycling):
     given = vars(_parse(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
     gained = ("scmoe_",) if is_moe else ("scmoe_", "moe_", "num_experts")
     vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
-    vars(args).update(dict.fromkeys(LAYOUT, 1))
+    vars(args).update(dict.fromkeys(LAYOUT, 1), sequence_parallel=False)
     _forget_missing_tokenizer(args)
+    if compat.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
+        args.openai_gelu, args.bias_gelu_fusion = True, False
     if is_moe:
         return args, _upcycle_moe(checkpoint.tensors, args)
     return args, _upcycle_dense(checkpoint.tensors, args, how)
@@ -245,13 +247,10 @@ def _parse(flags: list[str]) -> argparse.Namespace:
 
 
 def _judge(args) -> None:
-    """Have Megatron and this package judge the settings, as training would."""
+    """Have Megatron and this package judge the model, as training would; not its source's run."""
     scmoe = scmoe_config_from_args(args)
-    validate(scmoe, args)
-    trial = copy.copy(args)
-    if not HAVE_TE:
-        trial.transformer_impl = "local"
-    compat.leave_out_missing_fusions(trial)
+    trial = settings_of_the_model(args)
+    validate(scmoe, trial)
     validate(scmoe, compat.transformer_config(trial))
 
 

@@ -102,6 +102,12 @@ class TestFiles:
         message = self.refusal(*MODEL, "--data-path", str(dataset))
         assert "falls to the test part of --split 969, 30, 1" in message
 
+    def test_assertion_of_megatron_without_a_message(self, dataset, tmp_path):
+        words = flags(dataset, tmp_path)
+        place = words.index("--save-interval")
+        del words[place : place + 2]
+        assert self.refusal(*words) == "it must hold that args.save_interval is not None"
+
     def test_tokenizer_that_is_too_small(self, dataset):
         message = self.refusal(*flags(dataset), "--vocab-size", "100")
         assert f"of {dataset}.bin has the id " in message

@@ -1,6 +1,10 @@
 """tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
 
+import argparse
+import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.training.arguments import add_megatron_arguments
+from safetensors.torch import load_file, save_file
 
+from megatron_scmoe.checkpoints.metadata import read_metadata
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
@@ -83,17 +90,18 @@ def trained(data, tmp_path_factory):
     return save, loss
 
 
-def evaluate(world_size, folder, data, out, **layout) -> dict:
-    reports = run_distributed(_evaluate, world_size, str(folder), str(data), str(out), layout)
+def evaluate(world_size, folder, data, out, run=(), **layout) -> dict:
+    reports = run_distributed(_evaluate, world_size, str(folder), str(data), str(out), layout, run)
     assert all(report == reports[0] for report in reports)
     return reports[0]
 
 
-def _evaluate(folder, data, out, layout):
+def _evaluate(folder, data, out, layout, run):
     micro_batch = 2 if layout else 1
     from megatron_scmoe import evaluation, loading
 
     checkpoint = loading.Checkpoint(folder)
+    vars(checkpoint.args).update(run)
     model = loading.build_model(checkpoint, loading.Layout(**layout))
     sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
     vocab_size = loading.tokenizer_of(checkpoint).vocab_size
@@ -132,6 +140,42 @@ def test_layouts_agree(data, trained, alone, tmp_path, layout):
     assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
 
 
+def kernel_flags(recipe: str) -> list[str]:
+    """The flags of a recipe in examples/ that choose its kernels."""
+    script = (
+        f'GPUS_PER_NODE=8; . examples/{recipe}/config.sh; printf "%s\\n" "${{KERNEL_FLAGS[@]}}"'
+    )
+    run = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    return run.stdout.split()
+
+
+RUNS = {
+    "gpt2_moe_medium": kernel_flags("gpt2_moe_medium"),
+    "longcat_flash": kernel_flags("longcat_flash"),
+    "other kernels": """
+        --moe-router-fusion --fp8-format hybrid --fp8-param-gather --batch-invariant-mode
+        --moe-router-padding-for-quantization --overlap-dispatch-backward-with-experts-wgrad
+        --fine-grained-activation-offloading --offload-modules moe_act
+        --transformer-impl transformer_engine
+    """.split(),
+}
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_checkpoints_of_any_kernels(data, trained, alone, tmp_path, recipe):
+    """Trained with kernels that are not here; in fp32 all the same, to compare the logits."""
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    given, defaults = vars(parser.parse_args(RUNS[recipe])), vars(parser.parse_args([]))
+    run = {name: value for name, value in given.items() if value != defaults[name]}
+    assert len(run) >= 5 and given["transformer_impl"] == "transformer_engine"
+    run = run | {"transformer_impl": "transformer_engine", "bf16": False}
+    report = evaluate(1, trained[0], data, tmp_path / "logits.npy", run=run)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), alone[1], atol=1e-5)
+    assert report["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
+
+
 def command(*flags, ranks=None):
     """The command line in processes of its own."""
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
@@ -139,6 +183,19 @@ def command(*flags, ranks=None):
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=REPOSITORY, timeout=200
     )
+
+
+def test_the_folder_of_an_iteration_will_do(data, trained, alone, tmp_path):
+    (path,) = trained[0].glob("iter_*")
+    report = evaluate(1, path, data, tmp_path / "logits.npy")
+    assert report == alone[0]
+    rows = ("--tokens", data / "rows.npy")
+    told = refusal("--load", path, *rows, "--ckpt-step", 4)
+    assert told == f"--ckpt-step 4: {path} is one iteration already; accepted: --load alone"
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy" / "__0_0.distcp").unlink()
+    told = refusal("--load", tmp_path / "copy", *rows)
+    assert "the checkpoint is not complete: " in told and "__0_0.distcp is missing" in told
 
 
 def test_command_line_under_torchrun(data, trained, alone, tmp_path):
@@ -188,6 +245,66 @@ def test_hugging_face_folder(data, llama, tmp_path, capsys):
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (
+            lambda tensors: tensors.update({"model.layers.0.foo.weight": torch.zeros(2)}),
+            "tensor model.layers.0.foo.weight is left over, the model has none",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}),
+            "tensor model.norm.weight has the shape [3] instead of [32]",
+        ),
+    ],
+    ids=["missing", "left over", "of another shape"],
+)
+def test_hugging_face_folder_with_other_tensors(data, llama, tmp_path, change, told):
+    folder = tmp_path / "copy"
+    shutil.copytree(llama[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal("--hf", folder, "--tokens", data / "rows.npy")
+    assert message.startswith(f"--hf {folder}: {told}; accepted")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A GPT-2 by transformers, of LENGTH learned positions, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=LENGTH
+    )
+    assert config.tie_word_embeddings
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_models_have_so_many_learned_positions(data, gpt2, llama, capsys):
+    flags = ["--tokens", data / "ids.npy", "--sequence-length"]
+    told = refusal("--hf", gpt2, *flags, LENGTH + 1)
+    assert told == (
+        f"a sequence length of {LENGTH + 1}: the model in {gpt2} has {LENGTH} positions; "
+        f"accepted: --sequence-length {LENGTH} or less"
+    )
+    run_tool("evaluate", "--hf", gpt2, *flags, LENGTH)
+    run_tool("evaluate", "--hf", llama[0], *flags, 100)  # 64 in training; it rotates
+    assert capsys.readouterr().out.count("nats per token") == 2
+
+
+def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, gpt2, tmp_path, capsys):
+    shutil.copy(gpt2 / "config.json", tmp_path)
+    tensors = load_file(gpt2 / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1)  # older versions stored it
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    run_tool("evaluate", "--hf", tmp_path, "--tokens", data / "rows.npy")
+    assert "nats per token" in capsys.readouterr().out
+
+
 def refusal(*flags) -> str:
     with pytest.raises(tool("corpus").UsageError) as refused:
         run_tool("evaluate", *flags)
@@ -209,16 +326,63 @@ def test_refusals(data, trained, llama, tmp_path):
         ((*load, *text, "--logits-out", existing), "it exists; give another file or --force"),
         ((*load, "--tokens", many), f"it has the id {VOCAB}; accepted: ids from 0 to {VOCAB - 1}"),
         ((*load, "--tokens", halves), "it is float64 with 1 dimensions; accepted"),
-        ((*load, "--tokens", data / "valid.txt"), "it is no .npy file of ids"),
+        ((*load, "--tokens", data / "valid.txt"), "no .npy file of ids (its bytes are damaged, or"),
         ((*load, *text, "--micro-batch", 0), "--micro-batch 0: accepted is 1 or more"),
         ((*load, *text, "--trust-remote-code"), "--trust-remote-code: it goes with --hf only"),
         ((*load, *text, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
         ((*load, "--tokens", existing, "--sequence-length", 5), "--sequence-length 5: the rows of"),
         (("--hf", tmp_path, *text), f"--hf {tmp_path}: transformers cannot load it"),
         (("--hf", llama[0], "--tokens", many), f"it has the id {VOCAB}"),
-        (("--hf", llama[0], *text, "--ckpt-step", 1), "--ckpt-step: it goes with --load only"),
+        (("--hf", llama[0], *text, "--ckpt-step", 0), "--ckpt-step: it goes with --load only"),
     ):
         assert told in refusal(*flags)
+
+
+class Touch:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda file: b"\xc7" * 99, "(its bytes are damaged, or of another format)"),
+        (lambda file: saved(Touch(file)), f"(it asks for {os.system.__module__}.system)"),
+    ],
+    ids=["damaged", "foreign pickle"],
+)
+def test_tensor_that_cannot_be_read(data, trained, tmp_path, make, told):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    (path,) = folder.glob("iter_*")
+    places = read_metadata(path).storage_data.items()
+    place = next(info for key, info in places if key.fqn == "decoder.final_layernorm.weight")
+    content = make(tmp_path / "executed")
+    assert len(content) <= place.length
+    with open(path / place.relative_path, "r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(content.ljust(place.length, b"\0"))
+    flags = ["--load", str(folder), "--tokens", str(data / "rows.npy")]
+    (message,) = run_distributed(refusal, 1, *flags)  # in a process of its own: it makes groups
+    assert message.startswith(f"--load {folder}: a tensor in {path} cannot be read {told}")
+    assert not (tmp_path / "executed").exists()
+
+
+def saved(value) -> bytes:
+    """What the older of torch.save's formats makes of it, which may be followed by anything."""
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "expert"])
+def test_hugging_face_models_have_no_layout(data, llama, kind):
+    flag = f"--{kind}-model-parallel-size"
+    told = refusal("--hf", llama[0], "--text", data / "valid.txt", flag, 2)
+    assert told == f"{flag}: it goes with --load only"
 
 
 def test_layout_that_does_not_fit_is_one_line_and_status_2(data, trained):

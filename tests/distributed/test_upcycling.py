@@ -374,8 +374,8 @@ DENSE_STOCK = STOCK[: STOCK.index("--num-experts")]
 SHARED = ["--moe-shared-expert-intermediate-size", "40"]
 
 
-def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
-    """A stock Megatron GPT with random weights, saved by Megatron."""
+def save_stock(folder: Path, flags: list[str], routed_scale=1.0, **run) -> None:
+    """A stock Megatron GPT with random weights, saved by Megatron; by a run with such arguments."""
     torch.manual_seed(2)
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args(flags)
     args.params_dtype, args.padded_vocab_size, args.kv_channels = torch.float32, 384, 8
@@ -395,16 +395,30 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0) -> None:
     step = folder / "iter_0000007"
     step.mkdir(parents=True)
     dist_checkpointing.save(
-        {**state, "args": args, "iteration": 7, "checkpoint_version": 3.0},
+        {
+            **state,
+            "args": argparse.Namespace(**vars(args) | run),
+            "iteration": 7,
+            "checkpoint_version": 3.0,
+        },
         str(step),
         content_metadata={name: value for name, value in metadata.items() if value is True},
     )
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 
 
+WITH_BIASES = [flag for flag in DENSE_STOCK if flag not in ("--swiglu", "--disable-bias-linear")]
+DENSE_STOCKS = {
+    "swiglu": DENSE_STOCK,
+    "gelu, fused with its bias": WITH_BIASES,
+    "gelu": [*WITH_BIASES, "--no-bias-gelu-fusion"],
+}
+
+
 @pytest.mark.parametrize("combine", ["add", "cg1"])
-def test_stock_dense_checkpoint(tokens, tmp_path, combine):
-    save_stock(tmp_path / "stock", DENSE_STOCK)
+@pytest.mark.parametrize("name", DENSE_STOCKS)
+def test_stock_dense_checkpoint(tokens, tmp_path, name, combine):
+    save_stock(tmp_path / "stock", DENSE_STOCKS[name])
     upcycle(tmp_path / "stock", tmp_path / "ckpt", Upcycling(**EXPERTS, combine=combine))
     expected = logits(tmp_path / "stock", tokens)
     np.testing.assert_allclose(logits(tmp_path / "ckpt", tokens), expected, atol=TOLERANCE)
@@ -449,6 +463,34 @@ def test_stock_moe_checkpoint(stock_moe, tokens, tmp_path, combine):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     changed = logits(tmp_path / "stock ckpt", tokens) - logits(stock_moe / "stock", tokens)
     assert np.abs(changed).max() > 0.1  # the experts read another representation
+
+
+RUNS = [
+    dict(tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True),
+    dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1),
+    dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    dict(moe_permute_fusion=True, moe_router_fusion=True, transformer_impl="transformer_engine"),
+    dict(fp8="hybrid", fp8_param_gather=True, moe_router_padding_for_quantization=True),
+    dict(overlap_dispatch_backward_with_experts_wgrad=True, moe_token_dispatcher_type="flex"),
+    dict(fine_grained_activation_offloading=True, batch_invariant_mode=True),
+]
+"""Arguments of runs on a cluster, which say nothing of the model."""
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_stock_checkpoint_of_any_run(stock_moe, tokens, tmp_path, run):
+    save_stock(tmp_path / "stock", [*STOCK, *SHARED], 0.0, **run)
+    upcycle(tmp_path / "stock", tmp_path / "ckpt", Upcycling())
+    expected = logits(stock_moe / "silent", tokens)
+    np.testing.assert_array_equal(logits(tmp_path / "stock", tokens), expected)
+    np.testing.assert_allclose(logits(tmp_path / "ckpt", tokens), expected, atol=TOLERANCE)
+
+
+def test_stock_checkpoint_that_megatron_refuses(tmp_path):
+    """In one line, and no stack trace."""
+    save_stock(tmp_path / "stock", [*STOCK, *SHARED], moe_expert_rank_capacity_factor=1.0)
+    told = refusal(tmp_path / "stock", tmp_path / "ckpt", Upcycling())
+    assert "moe_expert_rank_capacity_factor" in told
 
 
 def test_stock_moe_checkpoint_with_gate_and_without_shared_expert(tokens, tmp_path):

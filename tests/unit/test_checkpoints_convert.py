@@ -497,10 +497,31 @@ def test_the_checkpoints_tokenizer_goes_along_and_comes_back(with_tokenizer, tmp
     assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", f"{tmp_path}/hf")
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_refused(with_tokenizer, exported, tmp_path):
+    """SentencePiece's file as well as the fast tokenizer; nothing is written."""
+    _, file, processor = with_tokenizer
+    shutil.copytree(exported, tmp_path / "copy")
+    shutil.copy(file, tmp_path / "copy" / "tokenizer.model")
+    told = (
+        f"its tokenizer has {processor.get_piece_size()} entries, the embedding {checkpoints.ROWS}"
+    )
+    with pytest.raises(ConversionError, match=told):
+        hf_to_megatron(tmp_path / "copy", tmp_path / "save")
+    (tmp_path / "copy" / "tokenizer.model").unlink()
+    tokenizers.fast_tokenizer(file).save_pretrained(tmp_path / "copy")
+    with pytest.raises(ConversionError, match=told):
+        hf_to_megatron(tmp_path / "copy", tmp_path / "save")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{")
+    with pytest.raises(ConversionError, match="cannot be loaded"):
+        hf_to_megatron(tmp_path / "copy", tmp_path / "save")
+    assert os.listdir(tmp_path) == ["copy"]
+
+
 def test_another_tokenizer_or_none_can_be_given(with_tokenizer, tmp_path):
     checkpoint, _, processor = with_tokenizer
     megatron_to_hf(checkpoint, tmp_path / "one")
     megatron_to_hf(checkpoint, tmp_path / "two", tokenizer=str(tmp_path / "one"))
+    megatron_to_hf(checkpoint, tmp_path / "one", force=True)  # what it wrote, it replaces
     fast = AutoTokenizer.from_pretrained(tmp_path / "two")
     assert fast(TEXT[3])["input_ids"] == processor.encode(TEXT[3])
     (said,) = (

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,28 +158,94 @@ def test_an_interrupt_is_not_hidden_by_the_file_it_left_open(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def write_model_folder(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_safetensors(folder, {"a": lazy(A)})
+
+
 def test_an_existing_folder_needs_force_and_survives_a_failure(tmp_path):
     old = tmp_path / "out"
-    old.mkdir()
-    (old / "config.json").write_text("old")
+    write_model_folder(old)
     with pytest.raises(ConversionError, match="out: exists; --force"), new_folder(old, 0):
         pytest.fail("entered")
     with pytest.raises(KeyboardInterrupt), new_folder(old, 0, force=True):
         raise KeyboardInterrupt
-    assert (old / "config.json").read_text() == "old"
+    assert sorted(os.listdir(old)) == ["config.json", "model.safetensors"]
     with new_folder(old, 0, force=True) as folder:
         (folder / "new").touch()
     assert os.listdir(old) == ["new"] and os.listdir(tmp_path) == ["out"]
 
 
-def test_force_replaces_checkpoints_only(tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").touch()
-    with (
-        pytest.raises(ConversionError, match="no checkpoint"),
-        new_folder(tmp_path / "home", 0, force=True),
-    ):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_the_old_folder_survives_an_error_while_the_new_one_takes_its_name(
+    tmp_path, monkeypatch, error
+):
+    old = tmp_path / "out"
+    write_model_folder(old)
+    rename = Path.rename
+
+    def fails_once(self, target):
+        if self.name == "new":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(error), new_folder(old, 0, force=True) as folder:
+        (folder / "new").touch()
+    assert sorted(os.listdir(old)) == ["config.json", "model.safetensors"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def only_a_thesis(path):
+    path.mkdir()
+
+
+def config_of_something_else(path):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+
+
+def metadata_of_something_else(path):
+    path.mkdir()
+    (path / "metadata.json").write_text('["a", "b"]')
+    (path / ".metadata").touch()
+
+
+def one_iteration(path):
+    (path.parent / "saved").mkdir()
+    write_megatron(path.parent / "saved", ARGS, {"a": lazy(A)})
+    (path.parent / "saved" / "release").rename(path)
+
+
+def checkpoints_of_training(path):
+    path.mkdir()
+    write_megatron(path, ARGS, {"a": lazy(A)})
+
+
+KINDS = {
+    only_a_thesis: "home: exists and is no checkpoint",
+    config_of_something_else: "home: exists and is no checkpoint",
+    metadata_of_something_else: "home: exists and is no checkpoint",
+    write_model_folder: "home/thesis.tex: no part of a checkpoint",
+    one_iteration: "home/thesis.tex: no part of a checkpoint",
+    checkpoints_of_training: "home/thesis.tex: no part of a checkpoint",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_force_replaces_checkpoints_only(tmp_path, kind):
+    home = tmp_path / "home"
+    kind(home)
+    (home / "thesis.tex").touch()
+    with pytest.raises(ConversionError, match=KINDS[kind]), new_folder(home, 0, force=True):
         pytest.fail("entered")
+    assert (home / "thesis.tex").exists()
+    (home / "thesis.tex").unlink()
+    if "no part" in KINDS[kind]:  # without it, a checkpoint
+        with new_folder(home, 0, force=True) as folder:
+            (folder / "new").touch()
+        assert os.listdir(home) == ["new"]
 
 
 @pytest.mark.parametrize("source", ["out", "out/iter_0000001"])

@@ -383,6 +383,13 @@ class TestCheckpoint:
         assert f"not complete: {folder}/iter_0000030/{name} is" in message
         assert message.endswith("accepted: --ckpt-step 20, the nearest complete checkpoint")
 
+    def test_files_of_ranks_beside_a_distributed_checkpoint(self, refused, folder):
+        rank = iteration(folder, 30) / "mp_rank_00"
+        rank.mkdir()
+        torch.save({}, rank / "model_optim_rng.pt")
+        cut(iteration(folder, 30) / ".metadata")
+        assert ".metadata is unreadable" in refused("--mock-data", "--load", folder)
+
     def test_says_how_much_is_there(self, refused, folder):
         file = iteration(folder, 30) / "__0_0.distcp"
         size = file.stat().st_size

@@ -9,17 +9,13 @@ It needs no GPU, and memory for the largest shard. A folder appears when it is c
 docs/checkpoints.md.
 """
 
-import logging
 import signal
 import sys
-import warnings
 from argparse import Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
 
-from corpus import OneLineParser, UsageError, run_tool
-
-from megatron_scmoe import cpu
+from corpus import OneLineParser, UsageError, quiet_imports, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -183,13 +179,6 @@ COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_upcycle, add_inspect]
 
 def add_force(parser: OneLineParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
-
-
-def quiet_imports() -> None:
-    """Megatron and PyTorch tell of missing GPUs on import; a converter needs none."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 if __name__ == "__main__":

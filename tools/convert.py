@@ -9,17 +9,13 @@ It needs no GPU, and memory for the largest shard. A folder appears when it is c
 docs/checkpoints.md.
 """
 
-import logging
 import signal
 import sys
-import warnings
 from argparse import ArgumentTypeError, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
 
-from corpus import OneLineParser, UsageError, run_tool
-
-from megatron_scmoe import cpu
+from corpus import OneLineParser, UsageError, quiet_imports, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,13 +186,6 @@ def count(text: str) -> int:
 
 def add_force(parser: OneLineParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
-
-
-def quiet_imports() -> None:
-    """Megatron and PyTorch tell of missing GPUs on import; a converter needs none."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 if __name__ == "__main__":

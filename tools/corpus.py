@@ -7,10 +7,12 @@ what a tokenizer decodes can be compared with what was read.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,15 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(_say(f"{prog}: interrupted", status=130))
     sys.exit(0)
+
+
+def quiet_imports() -> None:
+    """Megatron and PyTorch tell on import of what is not installed; map CUDA first, if need be."""
+    from megatron_scmoe import cpu  # seconds, which the data tools need not wait for
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 @dataclass(frozen=True)

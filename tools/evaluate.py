@@ -13,21 +13,18 @@ of each predicting nothing. Logits are float32 [sequences, length, vocabulary], 
 that pad Megatron's vocabulary.
 """
 
-import logging
 import os
 import sys
 import time
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from corpus import OneLineParser, UsageError, run_tool
+from corpus import OneLineParser, UsageError, quiet_imports, run_tool
 
 from megatron_scmoe import cpu
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT_HF_LENGTH = 1024
 LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
 
@@ -55,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="evaluate the first N sequences only"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
+    )
     parser.add_argument(
         "--tokenizer-model", metavar="MODEL",
         help="the tokenizer of --load, where it is not (any more) where training had it",
@@ -80,13 +79,6 @@ def main(argv: list[str] | None = None) -> None:
         fail(in_words(error))
     if is_first_rank():
         print(describe(report))
-
-
-def quiet_imports() -> None:
-    """Megatron and PyTorch tell of what is not installed."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 def check_flags(args: Namespace, parser: OneLineParser) -> None:
@@ -119,6 +111,7 @@ def evaluate_checkpoint(args: Namespace):
     import torch
 
     from megatron_scmoe import evaluation, loading
+    from megatron_scmoe.checkpoints.arguments import DTYPES
 
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
     vocab_size = checkpoint.args.vocab_size
@@ -138,7 +131,7 @@ def evaluate_checkpoint(args: Namespace):
     )
     checkpoint.check_length(sequences.tokens.shape[1], layout)
     is_mine = initialise_ranks()
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    dtype = DTYPES[args.dtype] if args.dtype else None
     model = loading.build_model(checkpoint, layout, dtype)
     report = evaluation.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
     if is_mine:
@@ -148,16 +141,15 @@ def evaluate_checkpoint(args: Namespace):
 
 def evaluate_hf(args: Namespace):
     """Evaluate what --hf names."""
-    import torch
-
     from megatron_scmoe import evaluation
+    from megatron_scmoe.checkpoints.arguments import DTYPES
 
     model = evaluation.HuggingFaceModel(args.hf, args.trust_remote_code)
     length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
     sequences = read_sequences(args, model.tokenize, length)
     sequences.check(data_flag(args), model.vocab_size)
     model.check_length(sequences.tokens.shape[1])
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    dtype = DTYPES[args.dtype] if args.dtype else None
     return model.evaluate(sequences, args.micro_batch, args.logits_out, dtype)
 
 

@@ -1,7 +1,9 @@
 """Megatron's arguments of a model: the part that a checkpoint has to carry, and how to build them."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import torch
 from megatron.training.arguments import add_megatron_arguments
@@ -77,7 +79,15 @@ MODEL_ARGUMENTS = (
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""
 
-DTYPES = {torch.float32: None, torch.bfloat16: "--bf16", torch.float16: "--fp16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of weights that Megatron trains, by what ``--dtype`` takes."""
+
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Megatron's constants of ``--use-rope-scaling``, as transformers names them."""
 
 
 def model_arguments(args: argparse.Namespace) -> dict:
@@ -98,8 +108,7 @@ def arguments_from_flags(
     Raises:
         ConversionError: if the package cannot build such a model; it names the flag.
     """
-    if dtype not in DTYPES:
-        raise ConversionError(f"weights of {dtype}: accepted are {', '.join(map(str, DTYPES))}")
+    check_dtype(dtype)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = _refuse
     args = add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
@@ -109,6 +118,53 @@ def arguments_from_flags(
     except ScMoEConfigError as error:
         raise ConversionError(str(error)) from error
     return args
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that is none of :data:`DTYPES`."""
+    if dtype not in DTYPES.values():
+        accepted = ", ".join(map(str, DTYPES.values()))
+        raise ConversionError(f"weights of {dtype}: accepted are {accepted}")
+
+
+def rope_flags(parameters: Mapping[str, Any]) -> list[str]:
+    """The flags of rotary embeddings: plain, linearly interpolated, or scaled as in Llama 3.
+
+    Args:
+        parameters: ``rope_parameters`` of a ``config.json``.
+
+    Raises:
+        ConversionError: if Megatron cannot compute them; it names the field.
+    """
+    fixed: dict[str, dict] = {"default": {}, "linear": {}, "llama3": LLAMA3_ROPE}
+    kind = parameters.get("rope_type", "default")
+    if kind not in fixed:
+        raise _refuse_rope("rope_type", kind, " or ".join(fixed))
+    for name, accepted in fixed[kind].items():
+        if parameters.get(name, accepted) != accepted:
+            raise _refuse_rope(name, parameters[name], accepted)
+    flags = ["--rotary-base", _whole(parameters, "rope_theta")]
+    if "partial_rotary_factor" in parameters:
+        flags += ["--rotary-percent", str(parameters["partial_rotary_factor"])]
+    if kind == "linear":
+        flags += ["--rotary-seq-len-interpolation-factor", _whole(parameters, "factor")]
+    if kind == "llama3":
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(parameters["factor"])]
+    return flags
+
+
+def _whole(parameters: Mapping[str, Any], name: str) -> str:
+    value = parameters.get(name)
+    if value is None or value != int(value):
+        raise _refuse_rope(name, value, "a whole number")
+    return str(int(value))
+
+
+def _refuse_rope(name: str, value, accepted) -> ConversionError:
+    return ConversionError(
+        f"config.json: rope_parameters.{name} is {value}, which Megatron-Core 0.19.2 cannot compute; "
+        f"accepted: {accepted}"
+    )
 
 
 def _refuse(message: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags
+from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.formats import Tensors, find_format
 from megatron_scmoe.checkpoints.lazy import (
@@ -26,7 +26,7 @@ from megatron_scmoe.checkpoints.safetensors_folder import (
     read_safetensors,
     write_safetensors,
 )
-from megatron_scmoe.checkpoints.tokenizers import generation_config, tokenizer_flags, tokenizer_of
+from megatron_scmoe.checkpoints.tokenizers import find_tokenizer, generation_config, tokenizer_flags
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -68,7 +68,7 @@ def megatron_to_hf(
     if EMBEDDING not in checkpoint.tensors:
         raise ConversionError(f"{checkpoint.path}: tensor {EMBEDDING} is missing")
     rows = checkpoint.tensors[EMBEDDING].shape[0]
-    files = tokenizer_of(args, tokenizer)
+    files = find_tokenizer(args, tokenizer)
     tokens = rows if files.tokens is None else files.tokens
     if tokens > rows:
         raise ConversionError(
@@ -165,12 +165,9 @@ def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
 
 def parse_dtype(name: str) -> torch.dtype:
     """``fp32``, ``bf16`` or ``fp16``; raises argparse.ArgumentTypeError for others."""
-    if name not in _DTYPE_FLAGS:
-        raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(_DTYPE_FLAGS)}")
-    return _DTYPE_FLAGS[name]
-
-
-_DTYPE_FLAGS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _main_dtype(tensors: Tensors) -> torch.dtype:
@@ -179,8 +176,7 @@ def _main_dtype(tensors: Tensors) -> torch.dtype:
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     dtype = max(sizes, key=sizes.__getitem__)
-    if dtype not in DTYPES:
-        raise ConversionError(f"weights of {dtype}: accepted are {', '.join(map(str, DTYPES))}")
+    check_dtype(dtype)
     return dtype
 
 

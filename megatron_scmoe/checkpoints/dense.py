@@ -4,7 +4,6 @@ Families: Llama, Mistral, Qwen2, Qwen3 and GPT-2. What Megatron-Core 0.19.2 cann
 transformers does is refused with the name of the field in config.json.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_scmoe.checkpoints.arguments import DTYPES, rope_flags
+from megatron_scmoe.checkpoints.safetensors_folder import read_config
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
     LazyTensor,
@@ -26,15 +27,14 @@ from megatron_scmoe.checkpoints.tokenizers import tokenizer_flags
 VOCAB_MULTIPLE = 128
 """Megatron's default of --make-vocab-size-divisible-by."""
 
-DTYPE_FLAGS = {torch.float32: [], torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
-
 
 @dataclass(frozen=True)
 class DenseModel:
     """A dense GPT in Megatron's terms.
 
-    ``flags`` are the model's flags of the pretraining script, ``tensors`` its weights by the keys of
-    a checkpoint, one key a layer; ``vocab_rows`` counts the embedding's rows, padding included.
+    ``flags`` are the model's flags of the pretraining script, but for ``dtype``; ``tensors`` its
+    weights by the keys of a checkpoint, one key a layer; ``vocab_rows`` counts the embedding's rows,
+    padding included.
     """
 
     flags: list[str]
@@ -65,7 +65,6 @@ def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = Non
     return DenseModel(
         [
             *setting_flags,
-            *DTYPE_FLAGS[weights.dtype],
             *tokenizer_flags(folder, size, size, sentencepiece_first=False),
             *("--vocab-size", str(size), "--padded-vocab-size", str(rows)),
         ],
@@ -78,12 +77,7 @@ def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = Non
 def _read_config(folder: Path):
     """config.json as transformers understands it, whatever version wrote it; runs no code of it."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"{folder}: it has no config.json")
-    try:
-        kind = json.loads(file.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConversionError(f"{file}: it is no JSON object") from error
+    kind = read_config(folder).get("model_type")
     if kind not in _FAMILIES:
         raise ConversionError(
             f"{file}: model_type is {kind}; accepted: {', '.join(sorted(_FAMILIES))}"
@@ -149,7 +143,7 @@ class _Weights:
         for name in ("embed_tokens.weight", "wte.weight"):
             if self.prefix + name in self.left:
                 dtype = self.left[self.prefix + name].dtype
-                if dtype in DTYPE_FLAGS:
+                if dtype in DTYPES.values():
                     return dtype
                 raise ConversionError(f"{self.folder}: {name} is {dtype}; accepted: with --dtype")
         raise ConversionError(f"{self.folder}: there is no tensor {self.prefix}embed_tokens.weight")
@@ -164,6 +158,9 @@ def _llama_flags(config) -> list[str]:
     _require(config, "hidden_act", "silu")
     _require(config, "attention_bias", False)
     _require(config, "mlp_bias", False)
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        partial = config.rope_parameters["partial_rotary_factor"]
+        raise _refusal(config, "rope_parameters.partial_rotary_factor", partial, 1.0)
     flags = [
         *_common_flags(config),
         *("--ffn-hidden-size", config.intermediate_size),
@@ -172,7 +169,8 @@ def _llama_flags(config) -> list[str]:
         *("--normalization", "RMSNorm", "--norm-epsilon", config.rms_norm_eps),
         *("--swiglu", "--disable-bias-linear"),
         *("--attention-dropout", config.attention_dropout, "--hidden-dropout", 0.0),
-        *_rope_flags(config),
+        *("--position-embedding-type", "rope"),
+        *rope_flags(config.rope_parameters),
         *_window_flags(config),
     ]
     if config.model_type == "qwen2":
@@ -332,46 +330,6 @@ def _common_flags(config) -> list:
     if not config.tie_word_embeddings:
         flags.append("--untie-embeddings-and-output-weights")
     return flags
-
-
-def _rope_flags(config) -> list:
-    """Rotary embeddings: plain, linearly interpolated, or scaled as in Llama 3."""
-    rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    _require_rope(config, "rope_type", "default", *_ROPE_KINDS)
-    _require_rope(config, "partial_rotary_factor", 1.0)
-    for name, value in _ROPE_KINDS.get(kind, {}).items():
-        _require_rope(config, name, value)
-    flags = ["--position-embedding-type", "rope", "--rotary-base", _whole(config, "rope_theta")]
-    if kind == "linear":
-        flags += ["--rotary-seq-len-interpolation-factor", _whole(config, "factor")]
-    if kind == "llama3":
-        flags += ["--use-rope-scaling", "--rope-scaling-factor", rope["factor"]]
-    return flags
-
-
-_ROPE_KINDS = {
-    "linear": {},
-    "llama3": {
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-"""Kinds of RoPE beside the default, and the values that Megatron has fixed."""
-
-
-def _require_rope(config, name: str, *accepted) -> None:
-    value = config.rope_parameters.get(name, accepted[0])
-    if value not in accepted:
-        raise _refusal(config, f"rope_parameters.{name}", value, " or ".join(map(str, accepted)))
-
-
-def _whole(config, name: str) -> int:
-    value = config.rope_parameters.get(name)
-    if value is None or value != int(value):
-        raise _refusal(config, f"rope_parameters.{name}", value, "a whole number")
-    return int(value)
 
 
 def _window_flags(config) -> list:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_scmoe.checkpoints import hf
+from megatron_scmoe.checkpoints.arguments import LLAMA3_ROPE, rope_flags
 from megatron_scmoe.checkpoints.formats import Format, Tensors
 from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
@@ -28,13 +29,6 @@ from megatron_scmoe.checkpoints.refusals import IN_NO_FORMAT, Refusal, one_of, r
 from megatron_scmoe.validation import moe_pattern
 
 MODEL_TYPE = ScMoEConfig.model_type
-
-# Megatron's constants of ``--use-rope-scaling``.
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> dict[str, Any]:
@@ -87,7 +81,7 @@ def flags_from_config(config: Mapping[str, Any]) -> list[str]:
     every = all(c.moe_layers)
     flags += ["--moe-layer-freq", "1" if every else f"[0,1]*{c.num_hidden_layers // 2}"]
     flags += _activation_flags(c)
-    flags += _rope_flags(c) if c.position_embedding == "rope" else []
+    flags += rope_flags(c.rope_parameters) if c.position_embedding == "rope" else []
     for flag, value in (
         ("--moe-shared-expert-intermediate-size", c.shared_expert_intermediate_size),
         ("--moe-router-topk-scaling-factor", c.router_scaling_factor),
@@ -264,28 +258,10 @@ def _rope_parameters(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"--rotary-seq-len-interpolation-factor {factor} with --use-rope-scaling: "
                 f"the {MODEL_TYPE} model in transformers has one of them"
             )
-        parameters |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3}
+        parameters |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA3_ROPE}
     elif factor is not None:
         parameters |= {"rope_type": "linear", "factor": float(factor)}
     return parameters
-
-
-def _rope_flags(c: ScMoEConfig) -> list[str]:
-    parameters = dict(c.rope_parameters)
-    kind, factor = parameters["rope_type"], parameters.get("factor")
-    base = parameters["rope_theta"]
-    if base != int(base):
-        raise ConversionError(f"rope_theta {base}: --rotary-base takes whole numbers")
-    flags = ["--rotary-base", str(int(base))]
-    if "partial_rotary_factor" in parameters:
-        flags += ["--rotary-percent", repr(parameters["partial_rotary_factor"])]
-    if kind == "linear" and factor == int(factor):
-        flags += ["--rotary-seq-len-interpolation-factor", str(int(factor))]
-    elif kind == "llama3" and all(parameters[name] == value for name, value in _LLAMA3.items()):
-        flags += ["--use-rope-scaling", "--rope-scaling-factor", repr(factor)]
-    elif kind != "default":
-        raise ConversionError(f"rope_parameters {parameters}: Megatron has no flags for it")
-    return flags
 
 
 def _flag_of(names: Mapping[str | None, Any], field: str, value) -> str | None:

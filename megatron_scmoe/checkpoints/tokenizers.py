@@ -51,7 +51,7 @@ class TokenizerFiles:
     pad: int | None = None
 
 
-def tokenizer_of(args: argparse.Namespace, given: str | None = None) -> TokenizerFiles:
+def find_tokenizer(args: argparse.Namespace, given: str | None = None) -> TokenizerFiles:
     """The tokenizer that Megatron's arguments name.
 
     Args:

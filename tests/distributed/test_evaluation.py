@@ -1,6 +1,7 @@
 """tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_scmoe import evaluation
+from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
@@ -186,6 +189,28 @@ def test_hugging_face_folder(data, llama, tmp_path, capsys):
     np.testing.assert_allclose(np.load(out), expected.logits.numpy(), atol=1e-5)
     loss = float(re.search(r"loss (\S+) nats", capsys.readouterr().out)[1])
     assert loss == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def test_logits_that_do_not_fit_are_refused_before_the_model_computes(
+    data, trained, llama, tmp_path, monkeypatch
+):
+    models.init_parallel()  # this process holds one set of groups, also for tests after this one
+    usage = shutil.disk_usage(tmp_path)
+    needed = ROWS * LENGTH * VOCAB * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    out = tmp_path / "logits.npy"
+    for flags in (
+        ("--load", trained[0], "--text", data / "valid.txt"),
+        ("--hf", llama[0], "--tokens", data / "rows.npy"),
+    ):
+        assert f"--logits-out {out}: 0.00 GB are needed" in refusal(*flags, "--logits-out", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_space_for_logits_is_taken_at_once(tmp_path):
+    with evaluation._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
+        (part,) = tmp_path.iterdir()
+        assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 
 
 def refusal(*flags) -> str:

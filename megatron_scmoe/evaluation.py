@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -99,6 +100,9 @@ def evaluate(
         vocab_size: number of entries of the vocabulary, without the padding.
         micro_batch: rows computed at once; the data-parallel ranks take turns.
         logits_out: where the logits go, float32 [n, s, vocab_size]; written whole or not at all.
+
+    Raises:
+        PreflightError: if there is no space for them.
     """
     rank = parallel_state.get_data_parallel_rank()
     ranks = parallel_state.get_data_parallel_world_size()
@@ -107,6 +111,8 @@ def evaluate(
     writes = is_last and rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
     totals = torch.zeros(3, dtype=torch.float64).cuda()  # loss, loss with padding, labels
     shape = (*sequences.tokens.shape, vocab_size)
+    if logits_out:
+        _check_space(logits_out, shape)  # on every rank: the first is the one that says so
     target = _logits_file(logits_out, shape) if writes and logits_out else nullcontext()
     with (
         target as file,
@@ -215,6 +221,9 @@ class HuggingFaceModel:
         """As :func:`evaluate`; ``dtype`` None is that of the files."""
         from transformers import AutoModelForCausalLM
 
+        shape = (*sequences.tokens.shape, self.vocab_size)
+        if logits_out:
+            _check_space(logits_out, shape)
         with self._errors():
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -227,7 +236,6 @@ class HuggingFaceModel:
         device = "cpu" if cpu.is_enabled() else "cuda"
         model = model.to(device).eval()
         loss, count = 0.0, 0
-        shape = (*sequences.tokens.shape, self.vocab_size)
         target = _logits_file(logits_out, shape) if logits_out else nullcontext()
         with target as file, tqdm(total=shape[0], unit=" seq", disable=None) as bar:
             for batch in _batches(sequences, micro_batch, 1):
@@ -327,12 +335,29 @@ def _gather_rows(batch: _Batch, logits: Tensor) -> Iterator[tuple[int, int, Tens
         yield *where.tolist(), what
 
 
+def _check_space(path: Path, shape: tuple[int, int, int]) -> None:
+    needed, free = math.prod(shape) * 4, shutil.disk_usage(path.absolute().parent).free
+    if needed > free:
+        raise PreflightError(
+            f"--logits-out {path}",
+            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            "a file on another disk, or fewer sequences (--limit)",
+        )
+
+
 @contextmanager
 def _logits_file(path: Path, shape: tuple[int, int, int]):
     """A float32 .npy file to fill in place, at ``path`` when it is whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         file = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        try:
+            with open(part, "r+b") as stream:  # a mapping of a file with holes dies on a full disk
+                os.posix_fallocate(stream.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            raise PreflightError(
+                f"--logits-out {path}", error.strerror, "a file on another disk"
+            ) from error
         yield file
         file.flush()
         os.replace(part, path)

@@ -15,7 +15,9 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file, save_file
 
+from megatron_scmoe import evaluation
 from megatron_scmoe.checkpoints.metadata import read_metadata
+from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
@@ -303,6 +305,28 @@ def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, gpt2, tm
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     run_tool("evaluate", "--hf", tmp_path, "--tokens", data / "rows.npy")
     assert "nats per token" in capsys.readouterr().out
+
+
+def test_logits_that_do_not_fit_are_refused_before_the_model_computes(
+    data, trained, llama, tmp_path, monkeypatch
+):
+    models.init_parallel()  # this process holds one set of groups, also for tests after this one
+    usage = shutil.disk_usage(tmp_path)
+    needed = ROWS * LENGTH * VOCAB * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    out = tmp_path / "logits.npy"
+    for flags in (
+        ("--load", trained[0], "--text", data / "valid.txt"),
+        ("--hf", llama[0], "--tokens", data / "rows.npy"),
+    ):
+        assert f"--logits-out {out}: 0.00 GB are needed" in refusal(*flags, "--logits-out", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_space_for_logits_is_taken_at_once(tmp_path):
+    with evaluation._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
+        (part,) = tmp_path.iterdir()
+        assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 
 
 def refusal(*flags) -> str:

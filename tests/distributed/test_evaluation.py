@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
@@ -157,6 +160,26 @@ def test_the_folder_of_an_iteration_will_do(data, trained, alone, tmp_path):
     (tmp_path / "copy" / "__0_0.distcp").unlink()
     told = refusal("--load", tmp_path / "copy", *rows)
     assert "the checkpoint is not complete: " in told and "__0_0.distcp is missing" in told
+
+
+def test_text_for_a_model_without_a_tokenizer_needs_one(data, trained, tmp_path):
+    checkpoint = read_megatron(trained[0])
+    args = Namespace(**vars(checkpoint.args))
+    args.tokenizer_type, args.tokenizer_model, args.vocab_size = "NullTokenizer", None, VOCAB
+    write_megatron(tmp_path, args, checkpoint.tensors)
+    text = data / "valid.txt"
+    told = refusal("--load", tmp_path, "--text", text)
+    assert told.startswith(f"--text {text}: the checkpoint's tokenizer is NullTokenizer")
+    assert "accepted: --tokens FILE, or --tokenizer-model MODEL" in told
+    flags = ["--text", str(text), "--tokenizer-model", str(data / "small.model")]
+    given = run_distributed(printed, 1, "--load", str(tmp_path), *flags)
+    assert given == run_distributed(printed, 1, "--load", str(trained[0]), *flags)
+
+
+def printed(*flags) -> str:
+    with redirect_stdout(io.StringIO()) as stream:
+        run_tool("evaluate", *flags)
+    return re.search(r"loss \S+ nats per token.*", stream.getvalue())[0]
 
 
 def test_command_line_under_torchrun(data, trained, alone, tmp_path):

@@ -249,7 +249,14 @@ def _checkpoint_folder(path: Path) -> Path:
         word = tracker.read_text().strip()
         if word != "release" and not word.isdigit():
             raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
-        path = path / (word if word == "release" else f"iter_{int(word):07d}")
+        name = word if word == "release" else f"iter_{int(word):07d}"
+        if not (path / name).is_dir():
+            there = sorted(p.name for p in (*path.glob("iter_*"), *path.glob("release")))
+            raise ConversionError(
+                f"{path}: {name} is missing, which {TRACKER} names; there is "
+                + (f"{', '.join(there)}: give the folder of one" if there else "no other")
+            )
+        path = path / name
     config = maybe_load_config(str(path)) if path.is_dir() else None
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(

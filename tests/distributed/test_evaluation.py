@@ -289,6 +289,19 @@ def test_hugging_face_folders_need_no_tied_or_dispensable_tensors(data, gpt2, tm
     assert "nats per token" in capsys.readouterr().out
 
 
+def test_exported_folder_has_the_loss_of_its_checkpoint(
+    data, trained, alone, tmp_path, monkeypatch
+):
+    utilities = pytest.importorskip("transformers.dynamic_module_utils")
+    monkeypatch.setattr(utilities, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run_tool("convert", "megatron-to-hf", "--load", trained[0], "--output", tmp_path / "model")
+    flags = ["--hf", tmp_path / "model", "--text", data / "valid.txt", "--sequence-length", LENGTH]
+    line = printed(*flags, "--trust-remote-code")
+    loss = float(re.search(r"loss (\S+) nats", line)[1])
+    assert loss == pytest.approx(alone[0]["padded_loss"], abs=1e-5)
+    assert f"({ROWS * LENGTH} tokens in {ROWS} sequences)" in line
+
+
 def refusal(*flags) -> str:
     with pytest.raises(tool("corpus").UsageError) as refused:
         run_tool("evaluate", *flags)

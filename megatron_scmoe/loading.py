@@ -6,6 +6,7 @@ what says how the work is spread over ranks and kernels is set anew.
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +35,9 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
+
+NULL_TOKENIZER = "NullTokenizer"
+"""Megatron's tokenizer type for ids that come from elsewhere; it reads no text."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ class Checkpoint:
 def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     """Megatron's tokenizer of a checkpoint, or the one in ``model``, of the same type.
 
+    NullTokenizer has no model: there ``model`` is a folder of Hugging Face or a SentencePiece model.
+
     Raises:
         PreflightError: if it cannot be loaded.
     """
@@ -172,6 +178,9 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
     args.tokenizer_model = model or args.tokenizer_model
     args.pad_vocab_size = False
     args.trust_remote_code = False
+    if model is not None and args.tokenizer_type == NULL_TOKENIZER:
+        folder = os.path.isdir(model)
+        args.tokenizer_type = "HuggingFaceTokenizer" if folder else "SentencePieceTokenizer"
     try:
         return build_tokenizer(args)
     except Exception as error:  # its library may raise anything

@@ -114,6 +114,12 @@ def evaluate_checkpoint(args: Namespace):
     from megatron_scmoe.checkpoints.arguments import DTYPES
 
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
+    kind = checkpoint.args.tokenizer_type
+    if args.text is not None and kind == loading.NULL_TOKENIZER and args.tokenizer_model is None:
+        fail(
+            f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
+            "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
+        )
     vocab_size = checkpoint.args.vocab_size
     if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
         tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)

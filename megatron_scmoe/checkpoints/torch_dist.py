@@ -129,7 +129,7 @@ def find_iteration(path: str | os.PathLike) -> Path:
     """The folder of the last complete iteration in what ``--save`` named, or ``path`` as it is.
 
     Raises:
-        ConversionError: if the file that says which is the last one does not.
+        ConversionError: if the file that says which is the last one does not, or that is missing.
     """
     path = Path(path).expanduser()
     tracker = path / TRACKER
@@ -137,7 +137,14 @@ def find_iteration(path: str | os.PathLike) -> Path:
         word = tracker.read_text(errors="replace").strip()
         if word != "release" and not word.isdigit():
             raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
-        path = path / (word if word == "release" else f"iter_{int(word):07d}")
+        name = word if word == "release" else f"iter_{int(word):07d}"
+        if not (path / name).is_dir():
+            there = sorted(p.name for p in (*path.glob("iter_*"), *path.glob("release")))
+            raise ConversionError(
+                f"{path}: {name} is missing, which {TRACKER} names; there is "
+                + (f"{', '.join(there)}: give the folder of one" if there else "no other")
+            )
+        path = path / name
     return path
 
 

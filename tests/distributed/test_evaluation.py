@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scmoe import evaluation
 from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -200,6 +203,26 @@ def test_the_folder_of_an_iteration_will_do(data, trained, alone, tmp_path):
     assert "the checkpoint is not complete: " in told and "__0_0.distcp is missing" in told
 
 
+def test_text_for_a_model_without_a_tokenizer_needs_one(data, trained, tmp_path):
+    checkpoint = read_megatron(trained[0])
+    args = Namespace(**vars(checkpoint.args))
+    args.tokenizer_type, args.tokenizer_model, args.vocab_size = "NullTokenizer", None, VOCAB
+    write_megatron(tmp_path, args, checkpoint.tensors)
+    text = data / "valid.txt"
+    told = refusal("--load", tmp_path, "--text", text)
+    assert told.startswith(f"--text {text}: the checkpoint's tokenizer is NullTokenizer")
+    assert "accepted: --tokens FILE, or --tokenizer-model MODEL" in told
+    flags = ["--text", str(text), "--tokenizer-model", str(data / "small.model")]
+    given = run_distributed(printed, 1, "--load", str(tmp_path), *flags)
+    assert given == run_distributed(printed, 1, "--load", str(trained[0]), *flags)
+
+
+def printed(*flags) -> str:
+    with redirect_stdout(io.StringIO()) as stream:
+        run_tool("evaluate", *flags)
+    return re.search(r"loss \S+ nats per token.*", stream.getvalue())[0]
+
+
 def test_command_line_under_torchrun(data, trained, alone, tmp_path):
     out = tmp_path / "logits.npy"
     run = command(
@@ -327,6 +350,19 @@ def test_space_for_logits_is_taken_at_once(tmp_path):
     with evaluation._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
         (part,) = tmp_path.iterdir()
         assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
+
+
+def test_exported_folder_has_the_loss_of_its_checkpoint(
+    data, trained, alone, tmp_path, monkeypatch
+):
+    utilities = pytest.importorskip("transformers.dynamic_module_utils")
+    monkeypatch.setattr(utilities, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run_tool("convert", "megatron-to-hf", "--load", trained[0], "--output", tmp_path / "model")
+    flags = ["--hf", tmp_path / "model", "--text", data / "valid.txt", "--sequence-length", LENGTH]
+    line = printed(*flags, "--trust-remote-code")
+    loss = float(re.search(r"loss (\S+) nats", line)[1])
+    assert loss == pytest.approx(alone[0]["padded_loss"], abs=1e-5)
+    assert f"({ROWS * LENGTH} tokens in {ROWS} sequences)" in line
 
 
 def refusal(*flags) -> str:

@@ -516,6 +516,11 @@ def wrong_tracker(path):
     return "'soon' is neither an iteration"
 
 
+def tracker_of_another(path):
+    (path.parent / "latest_checkpointed_iteration.txt").write_text("99")
+    return "iter_0000099 is missing, .* there is iter_0000003: give the folder"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -527,6 +532,7 @@ def wrong_tracker(path):
         damaged_metadata,
         not_torch_dist,
         wrong_tracker,
+        tracker_of_another,
     ],
 )
 def test_damaged_checkpoints_are_refused_in_one_line(saved, tmp_path, monkeypatch, damage):

@@ -135,7 +135,9 @@ class Checkpoint:
                 )
         except (Exception, CheckpointException) as error:  # its readers raise what they like
             raise PreflightError(
-                self.given, f"{self.path} cannot be read ({_reason(error)})", "a whole checkpoint"
+                self.given,
+                f"a tensor in {self.path} cannot be read ({in_words(_cause(error))})",
+                "a checkpoint whose files are whole",
             ) from error
         left_over = [key for key in left_over if key.startswith(_OF_THE_MODEL)]
         for keys, flaw in ((absent, "lacks"), (left_over, "has a tensor of no use here,")):
@@ -231,15 +233,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups).cuda()
-    try:
-        checkpoint.load(model)
-    except CheckpointException as error:  # PyTorch's, of all ranks that failed
-        cause, _ = next(iter(error.failures.values()))
-        raise PreflightError(
-            checkpoint.given,
-            f"a tensor in {checkpoint.path} cannot be read ({in_words(cause)})",
-            "a checkpoint whose files are whole",
-        ) from error
+    checkpoint.load(model)
     if args.bf16 or args.fp16:
         model = Float16Module(config, model)
     return model.eval()
@@ -258,10 +252,11 @@ def settings_of_the_model(saved: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # it wraps what each rank raised
-        ((error, _),) = error.failures.values()
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _cause(error: BaseException) -> BaseException:
+    """The error of the first rank that failed, where PyTorch wraps those of all."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return error
 
 
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")

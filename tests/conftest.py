@@ -1,8 +1,12 @@
 """Every test process runs Megatron on the CPU where there is no GPU."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where transformers copies the modelling code of a model; it imports it from the first such place.
+_modules = tempfile.TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 from megatron_scmoe import cpu
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_scmoe.checkpoints.arguments import model_arguments
@@ -36,14 +35,6 @@ def saved(tmp_path_factory):
         return root / layout / variant
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_modules_cache(tmp_path_factory, monkeypatch):
-    """The modelling code that comes with a model is copied here, not into the user's home."""
-    monkeypatch.setattr(
-        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp())
-    )
 
 
 def load(folder: Path, **options):

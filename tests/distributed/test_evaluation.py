@@ -352,11 +352,7 @@ def test_space_for_logits_is_taken_at_once(tmp_path):
         assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 
 
-def test_exported_folder_has_the_loss_of_its_checkpoint(
-    data, trained, alone, tmp_path, monkeypatch
-):
-    utilities = pytest.importorskip("transformers.dynamic_module_utils")
-    monkeypatch.setattr(utilities, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_exported_folder_has_the_loss_of_its_checkpoint(data, trained, alone, tmp_path):
     run_tool("convert", "megatron-to-hf", "--load", trained[0], "--output", tmp_path / "model")
     flags = ["--hf", tmp_path / "model", "--text", data / "valid.txt", "--sequence-length", LENGTH]
     line = printed(*flags, "--trust-remote-code")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.checkpoints.summary import describe
-from tests import longcat
+from tests import longcat, models
 
 
 @pytest.mark.parametrize("variant", ["zero experts", "router bias, three layers"])
@@ -15,6 +15,7 @@ def test_a_longcat_folder_has_the_parameters_of_its_model(tmp_path, variant):
     file = folder / "model.safetensors"
     prediction = {"model.mtp.embed_tokens.weight": torch.ones(3, 5)}
     save_file(load_file(file) | prediction, file, metadata={"format": "pt"})
+    models.init_parallel()
     model = longcat.build_megatron(longcat.load_config(folder))
     total = sum(parameter.numel() for parameter in model.parameters())
     checkpoint = longcat.import_folder(folder, tmp_path / "megatron")

@@ -38,7 +38,7 @@ def init_parallel(world_size=1, tp=1, ep=1, etp=1, pp=1, vpp=None, seed=1) -> No
     """Initialise Megatron's process groups (once: each holds threads for good) and random states."""
     global _initialised
     layout = (tp, ep, etp, pp, vpp)
-    if _initialised is None:
+    if _initialised is None or not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,

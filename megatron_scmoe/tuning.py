@@ -21,9 +21,9 @@ from torch import Tensor
 
 from megatron_scmoe import cpu
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.schedule import Schedule, build_schedule, idle_schedule, num_slots
+from megatron_scmoe.schedule import Schedule, idle_schedule, num_slots
+from megatron_scmoe.spec import resolve_schedule
 from megatron_scmoe.timeline import OPERATORS, OperatorTimes, block_time
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
 from megatron_scmoe.validation import ScMoEConfigError
@@ -175,7 +175,7 @@ def measure(
 
 
 def _schedule(scmoe: ScMoEConfig, slot: int) -> Schedule:
-    return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
+    return resolve_schedule(replace(scmoe, expert_slot=slot))
 
 
 def _read_times(path: str | None) -> OperatorTimes | None:

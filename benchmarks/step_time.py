@@ -38,9 +38,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from megatron.training.training import num_floating_point_operations
 
@@ -73,6 +75,7 @@ class Shape:
     every_block: bool = False
     query_groups: int | None = None
     router_fusion: bool = False
+    cuda_graphs: bool = False
 
 
 SHAPES = {
@@ -164,7 +167,35 @@ def transformer_config(system: str, shape: Shape) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         expert_model_parallel_size=torch.distributed.get_world_size(),
+        **graph_settings(system, shape),
     )
+
+
+def graph_settings(system: str, shape: Shape) -> dict:
+    """What of the blocks each system can capture: stock more of them than ScMoE."""
+    if not shape.cuda_graphs or system == "top2-1f1b":
+        return {}
+    modules = ["attn"]
+    if system in STOCK:
+        modules += ["moe_router", "moe_preprocess"] + ["mlp"] * (not shape.every_block)
+    return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
+
+
+class GraphCapture(TECudaGraphHelper):
+    """Megatron's capture for a model that no optimizer or data-parallel wrapper holds."""
+
+    def _reset_after_capture(self):
+        for parameter in self.model[0].parameters():
+            parameter.grad = None
+
+
+def capture(models: dict[str, GPTModel], shape: Shape) -> None:
+    """Capture the CUDA graphs of every model that has some."""
+    for model in {id(model): model for model in models.values()}.values():
+        if model.config.cuda_graph_impl == "transformer_engine":
+            GraphCapture(
+                [model], model.config, shape.sequence, shape.micro_batch
+            ).create_cudagraphs()
 
 
 def build(system: str, shape: Shape, scmoe: ScMoEConfig) -> GPTModel:
@@ -491,6 +522,8 @@ def parse_options() -> Namespace:
     parser.add_argument(
         "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
     )
+    parser.add_argument("--cuda-graphs", action="store_true",
+        help="capture attention, of stock also dense MLPs, routers and permutations")  # fmt: skip
     parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
@@ -511,7 +544,7 @@ def parse_options() -> Namespace:
     return options
 
 
-def initialise(ep_channels: int | None, ep_high_priority: bool) -> None:
+def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = False) -> None:
     """Process groups, with all ranks in the expert group, and random states."""
     settings: dict = {}
     if ep_channels:
@@ -531,7 +564,10 @@ def initialise(ep_channels: int | None, ep_high_priority: bool) -> None:
             expert_model_parallel_size=torch.distributed.get_world_size(),
             nccl_communicator_config_path=channels.name if settings else None,
         )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, te_rng_tracker=graphs)
+    if graphs:  # as Megatron's entry point does
+        init_num_microbatches_calculator(0, None, 1, 1, 1)
+        torch.cuda.set_stream(torch.cuda.Stream())
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
 
 
@@ -555,6 +591,7 @@ def main() -> None:
         micro_batch=options.micro_batch or shape.micro_batch,
         blocks=options.blocks or shape.blocks,
         router_fusion=options.router_fusion,
+        cuda_graphs=options.cuda_graphs,
     )
     scmoe = ScMoEConfig(
         tap="pos1" if shape.every_block else options.tap,
@@ -562,8 +599,9 @@ def main() -> None:
         expert_slot=options.slot,
         chunks=options.chunks,
     )
-    initialise(options.ep_channels, options.ep_high_priority)
+    initialise(options.ep_channels, options.ep_high_priority, options.cuda_graphs)
     models = build_all(options.systems, shape, scmoe)
+    capture(models, shape)
     times = None
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)

@@ -130,6 +130,9 @@ class RoutedPath:
         tap, mask = self.prepare(state.tap, state.batch)
         state.tap = None
         probs, routing_map, state.zero = self._moe.route(tap, mask)
+        if self.schedule.chunks == 1:  # the backward of a split would copy the gradients
+            state.chunks = [_Chunk(tap, probs, routing_map)]
+            return
         taps = tap.tensor_split(self.schedule.chunks)
         tokens = [part.shape[0] * part.shape[1] for part in taps]
         state.chunks = [

@@ -1,4 +1,8 @@
-"""The backbone: Megatron's transformer layers, which tell the routed path what they have passed."""
+"""The backbone: Megatron's transformer layers, which tell the routed path what they have passed.
+
+Boundaries are announced outside attention, so that attention can be captured as a CUDA graph
+(``--cuda-graph-impl transformer_engine --cuda-graph-modules attn``): a replay runs no Python inside.
+"""
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.typed_torch import apply_module
@@ -29,20 +33,26 @@ class ScMoEDenseLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's forward, [s, b, h] -> [s, b, h], announcing three boundaries."""
-        self.path.passed(Boundary.PAIR_INPUT, hidden_states, kwargs)
-        hidden_states, context = self._forward_attention(hidden_states, *args, **kwargs)
+        self._begin(hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
+        self._begin(hidden_states, kwargs)
+        return super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+
+    def _begin(self, hidden_states: Tensor, batch: dict) -> None:
+        self._batch = batch
+        self.path.passed(Boundary.PAIR_INPUT, hidden_states, batch)
+
+    def _forward_mlp(self, hidden_states: Tensor, *args, **kwargs):
+        batch, self._batch = self._batch, {}
         if self.taps_mlp_norm:
-            self._batch = kwargs
+            self._batch = batch
         else:
-            self.path.passed(Boundary.AFTER_ATTENTION, hidden_states, kwargs)
-        output = self._forward_mlp(
-            hidden_states,
-            kwargs.get("inference_context"),
-            padding_mask=kwargs.get("padding_mask"),
-            packed_seq_params=kwargs.get("packed_seq_params"),
-        )
-        self.path.passed(Boundary.AFTER_MLP, output, kwargs)
-        return output, context
+            self.path.passed(Boundary.AFTER_ATTENTION, hidden_states, batch)
+        output = super()._forward_mlp(hidden_states, *args, **kwargs)
+        self.path.passed(Boundary.AFTER_MLP, output, batch)
+        return output
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor):
         normed = super()._forward_pre_mlp_layernorm(hidden_states)
@@ -75,11 +85,17 @@ class ScMoETransformerLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's forward, [s, b, h] -> [s, b, h]."""
-        if self.taps_own_input:
-            self.path.passed(Boundary.AFTER_MLP, hidden_states, kwargs)
+        self._begin(hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _forward_attention(self, *args, **kwargs):
-        hidden_states, context = super()._forward_attention(*args, **kwargs)
+    def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
+        self._begin(hidden_states, kwargs)
+        return super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+
+    def _begin(self, hidden_states: Tensor, batch: dict) -> None:
+        if self.taps_own_input:
+            self.path.passed(Boundary.AFTER_MLP, hidden_states, batch)
+
+    def _forward_mlp(self, *args, **kwargs):
         self.path.passed(Boundary.AFTER_SECOND_ATTENTION)
-        return hidden_states, context
+        return super()._forward_mlp(*args, **kwargs)

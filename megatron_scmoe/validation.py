@@ -394,6 +394,38 @@ def _check_recompute(scmoe: ScMoEConfig, view: _View) -> None:
         )
 
 
+def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
+    impl = view.cuda_graph_impl or "none"
+    if impl == "none":
+        return
+    if impl != "transformer_engine":
+        raise ScMoEConfigError(
+            f"--cuda-graph-impl {impl}",
+            "a captured block cannot tell the routed path what it has passed",
+            "none, or transformer_engine with --cuda-graph-modules attn",
+        )
+    given = view.cuda_graph_modules or view.cuda_graph_scope_deprecated or []
+    modules = [getattr(module, "name", module) for module in _as_list(given)]
+    if modules != ["attn"]:
+        raise ScMoEConfigError(
+            f"--cuda-graph-modules {' '.join(modules) or '(none, which is all)'}",
+            "the routed path acts between attention and MLP and cannot be captured",
+            "attn",
+        )
+    if view.transformer_impl != "transformer_engine":
+        raise ScMoEConfigError(
+            f"--cuda-graph-impl transformer_engine with --transformer-impl {view.transformer_impl}",
+            "Transformer Engine captures its own modules",
+            "--cuda-graph-impl none",
+        )
+    if view.multi_latent_attention:
+        raise ScMoEConfigError(
+            "--cuda-graph-impl transformer_engine with --multi-latent-attention",
+            "capturing latent attention has not been tried",
+            "--cuda-graph-impl none",
+        )
+
+
 _REFUSED: tuple[tuple[str, Callable, str, str, str], ...] = (
     (
         "overlap_moe_expert_parallel_comm",
@@ -429,13 +461,6 @@ _REFUSED: tuple[tuple[str, Callable, str, str, str], ...] = (
         "--mtp-num-layers",
         "a multi-token-prediction layer has no preceding block to tap",
         "leave the flag out",
-    ),
-    (
-        "cuda_graph_impl",
-        lambda value: value not in (None, "none"),
-        "--cuda-graph-impl",
-        "a captured block cannot tell the routed path what it has passed",
-        "none",
     ),
     (
         "transformer_impl",
@@ -556,6 +581,7 @@ _CHECKS = (
     _check_dispatcher,
     _check_activation,
     _check_recompute,
+    _check_cuda_graphs,
     _check_local_implementation,
 )
 

@@ -10,9 +10,11 @@ alike; medians over the rounds are reported.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from megatron_scmoe import cpu
 
@@ -47,7 +49,8 @@ from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from megatron.training.training import num_floating_point_operations
 
 from megatron_scmoe import tuning
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import Exchange, ScMoEConfig
+from megatron_scmoe.copy_engine import copy_engine_exchange
 from megatron_scmoe.exchange import AllToAll
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
@@ -229,7 +232,16 @@ def switch(system: str, model: GPTModel, scmoe: ScMoEConfig) -> None:
         if isinstance(module, ScMoELayer):
             module.path.schedule = schedule
             for dispatcher in module.token_dispatchers:
-                dispatcher.exchange = NoExchange if system == "floor" else AllToAll
+                dispatcher.exchange = exchange_of(system, scmoe, dispatcher)
+
+
+def exchange_of(system: str, scmoe: ScMoEConfig, dispatcher) -> type[AllToAll]:
+    """What carries a system's all-to-alls."""
+    if system == "floor":
+        return NoExchange
+    if scmoe.exchange == "collective" or dispatcher.ep_size == 1:
+        return AllToAll
+    return copy_engine_exchange(dispatcher.ep_group, scmoe.exchange)
 
 
 @dataclass
@@ -319,13 +331,20 @@ class Trainer:
         self.optimizer.step()
 
 
+def shuffled(models: dict, turn: int) -> list[tuple[str, GPTModel]]:
+    """The systems in another order every turn: a GPU's clock depends on what it has just done."""
+    systems = list(models.items())
+    random.Random(turn).shuffle(systems)
+    return systems
+
+
 def measure(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
     """Medians in ms and peak memory in MiB by system; the systems take turns."""
     batch = Batch.random(shape)
     times = {name: {"step_ms": [], "forward_ms": []} for name in models}
     peaks = {}
     for turn in range(options.warmup + options.rounds):
-        for name, model in models.items():
+        for name, model in shuffled(models, turn):
             switch(name, model, scmoe)
             found = {}
             torch.cuda.reset_peak_memory_stats()
@@ -338,6 +357,7 @@ def measure(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             for parameter in model.parameters():
                 parameter.grad = None
+            gc.collect()
             if turn >= options.warmup:
                 for key, value in found.items():
                     times[name][key].append(value)
@@ -354,7 +374,7 @@ def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) ->
     trainers: dict[int, Trainer] = {}
     times: dict[str, list[float]] = {}
     for turn in range(options.warmup + options.train_rounds):
-        for name, model in models.items():
+        for name, model in shuffled(models, turn):
             if name == "top2-1f1b":
                 continue
             switch(name, model, scmoe)
@@ -506,6 +526,8 @@ def parse_options() -> Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM",
         help=f"of {', '.join(SYSTEMS)}; default: all (on the CPU all but top2-1f1b)")  # fmt: skip
     parser.add_argument("--tap", choices=("pos1", "pos2", "pos3"), default="pos2")
+    parser.add_argument("--exchange", choices=get_args(Exchange), default="collective",
+        help="what carries the all-to-alls of ScMoE (default collective)")  # fmt: skip
     parser.add_argument("--slot", help="expert slot, or auto: measured (default: the tap's)")
     parser.add_argument(
         "--chunks", type=int, default=1, metavar="N", help="token chunks (default 1)"
@@ -598,6 +620,7 @@ def main() -> None:
         combine="add",
         expert_slot=options.slot,
         chunks=options.chunks,
+        exchange=options.exchange,
     )
     initialise(options.ep_channels, options.ep_high_priority, options.cuda_graphs)
     models = build_all(options.systems, shape, scmoe)
@@ -612,6 +635,9 @@ def main() -> None:
                 switch("scmoe", models["scmoe"], scmoe)
         if options.trace:
             trace(options.trace, partial(step, models["scmoe"], Batch.random(shape)))
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # as --manual-gc does: a collection on one rank keeps all waiting
     systems = measure(models, shape, scmoe, options)
     if options.train_rounds:
         for name, took in measure_training(models, shape, scmoe, options).items():
@@ -626,7 +652,12 @@ def main() -> None:
         "chunks": scmoe.chunks,
         "ep_channels": options.ep_channels,
         "ep_high_priority": options.ep_high_priority,
-        "router_fusion": options.router_fusion,
+        "exchange": options.exchange,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("NCCL_", "NVTE_", "CUDA_DEVICE_MAX"))
+        },
         "link": link_name(),
         "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
         "world_size": torch.distributed.get_world_size(),

@@ -7,6 +7,7 @@ from typing import Literal
 Tap = Literal["pos1", "pos2", "pos3"]
 Combine = Literal["add", "cg1", "cg2"]
 RouterNorm = Literal["own", "shared"]
+Exchange = Literal["collective", "copy-host", "copy-peer"]
 ExpertBias = Literal["none", "sign", "proportional"]
 
 
@@ -68,6 +69,11 @@ class ScMoEConfig:
     chunks: int = 1
     """How many chunks the routed tokens are split into. With more than one, the experts of one chunk
     compute while others are under way: where communication is longer than what hides it."""
+
+    exchange: Exchange = "collective"
+    """What carries the all-to-alls: collective, NCCL's (or gloo's) kernels; copy-peer and copy-host,
+    the GPUs' copy engines, which take no multiprocessor from the compute beside them, directly or
+    through pinned host memory. Copy engines reach the GPUs of one host."""
 
     zero_experts: int = 0
     """Identity ("zero-computation") experts beside --num-experts, as in LongCat-Flash: a token

@@ -1,4 +1,5 @@
-"""The only module that touches streams, events and asynchronous collectives.
+"""The only module that touches streams, events and asynchronous collectives (but copy_engine.py,
+an all-to-all that is no collective).
 
 An *exchange* moves tensors between the expert-parallel ranks:
 

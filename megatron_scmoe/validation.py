@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_scmoe import cpu
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.schedule import num_slots
 
@@ -353,6 +354,22 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
                 )
 
 
+def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
+    if scmoe.exchange == "collective":
+        return
+    given = f"--scmoe-exchange {scmoe.exchange}"
+    if view.moe_token_dispatcher_type != "alltoall":
+        raise ScMoEConfigError(
+            f"{given} with --moe-token-dispatcher-type {view.moe_token_dispatcher_type}",
+            "that dispatcher has communication of its own",
+            "--moe-token-dispatcher-type alltoall, or --scmoe-exchange collective",
+        )
+    if cpu.is_enabled():
+        raise ScMoEConfigError(given, "there is no GPU whose engines could copy", "collective")
+    if importlib.util.find_spec("cuda.bindings") is None:
+        raise ScMoEConfigError(given, "the package cuda-bindings is not installed", "collective")
+
+
 def _check_activation(scmoe: ScMoEConfig, view: _View) -> None:
     """Megatron's experts have no fused gelu and fail in their first forward."""
     fused = view.bias_activation_fusion  # of a TransformerConfig; flags are mended in compat.py
@@ -579,6 +596,7 @@ _CHECKS = (
     _check_latent_attention,
     _check_tensor_parallel,
     _check_dispatcher,
+    _check_exchange,
     _check_activation,
     _check_recompute,
     _check_cuda_graphs,

@@ -154,6 +154,15 @@ def test_overlap_on_and_off_are_bit_identical():
             assert len(set(overlapped)) == len(overlapped)
 
 
+def test_captured_attention_trains_bit_identically():
+    graphs = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn".split()
+    for tap in TAP_BOUNDARY:
+        eager = run_pretrain([*FLAGS, "--te-rng-tracker", "--scmoe-tap", tap], 1)
+        captured = run_pretrain([*FLAGS, *graphs, "--scmoe-tap", tap], 1)
+        assert captured.status == 0, captured.output[-2000:]
+        assert captured.losses == eager.losses, tap
+
+
 @requires_multi_gpu
 def test_all_to_alls_lie_beside_compute_in_forward_and_backward():
     shares = run_distributed(_trace, 2, backend="nccl")[0]
@@ -179,13 +188,17 @@ def _build(scmoe: ScMoEConfig, **changes):
     return model.bfloat16()
 
 
-def _train_all() -> dict:
+def make_deterministic() -> None:
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _train_all() -> dict:
+    make_deterministic()
     return {
         (tap, slot, chunks): tuple(
-            _train(ScMoEConfig(tap=tap, expert_slot=slot, overlap=overlap, chunks=chunks))
+            train(ScMoEConfig(tap=tap, expert_slot=slot, overlap=overlap, chunks=chunks))
             for overlap in (True, False, False)
         )
         for tap in TAP_BOUNDARY
@@ -194,7 +207,7 @@ def _train_all() -> dict:
     }
 
 
-def _train(scmoe, steps: int = 20) -> list[str]:
+def train(scmoe, steps: int = 20) -> list[str]:
     model = _build(
         scmoe,
         hidden_size=128,

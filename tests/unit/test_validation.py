@@ -89,6 +89,12 @@ REFUSED = [
         "--moe-token-dispatcher-type flex",
         "--moe-token-dispatcher-type alltoall",
     ),
+    ("--scmoe-exchange copy-peer", "--scmoe-exchange copy-peer", "accepted: collective"),
+    (
+        "--scmoe-exchange copy-host --no-scmoe-overlap --moe-token-dispatcher-type allgather",
+        "--scmoe-exchange copy-host with --moe-token-dispatcher-type allgather",
+        "--moe-token-dispatcher-type alltoall",
+    ),
     ("--recompute-granularity selective --recompute-modules moe", "moe", "moe_act"),
     (
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",

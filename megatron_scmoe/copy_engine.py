@@ -1,0 +1,333 @@
+"""An all-to-all that leaves every multiprocessor to the compute beside it.
+
+NCCL's all-to-all is a kernel: it holds multiprocessors while it waits and copies, and the GEMMs it is
+hidden under run longer for want of them. Between GPUs of one host the copies can be left to the GPU's
+copy engines. Nothing of this runs on the host once it is enqueued, nor on a multiprocessor:
+
+    sender      wait until the slot is free | copy a block into it       | produced += 1
+    receiver    wait until it is filled     | copy it to where it belongs | consumed += 1
+
+Every ordered pair of ranks has a ring of such slots and two counters. The waits and the counters are
+stream memory operations (CUDA driver API, 6.18), which the GPU's front end executes. Slots lie in
+pinned host memory that the ranks share (``host``), or in the receiver's memory, to which the sender
+copies over NVLink or PCIe (``peer``).
+
+Both sides compute the same blocks from the split sizes, so no block needs a header. Sends and receives
+are enqueued in turns, so that a full ring never waits for a receive that is enqueued behind it.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_scmoe.config import Exchange
+from megatron_scmoe.exchange import AllToAll
+from megatron_scmoe.validation import ScMoEConfigError
+
+try:
+    from cuda.bindings import driver
+except ImportError:  # a torch without them; nothing of this can be used then
+    driver = None
+
+Memory = Literal["host", "peer"]
+
+RING_BYTES = 96 * 2**20
+"""Bytes of all rings that one rank sends into. A block should be small against an all-to-all, so that
+both copies run at once, but each costs the host six calls: so it shrinks with the number of ranks."""
+
+SLOTS = 3
+"""Slots of a ring: one being filled, one being emptied, one in between."""
+
+_LINE = 64
+"""Bytes between two counters: a cache line each."""
+
+_HANDLE_BYTES = 64
+"""CU_IPC_HANDLE_SIZE of the driver API."""
+
+_SHARED_MEMORY = "/dev/shm"
+
+if driver is not None:
+    _SUCCESS = driver.CUresult.CUDA_SUCCESS
+    _AT_LEAST = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+
+
+class CopyEngineError(ScMoEConfigError):
+    """Copy engines cannot serve this group of ranks.
+
+    Args:
+        memory: where the slots were to lie.
+        reason: why they cannot.
+    """
+
+    def __init__(self, memory: str, reason: str):
+        super().__init__(f"--scmoe-exchange copy-{memory}", reason, "collective")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of what one rank sends another, in bytes of the sent or received tensor."""
+
+    peer: int
+    begin: int
+    size: int
+
+
+def plan(splits: list[int], row_bytes: int, skip: int, block_bytes: int) -> list[list[Block]]:
+    """The blocks of an exchange in turns: first one block of every peer, then the next of each.
+
+    Args:
+        splits: rows for (or of) each rank, in the order of the ranks.
+        row_bytes: bytes of a row.
+        skip: the own rank, whose rows stay here.
+        block_bytes: bytes of a block at most.
+    """
+    turns: list[list[Block]] = []
+    begin = 0
+    for peer, rows in enumerate(splits):
+        size = rows * row_bytes
+        if peer != skip:
+            for turn, offset in enumerate(range(0, size, block_bytes)):
+                if turn == len(turns):
+                    turns.append([])
+                left = min(block_bytes, size - offset)
+                turns[turn].append(Block(peer, begin + offset, left))
+        begin += size
+    return turns
+
+
+class CopyEngines:
+    """Rings and counters between the ranks of one group, all on one host.
+
+    Args:
+        group: the expert-parallel group.
+        memory: where the slots lie, see the module's description.
+
+    Raises:
+        CopyEngineError: if the group spans hosts, or the driver refuses what this needs.
+    """
+
+    def __init__(self, group: ProcessGroup, memory: Memory):
+        self.group, self.memory = group, memory
+        self.rank, self.size = group.rank(), group.size()
+        if driver is None:
+            raise CopyEngineError(memory, "it needs the Python package cuda-bindings")
+        hosts = len(set(self._gather(_host_identity())))
+        if hosts > 1:
+            raise CopyEngineError(memory, f"the expert-parallel group spans {hosts} hosts")
+        self.block_bytes = RING_BYTES // SLOTS // self.size
+        self._produced = [0] * self.size  # blocks sent to each rank
+        self._consumed = [0] * self.size  # blocks received of each rank
+        self._send_stream, self._receive_stream = torch.cuda.Stream(), torch.cuda.Stream()
+        self._send = driver.CUstream(self._send_stream.cuda_stream)
+        self._receive = driver.CUstream(self._receive_stream.cuda_stream)
+        ring = SLOTS * self.block_bytes
+        pairs = self.size * self.size
+        if memory == "host":
+            self._counters = self._share(2 * pairs * _LINE + pairs * ring)
+            rings = self._counters + 2 * pairs * _LINE
+            self._rings = {
+                (source, target): rings + (source * self.size + target) * ring
+                for source in range(self.size)
+                for target in range(self.size)
+            }
+        else:
+            self._counters = self._share(2 * pairs * _LINE)
+            self._rings = self._share_device_memory(ring)
+
+    def exchange(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        input_splits: list[int],
+        output_splits: list[int],
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Enqueue all-to-alls of rows that begin when the current stream has come this far.
+
+        Args:
+            pairs: of a tensor to send, [sum(input_splits), ...], and one to fill,
+                [sum(output_splits), ...]; both contiguous and of the same dtype.
+            input_splits: rows to each rank.
+            output_splits: rows from each rank.
+
+        Returns:
+            When all is sent, and when all is received.
+        """
+        current = torch.cuda.current_stream()
+        self._send_stream.wait_stream(current)
+        self._receive_stream.wait_stream(current)
+        for source, output in pairs:
+            row = source.element_size() * prod(source.shape[1:])
+            self._exchange(source.data_ptr(), output.data_ptr(), row, input_splits, output_splits)
+        return self._send_stream.record_event(), self._receive_stream.record_event()
+
+    def _exchange(self, source: int, output: int, row: int, sent: list[int], received: list[int]):
+        stays = sent[self.rank] * row
+        if stays:
+            begin, end = sum(sent[: self.rank]) * row, sum(received[: self.rank]) * row
+            self._call(driver.cuMemcpyAsync(output + end, source + begin, stays, self._receive))
+        sends = plan(sent, row, self.rank, self.block_bytes)
+        receives = plan(received, row, self.rank, self.block_bytes)
+        for turn in range(max(len(sends), len(receives))):
+            for block in sends[turn] if turn < len(sends) else ():
+                self._send_block(source, block)
+            for block in receives[turn] if turn < len(receives) else ():
+                self._receive_block(output, block)
+
+    def _send_block(self, data: int, block: Block) -> None:
+        count, pair = self._produced[block.peer], (self.rank, block.peer)
+        self._produced[block.peer] += 1
+        if count >= SLOTS:
+            self._wait(self._send, self._counter(pair, consumed=True), count - SLOTS + 1)
+        slot = self._rings[pair] + count % SLOTS * self.block_bytes
+        self._call(driver.cuMemcpyAsync(slot, data + block.begin, block.size, self._send))
+        self._write(self._send, self._counter(pair, consumed=False), count + 1)
+
+    def _receive_block(self, data: int, block: Block) -> None:
+        count, pair = self._consumed[block.peer], (block.peer, self.rank)
+        self._consumed[block.peer] += 1
+        self._wait(self._receive, self._counter(pair, consumed=False), count + 1)
+        slot = self._rings[pair] + count % SLOTS * self.block_bytes
+        self._call(driver.cuMemcpyAsync(data + block.begin, slot, block.size, self._receive))
+        self._write(self._receive, self._counter(pair, consumed=True), count + 1)
+
+    def _counter(self, pair: tuple[int, int], consumed: bool) -> int:
+        source, target = pair
+        return self._counters + (2 * (source * self.size + target) + consumed) * _LINE
+
+    def _wait(self, stream, address: int, value: int) -> None:
+        # Counters are 32 bits wide and compared cyclically.
+        self._call(driver.cuStreamWaitValue32(stream, address, value & 0xFFFFFFFF, _AT_LEAST))
+
+    def _write(self, stream, address: int, value: int) -> None:
+        self._call(driver.cuStreamWriteValue32(stream, address, value & 0xFFFFFFFF, 0))
+
+    def _gather(self, value) -> list:
+        """The value of every rank."""
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _share(self, size: int) -> int:
+        """The address of ``size`` zeroed bytes of pinned memory that all ranks of the group share."""
+        path = failed = ""
+        if self.rank == 0:
+            try:
+                path = _create(size)
+            except OSError as error:
+                failed = f"it needs {size} bytes of {_SHARED_MEMORY}: {error}"
+        path, failed = self._gather((path, failed))[0]
+        if failed:
+            raise CopyEngineError(self.memory, failed)
+        self._memory = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        self._gather(None)  # all have opened it
+        if self.rank == 0:
+            os.unlink(path)  # nothing is left behind, however the ranks end
+        address = self._memory.data_ptr()
+        self._call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
+        return int(self._call(driver.cuMemHostGetDevicePointer(address, 0)))
+
+    def _share_device_memory(self, ring: int) -> dict[tuple[int, int], int]:
+        """Rings in each receiver's memory, opened by all senders."""
+        own = self._call(driver.cuMemAlloc(ring * self.size))
+        handle = self._call(driver.cuIpcGetMemHandle(own))
+        handles = self._gather(ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
+        rings = {}
+        for target, handle in enumerate(handles):
+            if target == self.rank:
+                base = int(own)
+            else:
+                opened = driver.CUipcMemHandle()
+                ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)
+                lazily = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+                base = int(self._call(driver.cuIpcOpenMemHandle(opened, lazily)))
+            for source in range(self.size):
+                rings[source, target] = base + source * ring
+        return rings
+
+    def _call(self, result: tuple):
+        """The value of a driver call.
+
+        Raises:
+            CopyEngineError: if it failed.
+        """
+        if result[0] != _SUCCESS:
+            raise CopyEngineError(self.memory, f"the CUDA driver returned {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+
+class CopyEngineAllToAll(AllToAll):
+    """:class:`~megatron_scmoe.exchange.AllToAll` by copy engines."""
+
+    engines: CopyEngines
+
+    def _start(self, tensors, output_splits, input_splits) -> list[Tensor]:
+        sources = [tensor.contiguous() for tensor in tensors]
+        equal = [tensors[0].shape[0] // self.engines.size] * self.engines.size
+        received, sent = output_splits or equal, input_splits or equal
+        outputs = [tensor.new_empty((sum(received), *tensor.shape[1:])) for tensor in tensors]
+        events = self.engines.exchange(list(zip(sources, outputs, strict=True)), sent, received)
+        self._works.append((_Copies(events), tensors, sources))
+        return outputs
+
+
+class _Copies:
+    """Copies under way, to be waited for as for PyTorch's collectives."""
+
+    def __init__(self, events: Sequence[torch.cuda.Event]):
+        self._events = events
+
+    def wait(self) -> None:
+        """Let the current stream wait, for the sent rows too: their memory may be reused then."""
+        for event in self._events:
+            torch.cuda.current_stream().wait_event(event)
+
+
+_exchanges: dict[tuple[ProcessGroup, str], type[CopyEngineAllToAll]] = {}
+
+
+def copy_engine_exchange(group: ProcessGroup, name: Exchange) -> type[CopyEngineAllToAll]:
+    """The exchange of a group, built at the first call, which all its ranks make.
+
+    Args:
+        group: the expert-parallel group.
+        name: copy-host or copy-peer.
+
+    Raises:
+        CopyEngineError: see :class:`CopyEngines`.
+    """
+    if (group, name) not in _exchanges:
+        engines = CopyEngines(group, name.removeprefix("copy-"))
+        _exchanges[group, name] = type(
+            CopyEngineAllToAll.__name__, (CopyEngineAllToAll,), {"engines": engines}
+        )
+    return _exchanges[group, name]
+
+
+def _host_identity() -> tuple[str, int]:
+    """What only processes share that can map the same memory: a booted kernel and its mount."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, os.stat(_SHARED_MEMORY).st_dev
+
+
+def _create(size: int) -> str:
+    """The path of a new file of ``size`` bytes of shared memory.
+
+    Raises:
+        OSError: if there is no room; without asking, the first write beyond it would end the process.
+    """
+    state = os.statvfs(_SHARED_MEMORY)
+    free = state.f_bavail * state.f_frsize
+    if free < size:
+        raise OSError(f"{free} are free; give the container more (--shm-size)")
+    file, path = mkstemp(prefix="megatron_scmoe-", dir=_SHARED_MEMORY)
+    os.ftruncate(file, size)
+    os.close(file)
+    return path

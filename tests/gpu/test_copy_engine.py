@@ -1,0 +1,86 @@
+"""The all-to-all by copy engines against NCCL's. Needs two GPUs and cuda-bindings."""
+
+import random
+
+import pytest
+import torch
+
+from megatron_scmoe import copy_engine
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.exchange import AllToAll, Flight
+from tests.gpu.test_gpu import FLAGS, make_deterministic, pytestmark, requires_multi_gpu, train  # noqa: F401
+from tests.harness import run_distributed, run_pretrain
+
+EXCHANGES = ("copy-host", "copy-peer")
+
+
+@requires_multi_gpu
+@pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+def test_copies_equal_nccl_and_train_bit_identically():
+    for found in run_distributed(_compare, 2, backend="nccl"):
+        assert found["exchanges"] == []
+        reference = found["trained"].pop("collective")
+        assert len(set(reference)) == len(reference)
+        for name, digests in found["trained"].items():
+            assert digests == reference, name
+
+
+@requires_multi_gpu
+@pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+def test_pretraining_by_copy_engines():
+    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--scmoe-chunks", "2"]
+    nccl = run_pretrain(flags, 2)
+    for name in EXCHANGES:
+        run = run_pretrain([*flags, "--scmoe-exchange", name], 2)
+        assert run.status == 0, run.output[-2000:]
+        assert run.losses[1] == nccl.losses[1]
+        assert run.losses[30] < run.losses[1] - 1.0
+
+
+def _compare() -> dict:
+    make_deterministic()
+    wrong = [name for name in EXCHANGES if not _equals_nccl(name)]
+    trained = {"collective": train(ScMoEConfig(), steps=5)}
+    for name in EXCHANGES:
+        for overlap, chunks in ((True, 1), (False, 1), (True, 2), (False, 2)):
+            scmoe = ScMoEConfig(exchange=name, overlap=overlap, chunks=chunks)
+            digests = train(scmoe, steps=5)
+            if chunks == 1:
+                trained[name, overlap] = digests
+            elif overlap:
+                chunked = digests
+            elif digests != chunked:
+                wrong.append(f"{name} with two chunks")
+    return {"exchanges": wrong, "trained": trained}
+
+
+def _equals_nccl(name: str) -> bool:
+    """Forward and backward of exchanges of all sizes, several of them under way at once."""
+    group = torch.distributed.group.WORLD
+    rank, size = group.rank(), group.size()
+    exchange = copy_engine.copy_engine_exchange(group, name)
+    draw = random.Random(0)
+    for _ in range(4):
+        matrices = [
+            [[draw.choice([0, 1, 3, 4096, 30000]) for _ in range(size)] for _ in range(size)]
+            for _ in range(3)
+        ]
+        results = []
+        for kind in (AllToAll, exchange):
+            torch.manual_seed(rank)
+            inputs, flights = [], []
+            for matrix in matrices:
+                sent, received = matrix[rank], [row[rank] for row in matrix]
+                tokens = torch.randn(sum(sent), 512, device="cuda", requires_grad=True)
+                probs = torch.randn(sum(sent), device="cuda", requires_grad=True)
+                flight = Flight(tokens, probs)
+                flight.launch(kind(group, received, sent))
+                inputs += [tokens, probs]
+                flights.append(flight)
+            outputs = [tensor for flight in flights for tensor in flight.arrive()]
+            sum((tensor * tensor.detach().sin()).sum() for tensor in outputs).backward()
+            results.append([*outputs, *(tensor.grad for tensor in inputs)])
+        torch.cuda.synchronize()
+        if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+            return False
+    return True

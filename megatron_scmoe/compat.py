@@ -62,9 +62,14 @@ def transformer_config(args):
 
 
 def gpt_config(args, config):
-    """Megatron's ``GPTModelConfig``, with ``--rope-scaling-factor``, which it leaves at 8."""
+    """Megatron's ``GPTModelConfig``, with what it does not take from the arguments.
+
+    ``--rope-scaling-factor`` would stay 8, and with CUDA graphs it asks for the generators that
+    ``--te-rng-tracker`` has chosen already.
+    """
     model_config = gpt_config_from_args(args, config=config)
     model_config.rope_scaling_factor = args.rope_scaling_factor
+    config.use_te_rng_tracker = args.te_rng_tracker
     return model_config
 
 

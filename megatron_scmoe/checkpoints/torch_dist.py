@@ -340,6 +340,9 @@ def _extra_states(tensors: dict[str, LazyTensor]) -> Iterator[str]:
         count = tensors[f"{name}.weight"].shape[0] if stacked else 1
         for i in range(count):
             yield _object_key(f"{name}._extra_state", (count,), (i,))
+    for key in tensors:  # a norm of its own under the key of one fused into the linear layer
+        if key.endswith(".layer_norm_weight"):
+            yield _object_key(f"{key.removesuffix('weight')}_extra_state")
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

@@ -26,7 +26,7 @@ from megatron_scmoe.checkpoints.store import (
     write_megatron,
     write_safetensors,
 )
-from megatron_scmoe.checkpoints.torch_dist import _Writer
+from megatron_scmoe.checkpoints.torch_dist import _extra_states, _Writer
 from megatron_scmoe.config import ScMoEConfig
 from tests import models
 
@@ -421,6 +421,14 @@ def test_megatron_reads_what_is_written(saved, tmp_path, monkeypatch, file_bytes
     assert again.iteration == 0 and again.tensors.keys() == source.tensors.keys()
     for key, tensor in source.tensors.items():
         assert torch.equal(again.tensors[key].load(), tensor.load()), key
+
+
+def test_a_norm_that_is_not_fused_gets_an_extra_state_under_the_fused_key():
+    """Transformer Engine asks for it where dense MLP and router share the norm, as in LongCat."""
+    fc1 = "decoder.layers.0.mlp.linear_fc1"
+    keys = set(_extra_states(dict.fromkeys([f"{fc1}.weight", f"{fc1}.layer_norm_weight"])))
+    wanted = {f"{fc1}._extra_state/shard_0_1", f"{fc1}.layer_norm__extra_state/shard_0_1"}
+    assert wanted == keys
 
 
 def test_writing_holds_one_expert_at_a_time(tmp_path):

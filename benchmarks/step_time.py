@@ -78,7 +78,7 @@ class Shape:
     every_block: bool = False
     query_groups: int | None = None
     router_fusion: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: tuple[str, ...] = ()
 
 
 SHAPES = {
@@ -175,12 +175,14 @@ def transformer_config(system: str, shape: Shape) -> TransformerConfig:
 
 
 def graph_settings(system: str, shape: Shape) -> dict:
-    """What of the blocks each system can capture: stock more of them than ScMoE."""
+    """What of the blocks each system captures: of stock all it can."""
     if not shape.cuda_graphs or system == "top2-1f1b":
         return {}
-    modules = ["attn"]
+    modules = list(shape.cuda_graphs)
     if system in STOCK:
-        modules += ["moe_router", "moe_preprocess"] + ["mlp"] * (not shape.every_block)
+        modules = ["attn"] + ["mlp"] * (not shape.every_block)
+        if system != "shared-overlap":  # its dispatcher runs the shared expert between the two
+            modules += ["moe_router", "moe_preprocess"]
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
 
 
@@ -192,13 +194,16 @@ class GraphCapture(TECudaGraphHelper):
             parameter.grad = None
 
 
-def capture(models: dict[str, GPTModel], shape: Shape) -> None:
+def capture(models: dict[str, GPTModel], shape: Shape) -> list[GraphCapture]:
     """Capture the CUDA graphs of every model that has some."""
-    for model in {id(model): model for model in models.values()}.values():
-        if model.config.cuda_graph_impl == "transformer_engine":
-            GraphCapture(
-                [model], model.config, shape.sequence, shape.micro_batch
-            ).create_cudagraphs()
+    captures = [
+        GraphCapture([model], model.config, shape.sequence, shape.micro_batch)
+        for model in {id(model): model for model in models.values()}.values()
+        if model.config.cuda_graph_impl == "transformer_engine"
+    ]
+    for helper in captures:
+        helper.create_cudagraphs()
+    return captures
 
 
 def build(system: str, shape: Shape, scmoe: ScMoEConfig) -> GPTModel:
@@ -545,7 +550,7 @@ def parse_options() -> Namespace:
         "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
     )
     parser.add_argument("--cuda-graphs", action="store_true",
-        help="capture attention, of stock also dense MLPs, routers and permutations")  # fmt: skip
+        help="capture attention and routing, of stock also dense MLPs")  # fmt: skip
     parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
@@ -564,6 +569,15 @@ def parse_options() -> Namespace:
     if options.slot not in (None, "auto"):
         options.slot = int(options.slot)
     return options
+
+
+def graph_modules(options: Namespace) -> tuple[str, ...]:
+    """What ScMoE can capture (see validation.py): the routing too if it follows attention."""
+    if not options.cuda_graphs:
+        return ()
+    if options.tap != "pos2" or options.chunks > 1 or SHAPES[options.shape].every_block:
+        return ("attn",)
+    return ("attn", "moe_router", "moe_preprocess")
 
 
 def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = False) -> None:
@@ -613,7 +627,7 @@ def main() -> None:
         micro_batch=options.micro_batch or shape.micro_batch,
         blocks=options.blocks or shape.blocks,
         router_fusion=options.router_fusion,
-        cuda_graphs=options.cuda_graphs,
+        cuda_graphs=graph_modules(options),
     )
     scmoe = ScMoEConfig(
         tap="pos1" if shape.every_block else options.tap,
@@ -624,7 +638,7 @@ def main() -> None:
     )
     initialise(options.ep_channels, options.ep_high_priority, options.cuda_graphs)
     models = build_all(options.systems, shape, scmoe)
-    capture(models, shape)
+    captures = capture(models, shape)
     times = None
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)
@@ -676,6 +690,8 @@ def main() -> None:
             Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
         if options.plot:
             plot(result, options.plot)
+    for helper in captures:  # NCCL waits for graphs that hold its collectives
+        helper.delete_cuda_graphs()
     torch.distributed.destroy_process_group()
 
 

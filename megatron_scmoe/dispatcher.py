@@ -5,6 +5,9 @@ only the communication itself: the ``arrive`` of a launched flight gives what Me
 ``token_dispatch`` and ``token_combine`` would have returned.
 """
 
+from collections.abc import Sequence
+
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -22,8 +25,57 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
     exchange = AllToAll
+    _captured: Sequence[str] = ()
     choices_vary = False
     """Whether tokens may have fewer than topk experts: with zero experts, see router.py."""
+
+    _CAPTURED = (
+        "tokens_per_expert",
+        "input_splits",
+        "output_splits",
+        "output_splits_tp",
+        "num_global_tokens_per_local_expert",
+        "reversed_local_input_permutation_mapping",
+        "routing_map",
+    )
+
+    def capture_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> list[Tensor]:
+        """Permute while a CUDA graph is captured; the copy of the split sizes is left for later.
+
+        Args:
+            hidden_states: [s, b, h].
+            probs: [s * b, num_experts].
+            routing_map: [s * b, num_experts], bool.
+
+        Returns:
+            Permuted tokens and probabilities, and the tensors that later steps read.
+        """
+        self.cuda_dtoh_point = "before_ep_alltoall"
+        tokens = self.dispatch_preprocess(hidden_states, routing_map, probs)
+        self._captured = [
+            name for name in self._CAPTURED if isinstance(getattr(self, name, None), Tensor)
+        ]
+        return [*tokens, *(getattr(self, name) for name in self._captured)]
+
+    def resume_permutation(self, captured: list[Tensor], shape: torch.Size) -> Flight | Landed:
+        """Continue after a replay, and start the copy of the split sizes.
+
+        Args:
+            captured: what the graph gave for what :meth:`capture_permutation` returned.
+            shape: of the hidden states, [s, b, h].
+        """
+        tokens, probs, *state = captured
+        for name, value in zip(self._captured, state, strict=True):
+            setattr(self, name, value)
+        self.hidden_shape = shape
+        self.hidden_shape_before_permute = torch.Size((shape[0] * shape[1], shape[2]))
+        self.cuda_dtoh_point = "before_permutation_1"
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            self.cuda_dtoh_point, self.tokens_per_expert
+        )
+        return self.prepare_dispatch(tokens, probs)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in Megatron, whose dropless case takes it that every token has topk experts."""

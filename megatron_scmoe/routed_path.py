@@ -40,6 +40,10 @@ class _Pass:
     batch: Mapping[str, Any]
     chunks: list[_Chunk]
     zero: ZeroExpertOutput | None = None
+    done: tuple[Step, ...] = ()
+
+
+_CAPTURED = (Step.ROUTE, Step.PERMUTE)
 
 
 class RoutedPath:
@@ -58,6 +62,7 @@ class RoutedPath:
         self._norm: Callable[[Tensor], Tensor] | None = None
         self._unflatten: Callable | None = None
         self._pass: _Pass | None = None
+        self._resumed: _Chunk | None = None
         self._steps = {
             Step.PERMUTE: self._permute,
             Step.LAUNCH_DISPATCH: self._launch_dispatch,
@@ -101,9 +106,14 @@ class RoutedPath:
         """
         if boundary == self.schedule.tap:
             self._pass = _Pass(tap, batch, [])
+            if self._resumed is not None:
+                self._pass = _Pass(tap, batch, [self._resumed], done=_CAPTURED)
+                self._resumed = None
         for action in self.schedule.at(boundary):
             if self.on_action is not None:
                 self.on_action(action)
+            if action.step in self._pass.done:
+                continue
             nvtx_range_push(suffix=action.step.value)
             if action.step is Step.ROUTE:
                 self._route(self._pass)
@@ -118,6 +128,42 @@ class RoutedPath:
         outputs = [chunk.output for chunk in state.chunks]
         routed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return routed if state.zero is None else state.zero.add_to(routed)
+
+    def routing_modules(self) -> list[torch.nn.Module]:
+        """The modules that :meth:`capture` runs: the router, and the norm on the tap."""
+        return [self._moe.shortcut_layernorm, self._moe.router]
+
+    def capture(self, tap: Tensor) -> list[Tensor]:
+        """Gate and encode while a CUDA graph is captured.
+
+        Args:
+            tap: [s, b, h].
+
+        Returns:
+            Permuted tokens, their probabilities, and what the dispatcher needs of the routing.
+        """
+        tap, _ = self.prepare(tap, _NO_BATCH)
+        probs, routing_map, _ = self._moe.route(tap)
+        return self._moe.token_dispatcher.capture_permutation(tap, probs, routing_map)
+
+    def resume(self, tap: Tensor, captured: list[Tensor], batch: Mapping[str, Any]) -> None:
+        """Continue after a replay of what :meth:`capture` captured: these steps are taken.
+
+        Args:
+            tap: [s, b, h].
+            captured: what the graph gave for what :meth:`capture` returned.
+            batch: see :meth:`passed`.
+
+        Raises:
+            ValueError: if the batch has a padding mask, which the graph has not.
+        """
+        if batch.get("padding_mask") is not None:
+            raise ValueError(
+                "--cuda-graph-modules moe_router with a padding mask: the captured router reads none; "
+                "accepted: attn"
+            )
+        dispatcher = self._moe.token_dispatcher
+        self._resumed = _Chunk(flight=dispatcher.resume_permutation(captured, tap.shape))
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""

@@ -4,6 +4,12 @@ Boundaries are announced outside attention, so that attention can be captured as
 (``--cuda-graph-impl transformer_engine --cuda-graph-modules attn``): a replay runs no Python inside.
 """
 
+from collections.abc import Iterator
+
+import torch
+from megatron.core.transformer.cuda_graphs import is_graph_capturing
+from megatron.core.transformer.enums import AttnMaskType, CudaGraphModule
+from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
@@ -13,8 +19,50 @@ from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.schedule import Boundary
 
 
-class ScMoEDenseLayer(TransformerLayer):
+class _CapturableLayer(TransformerLayer):
+    """What both blocks of a pair have in common: attention may be captured, MLPs are not.
+
+    Megatron would capture parts of the MLP with it, and for every block build and copy an attention
+    mask of [b, 1, s, s] that a causal attention never reads.
+    """
+
+    def _te_cuda_graph_capture(self, *args, **kwargs) -> tuple[Tensor, ...]:
+        hidden_states, _ = self._forward_attention(*args, **kwargs)
+        return (hidden_states,)
+
+    def _replay(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
+        """What the graph was captured for, on this input."""
+        replay = GraphableMegatronModule._te_cuda_graph_replay
+        return replay(self, hidden_states, *args, **kwargs)
+
+    def _get_submodules_under_cudagraphs(self) -> list[torch.nn.Module]:
+        return [
+            self.input_layernorm,
+            self.self_attention,
+            self.pre_cross_attn_layernorm,
+            self.cross_attention,
+        ]
+
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict:
+        """Megatron's; see the class."""
+        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        return self._without_unread_mask(inputs)
+
+    def _get_te_cuda_graph_replay_args(self, *args, **kwargs):
+        return super()._get_te_cuda_graph_replay_args(*args, **self._without_unread_mask(kwargs))
+
+    def _without_unread_mask(self, inputs: dict) -> dict:
+        if self.self_attention.attn_mask_type != AttnMaskType.causal:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
+class ScMoEDenseLayer(_CapturableLayer):
     """The first block of a pair: Attn_l and the dense MLP_l.
+
+    Its graph may hold the routing on Pos-2 as well, which follows attention directly: norm, gate and
+    encode (``--cuda-graph-modules attn moe_router moe_preprocess``). They are many small kernels, and
+    the dispatch waits for them.
 
     Args:
         scmoe: the configuration of ScMoE.
@@ -25,6 +73,7 @@ class ScMoEDenseLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.path = path
         self._batch: dict = {}
+        self.captures_routing = CudaGraphModule.moe_router in (self.config.cuda_graph_modules or ())
         self.taps_mlp_norm = scmoe.router_norm == "shared" and scmoe.tap == "pos2"
         if self.taps_mlp_norm:
             path.set_norm(lambda tap: tap)  # the tap given to it is this norm's output already
@@ -36,9 +85,27 @@ class ScMoEDenseLayer(TransformerLayer):
         self._begin(hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
+    def _te_cuda_graph_capture(self, *args, **kwargs):
+        outputs = super()._te_cuda_graph_capture(*args, **kwargs)
+        return (*outputs, *self.path.capture(outputs[0])) if self.captures_routing else outputs
+
     def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
         self._begin(hidden_states, kwargs)
-        return super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+        attended, *routed = self._replay(hidden_states, *args, **kwargs)
+        if routed:
+            self.path.resume(attended, routed, kwargs)
+        return self._forward_mlp(attended), None
+
+    def _get_submodules_under_cudagraphs(self):
+        routing = self.path.routing_modules() if self.captures_routing else []
+        return super()._get_submodules_under_cudagraphs() + routing
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """Those of this block; while it is captured also those of the routing in its graph."""
+        yield from super().parameters(recurse)
+        if self.captures_routing and is_graph_capturing():
+            for module in self.path.routing_modules():
+                yield from module.parameters(recurse)
 
     def _begin(self, hidden_states: Tensor, batch: dict) -> None:
         self._batch = batch
@@ -66,7 +133,7 @@ class ScMoEDenseLayer(TransformerLayer):
         return apply_module(self.pre_mlp_layernorm)(tap)
 
 
-class ScMoETransformerLayer(TransformerLayer):
+class ScMoETransformerLayer(_CapturableLayer):
     """The second block of a pair, or every block: Attn_{l+1} and the ScMoE MLP.
 
     The boundary after the shared expert is announced by the MLP (moe_layer.py).
@@ -90,7 +157,8 @@ class ScMoETransformerLayer(TransformerLayer):
 
     def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
         self._begin(hidden_states, kwargs)
-        return super()._te_cuda_graph_replay(hidden_states, *args, **kwargs)
+        (attended,) = self._replay(hidden_states, *args, **kwargs)
+        return self._forward_mlp(attended), None
 
     def _begin(self, hidden_states: Tensor, batch: dict) -> None:
         if self.taps_own_input:

@@ -423,12 +423,30 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
         )
     given = view.cuda_graph_modules or view.cuda_graph_scope_deprecated or []
     modules = [getattr(module, "name", module) for module in _as_list(given)]
-    if modules != ["attn"]:
+    routing = {"moe_router", "moe_preprocess"}
+    if "attn" not in modules or set(modules) - {"attn"} not in (set(), routing):
         raise ScMoEConfigError(
             f"--cuda-graph-modules {' '.join(modules) or '(none, which is all)'}",
-            "the routed path acts between attention and MLP and cannot be captured",
-            "attn",
+            "dense MLPs and experts lie between boundaries of the routed path",
+            "attn, or attn moe_router moe_preprocess",
         )
+    if len(modules) > 1:
+        for wrong, given in (
+            (scmoe.tap != "pos2", f"--scmoe-tap {scmoe.tap}"),
+            (scmoe.router_norm != "own", f"--scmoe-router-norm {scmoe.router_norm}"),
+            (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
+            (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
+            (
+                view.moe_token_dispatcher_type != "alltoall",
+                f"--moe-token-dispatcher-type {view.moe_token_dispatcher_type}",
+            ),
+        ):
+            if wrong:
+                raise ScMoEConfigError(
+                    f"--cuda-graph-modules moe_router with {given}",
+                    "routing is captured where it follows attention directly, and as a whole",
+                    "attn",
+                )
     if view.transformer_impl != "transformer_engine":
         raise ScMoEConfigError(
             f"--cuda-graph-impl transformer_engine with --transformer-impl {view.transformer_impl}",

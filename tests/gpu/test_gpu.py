@@ -154,13 +154,15 @@ def test_overlap_on_and_off_are_bit_identical():
             assert len(set(overlapped)) == len(overlapped)
 
 
-def test_captured_attention_trains_bit_identically():
-    graphs = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn".split()
-    for tap in TAP_BOUNDARY:
-        eager = run_pretrain([*FLAGS, "--te-rng-tracker", "--scmoe-tap", tap], 1)
-        captured = run_pretrain([*FLAGS, *graphs, "--scmoe-tap", tap], 1)
-        assert captured.status == 0, captured.output[-2000:]
-        assert captured.losses == eager.losses, tap
+@pytest.mark.parametrize(
+    ("tap", "modules"), [("pos3", "attn"), ("pos2", "attn moe_router moe_preprocess")]
+)
+def test_captured_blocks_train_bit_identically(tap, modules):
+    flags = [*FLAGS, "--scmoe-tap", tap, "--te-rng-tracker", "--train-iters", "10"]
+    graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
+    eager, captured = run_pretrain(flags, 1), run_pretrain([*flags, *graphs], 1)
+    assert captured.status == 0, captured.output[-2000:]
+    assert captured.losses == eager.losses
 
 
 @requires_multi_gpu

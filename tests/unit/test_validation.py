@@ -29,6 +29,7 @@ def judge(*flags: str) -> None:
     validate(scmoe_config_from_args(args), args)
 
 
+GRAPHS = "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router moe_preprocess"
 BIASED = "--moe-router-pre-softmax --scmoe-expert-bias proportional"
 LATENT = "--multi-latent-attention --qk-layernorm"
 
@@ -117,6 +118,13 @@ REFUSED = [
         "--cuda-graph-modules attn mlp",
         "accepted: attn",
     ),
+    (
+        f"{GRAPHS} --scmoe-tap pos3",
+        "--cuda-graph-modules moe_router with --scmoe-tap pos3",
+        "accepted: attn",
+    ),
+    (f"{GRAPHS} --scmoe-chunks 2", "moe_router with --scmoe-chunks 2", "accepted: attn"),
+    (f"{GRAPHS} --scmoe-router-norm shared", "with --scmoe-router-norm shared", "accepted: attn"),
     (
         "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
         "--cuda-graph-impl transformer_engine with --transformer-impl local",

@@ -4,8 +4,9 @@
 
 With more ranks a larger share of the tokens leaves its GPU: (n - 1) / n. All-to-alls take longer by
 that much, at the same bandwidth of each GPU; compute stays. Stock top-2k sends twice the tokens and
-waits for all of it; stock top-k + shared and serial ScMoE send as many as ScMoE; what ScMoE hides is
-simulated (megatron_scmoe/timeline.py). The measured time is kept and only the difference is added.
+waits for all of it; stock top-k + shared and serial ScMoE send as many as ScMoE; of shared-overlap, all
+that the shared expert's compute can hide is taken to be hidden; what ScMoE hides is simulated
+(megatron_scmoe/timeline.py). The measured time is kept and only the difference is added.
 An extrapolation, not a measurement: contention on the host's memory by more GPUs is left out.
 """
 
@@ -30,7 +31,7 @@ def added(system: str, key: str, result: dict, times: OperatorTimes, factor: flo
     for backward in DIRECTIONS[key]:
         now = times.backward if backward else times.forward
         if system in VOLUME:
-            total += VOLUME[system] * (factor - 1) * (now["dispatch"] + now["combine"])
+            total += VOLUME[system] * (factor - 1) * _communication(now)
         elif system == "scmoe":
             slot = (
                 result["slot"] if result["slot"] is not None else DEFAULT_EXPERT_SLOT[result["tap"]]
@@ -41,9 +42,17 @@ def added(system: str, key: str, result: dict, times: OperatorTimes, factor: flo
             same = replace(times, forward=now, backward=now)
             ends = (max(i.end for i in simulate(schedule, t, backward)) for t in (then, same))
             total += next(ends) - next(ends)
+        elif system == "shared-overlap":
+            hides = now["shared expert"]
+            exposed = (max(0.0, by * _communication(now) - hides) for by in (factor, 1.0))
+            total += next(exposed) - next(exposed)
         elif system != "floor":
             return None
     return total
+
+
+def _communication(times: dict[str, float]) -> float:
+    return times["dispatch"] + times["combine"]
 
 
 def main() -> None:

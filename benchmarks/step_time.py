@@ -566,6 +566,10 @@ def parse_options() -> Namespace:
         options.systems = [name for name in SYSTEMS if not (ON_CPU and name == "top2-1f1b")]
     elif ON_CPU and "top2-1f1b" in options.systems:
         parser.error("--systems top2-1f1b: Megatron's 1F1B overlap wants a GPU; leave it out")
+    if options.trace and "scmoe" not in options.systems:
+        parser.error("--trace: it traces a step of scmoe; accepted: --systems with scmoe")
+    if options.cuda_graphs and ON_CPU:
+        parser.error("--cuda-graphs: there is no GPU; leave it out")
     if options.slot not in (None, "auto"):
         options.slot = int(options.slot)
     return options
@@ -638,7 +642,6 @@ def main() -> None:
     )
     initialise(options.ep_channels, options.ep_high_priority, options.cuda_graphs)
     models = build_all(options.systems, shape, scmoe)
-    captures = capture(models, shape)
     times = None
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)
@@ -646,9 +649,10 @@ def main() -> None:
             times, slot = tune(models["scmoe"], shape, scmoe)
             if options.slot == "auto":
                 scmoe = replace(scmoe, expert_slot=slot)
-                switch("scmoe", models["scmoe"], scmoe)
-        if options.trace:
-            trace(options.trace, partial(step, models["scmoe"], Batch.random(shape)))
+    captures = capture(models, shape)  # after tuning, which runs operators one by one
+    if options.trace:
+        switch("scmoe", models["scmoe"], scmoe)
+        trace(options.trace, partial(step, models["scmoe"], Batch.random(shape)))
     gc.collect()
     gc.freeze()
     gc.disable()  # as --manual-gc does: a collection on one rank keeps all waiting

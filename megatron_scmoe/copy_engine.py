@@ -40,12 +40,18 @@ except ImportError:  # a torch without them; nothing of this can be used then
 
 Memory = Literal["host", "peer"]
 
-RING_BYTES = 96 * 2**20
-"""Bytes of all rings that one rank sends into. A block should be small against an all-to-all, so that
-both copies run at once, but each costs the host six calls: so it shrinks with the number of ranks."""
+RING_BYTES = 192 * 2**20
+"""Bytes of all rings that one rank sends into, shared out among its peers."""
 
 SLOTS = 3
 """Slots of a ring: one being filled, one being emptied, one in between."""
+
+BLOCKS = 4
+"""Blocks that an all-to-all is cut into on each rank, unless its peers or its size ask for more: enough
+that both copies of different blocks run at once, few as each costs the host six calls."""
+
+MIN_BLOCK_BYTES = 2**20
+"""Smaller blocks would not pay their calls."""
 
 _LINE = 64
 """Bytes between two counters: a cache line each."""
@@ -81,25 +87,28 @@ class Block:
     size: int
 
 
-def plan(splits: list[int], row_bytes: int, skip: int, block_bytes: int) -> list[list[Block]]:
+def plan(splits: list[int], row_bytes: int, skip: int, slot_bytes: int) -> list[list[Block]]:
     """The blocks of an exchange in turns: first one block of every peer, then the next of each.
+
+    How the rows between two ranks are cut depends on their number alone, which both know.
 
     Args:
         splits: rows for (or of) each rank, in the order of the ranks.
         row_bytes: bytes of a row.
         skip: the own rank, whose rows stay here.
-        block_bytes: bytes of a block at most.
+        slot_bytes: bytes of a block at most.
     """
+    each = max(1, BLOCKS // (len(splits) - 1))
     turns: list[list[Block]] = []
     begin = 0
     for peer, rows in enumerate(splits):
         size = rows * row_bytes
         if peer != skip:
-            for turn, offset in enumerate(range(0, size, block_bytes)):
+            most = min(slot_bytes, max(MIN_BLOCK_BYTES, -(-size // each)))
+            for turn, offset in enumerate(range(0, size, most)):
                 if turn == len(turns):
                     turns.append([])
-                left = min(block_bytes, size - offset)
-                turns[turn].append(Block(peer, begin + offset, left))
+                turns[turn].append(Block(peer, begin + offset, min(most, size - offset)))
         begin += size
     return turns
 
@@ -123,13 +132,13 @@ class CopyEngines:
         hosts = len(set(self._gather(_host_identity())))
         if hosts > 1:
             raise CopyEngineError(memory, f"the expert-parallel group spans {hosts} hosts")
-        self.block_bytes = RING_BYTES // SLOTS // self.size
+        self.slot_bytes = RING_BYTES // SLOTS // self.size
         self._produced = [0] * self.size  # blocks sent to each rank
         self._consumed = [0] * self.size  # blocks received of each rank
         self._send_stream, self._receive_stream = torch.cuda.Stream(), torch.cuda.Stream()
         self._send = driver.CUstream(self._send_stream.cuda_stream)
         self._receive = driver.CUstream(self._receive_stream.cuda_stream)
-        ring = SLOTS * self.block_bytes
+        ring = SLOTS * self.slot_bytes
         pairs = self.size * self.size
         if memory == "host":
             self._counters = self._share(2 * pairs * _LINE + pairs * ring)
@@ -173,8 +182,8 @@ class CopyEngines:
         if stays:
             begin, end = sum(sent[: self.rank]) * row, sum(received[: self.rank]) * row
             self._call(driver.cuMemcpyAsync(output + end, source + begin, stays, self._receive))
-        sends = plan(sent, row, self.rank, self.block_bytes)
-        receives = plan(received, row, self.rank, self.block_bytes)
+        sends = plan(sent, row, self.rank, self.slot_bytes)
+        receives = plan(received, row, self.rank, self.slot_bytes)
         for turn in range(max(len(sends), len(receives))):
             for block in sends[turn] if turn < len(sends) else ():
                 self._send_block(source, block)
@@ -186,7 +195,7 @@ class CopyEngines:
         self._produced[block.peer] += 1
         if count >= SLOTS:
             self._wait(self._send, self._counter(pair, consumed=True), count - SLOTS + 1)
-        slot = self._rings[pair] + count % SLOTS * self.block_bytes
+        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
         self._call(driver.cuMemcpyAsync(slot, data + block.begin, block.size, self._send))
         self._write(self._send, self._counter(pair, consumed=False), count + 1)
 
@@ -194,7 +203,7 @@ class CopyEngines:
         count, pair = self._consumed[block.peer], (block.peer, self.rank)
         self._consumed[block.peer] += 1
         self._wait(self._receive, self._counter(pair, consumed=False), count + 1)
-        slot = self._rings[pair] + count % SLOTS * self.block_bytes
+        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
         self._call(driver.cuMemcpyAsync(data + block.begin, slot, block.size, self._receive))
         self._write(self._receive, self._counter(pair, consumed=True), count + 1)
 

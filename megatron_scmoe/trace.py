@@ -24,8 +24,8 @@ _KINDS = {  # the first that matches; flash attention's names contain those of i
     "vectorized_gather|scatter_gather",
 }
 _STEP_ACCEPTED = (
-    "a trace of whole steps, forward and backward, of the all-to-all dispatcher, with expert "
-    "parallelism and without recompute"
+    "a trace of whole steps, forward and backward, of the all-to-all dispatcher by NCCL "
+    "(--scmoe-exchange collective), with expert parallelism and without recompute"
 )
 
 

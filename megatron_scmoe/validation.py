@@ -6,6 +6,7 @@ package ends in.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -366,6 +367,12 @@ def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
         )
     if cpu.is_enabled():
         raise ScMoEConfigError(given, "there is no GPU whose engines could copy", "collective")
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ScMoEConfigError(
+            f"{given} with CUDA_DEVICE_MAX_CONNECTIONS=1",
+            "with one hardware queue compute would wait behind the copies",
+            "collective, or CUDA_DEVICE_MAX_CONNECTIONS=32",
+        )
     if importlib.util.find_spec("cuda.bindings") is None:
         raise ScMoEConfigError(given, "the package cuda-bindings is not installed", "collective")
 

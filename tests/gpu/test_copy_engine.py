@@ -28,13 +28,12 @@ def test_copies_equal_nccl_and_train_bit_identically():
 @requires_multi_gpu
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
 def test_pretraining_by_copy_engines():
-    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--scmoe-chunks", "2"]
-    nccl = run_pretrain(flags, 2)
-    for name in EXCHANGES:
-        run = run_pretrain([*flags, "--scmoe-exchange", name], 2)
-        assert run.status == 0, run.output[-2000:]
-        assert run.losses[1] == nccl.losses[1]
-        assert run.losses[30] < run.losses[1] - 1.0
+    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10"]
+    nccl, copies = (
+        run_pretrain([*flags, "--scmoe-exchange", name], 2) for name in ("collective", "copy-peer")
+    )
+    assert copies.status == 0, copies.output[-2000:]
+    assert copies.losses == nccl.losses
 
 
 def _compare() -> dict:

@@ -443,6 +443,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             (scmoe.router_norm != "own", f"--scmoe-router-norm {scmoe.router_norm}"),
             (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
             (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
+            (scmoe.expert_bias != "none", f"--scmoe-expert-bias {scmoe.expert_bias}"),
             (
                 view.moe_token_dispatcher_type != "alltoall",
                 f"--moe-token-dispatcher-type {view.moe_token_dispatcher_type}",

@@ -124,6 +124,11 @@ REFUSED = [
         "accepted: attn",
     ),
     (f"{GRAPHS} --scmoe-chunks 2", "moe_router with --scmoe-chunks 2", "accepted: attn"),
+    (
+        f"{GRAPHS} {BIASED}",
+        "moe_router with --scmoe-expert-bias proportional",
+        "accepted: attn",
+    ),
     (f"{GRAPHS} --scmoe-router-norm shared", "with --scmoe-router-norm shared", "accepted: attn"),
     (
         "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",

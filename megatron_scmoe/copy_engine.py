@@ -18,7 +18,7 @@ are enqueued in turns, so that a full ring never waits for a receive that is enq
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -181,7 +181,7 @@ class CopyEngines:
         stays = sent[self.rank] * row
         if stays:
             begin, end = sum(sent[: self.rank]) * row, sum(received[: self.rank]) * row
-            self._call(driver.cuMemcpyAsync(output + end, source + begin, stays, self._receive))
+            _call(driver.cuMemcpyAsync(output + end, source + begin, stays, self._receive))
         sends = plan(sent, row, self.rank, self.slot_bytes)
         receives = plan(received, row, self.rank, self.slot_bytes)
         for turn in range(max(len(sends), len(receives))):
@@ -196,7 +196,7 @@ class CopyEngines:
         if count >= SLOTS:
             self._wait(self._send, self._counter(pair, consumed=True), count - SLOTS + 1)
         slot = self._rings[pair] + count % SLOTS * self.slot_bytes
-        self._call(driver.cuMemcpyAsync(slot, data + block.begin, block.size, self._send))
+        _call(driver.cuMemcpyAsync(slot, data + block.begin, block.size, self._send))
         self._write(self._send, self._counter(pair, consumed=False), count + 1)
 
     def _receive_block(self, data: int, block: Block) -> None:
@@ -204,7 +204,7 @@ class CopyEngines:
         self._consumed[block.peer] += 1
         self._wait(self._receive, self._counter(pair, consumed=False), count + 1)
         slot = self._rings[pair] + count % SLOTS * self.slot_bytes
-        self._call(driver.cuMemcpyAsync(data + block.begin, slot, block.size, self._receive))
+        _call(driver.cuMemcpyAsync(data + block.begin, slot, block.size, self._receive))
         self._write(self._receive, self._counter(pair, consumed=True), count + 1)
 
     def _counter(self, pair: tuple[int, int], consumed: bool) -> int:
@@ -213,10 +213,10 @@ class CopyEngines:
 
     def _wait(self, stream, address: int, value: int) -> None:
         # Counters are 32 bits wide and compared cyclically.
-        self._call(driver.cuStreamWaitValue32(stream, address, value & 0xFFFFFFFF, _AT_LEAST))
+        _call(driver.cuStreamWaitValue32(stream, address, value & 0xFFFFFFFF, _AT_LEAST))
 
     def _write(self, stream, address: int, value: int) -> None:
-        self._call(driver.cuStreamWriteValue32(stream, address, value & 0xFFFFFFFF, 0))
+        _call(driver.cuStreamWriteValue32(stream, address, value & 0xFFFFFFFF, 0))
 
     def _gather(self, value) -> list:
         """The value of every rank."""
@@ -224,52 +224,54 @@ class CopyEngines:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def _together(self, step: Callable):
+        """What ``step`` gives on this rank, once it has succeeded on all.
+
+        Raises:
+            CopyEngineError: on every rank, if it failed on one.
+        """
+        value, failure = None, ""
+        try:
+            value = step()
+        except (OSError, RuntimeError) as error:
+            failure = str(error)
+        failures = [failure for failure in self._gather(failure) if failure]
+        if failures:
+            raise CopyEngineError(self.memory, failures[0])
+        return value
+
     def _share(self, size: int) -> int:
         """The address of ``size`` zeroed bytes of pinned memory that all ranks of the group share."""
-        path = failed = ""
-        if self.rank == 0:
-            try:
-                path = _create(size)
-            except OSError as error:
-                failed = f"it needs {size} bytes of {_SHARED_MEMORY}: {error}"
-        path, failed = self._gather((path, failed))[0]
-        if failed:
-            raise CopyEngineError(self.memory, failed)
-        self._memory = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
-        self._gather(None)  # all have opened it
-        if self.rank == 0:
-            os.unlink(path)  # nothing is left behind, however the ranks end
-        address = self._memory.data_ptr()
-        self._call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
-        return int(self._call(driver.cuMemHostGetDevicePointer(address, 0)))
+        path = self._gather(self._together(lambda: _create(size) if self.rank == 0 else ""))[0]
+        try:
+            self._memory = self._together(
+                lambda: torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+            )
+        finally:
+            if self.rank == 0:
+                os.unlink(path)  # nothing is left behind, however the ranks end
+        return self._together(lambda: self._pin(self._memory.data_ptr(), size))
+
+    def _pin(self, address: int, size: int) -> int:
+        _call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
+        return int(_call(driver.cuMemHostGetDevicePointer(address, 0)))
 
     def _share_device_memory(self, ring: int) -> dict[tuple[int, int], int]:
         """Rings in each receiver's memory, opened by all senders."""
-        own = self._call(driver.cuMemAlloc(ring * self.size))
-        handle = self._call(driver.cuIpcGetMemHandle(own))
+        own = self._together(lambda: _call(driver.cuMemAlloc(ring * self.size)))
+        handle = self._together(lambda: _call(driver.cuIpcGetMemHandle(own)))
         handles = self._gather(ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
-        rings = {}
-        for target, handle in enumerate(handles):
-            if target == self.rank:
-                base = int(own)
-            else:
-                opened = driver.CUipcMemHandle()
-                ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)
-                lazily = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
-                base = int(self._call(driver.cuIpcOpenMemHandle(opened, lazily)))
-            for source in range(self.size):
-                rings[source, target] = base + source * ring
-        return rings
-
-    def _call(self, result: tuple):
-        """The value of a driver call.
-
-        Raises:
-            CopyEngineError: if it failed.
-        """
-        if result[0] != _SUCCESS:
-            raise CopyEngineError(self.memory, f"the CUDA driver returned {result[0].name}")
-        return result[1] if len(result) > 1 else None
+        bases = self._together(
+            lambda: [
+                int(own) if target == self.rank else _open(handle)
+                for target, handle in enumerate(handles)
+            ]
+        )
+        return {
+            (source, target): base + source * ring
+            for target, base in enumerate(bases)
+            for source in range(self.size)
+        }
 
 
 class CopyEngineAllToAll(AllToAll):
@@ -320,6 +322,25 @@ def copy_engine_exchange(group: ProcessGroup, name: Exchange) -> type[CopyEngine
     return _exchanges[group, name]
 
 
+def _call(result: tuple):
+    """The value of a driver call.
+
+    Raises:
+        RuntimeError: if it failed.
+    """
+    if result[0] != _SUCCESS:
+        raise RuntimeError(f"copy engines: the CUDA driver returned {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+def _open(handle: bytes) -> int:
+    """The address of another rank's device memory."""
+    opened = driver.CUipcMemHandle()
+    ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)
+    lazily = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+    return int(_call(driver.cuIpcOpenMemHandle(opened, lazily)))
+
+
 def _host_identity() -> tuple[str, int]:
     """What only processes share that can map the same memory: a booted kernel and its mount."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -330,13 +351,17 @@ def _create(size: int) -> str:
     """The path of a new file of ``size`` bytes of shared memory.
 
     Raises:
-        OSError: if there is no room; without asking, the first write beyond it would end the process.
+        OSError: if there is no room; without asking for it now, the first write beyond what there is
+            would end the process.
     """
-    state = os.statvfs(_SHARED_MEMORY)
-    free = state.f_bavail * state.f_frsize
-    if free < size:
-        raise OSError(f"{free} are free; give the container more (--shm-size)")
     file, path = mkstemp(prefix="megatron_scmoe-", dir=_SHARED_MEMORY)
-    os.ftruncate(file, size)
-    os.close(file)
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        os.unlink(path)
+        raise OSError(
+            f"{size} bytes of {_SHARED_MEMORY}: {error.strerror}; give the container more (--shm-size)"
+        ) from error
+    finally:
+        os.close(file)
     return path

@@ -26,7 +26,10 @@ class _CapturableLayer(TransformerLayer):
     mask of [b, 1, s, s] that a causal attention never reads.
     """
 
+    _inputs: frozenset[str] = frozenset()
+
     def _te_cuda_graph_capture(self, *args, **kwargs) -> tuple[Tensor, ...]:
+        self._inputs = frozenset(kwargs)
         hidden_states, _ = self._forward_attention(*args, **kwargs)
         return (hidden_states,)
 
@@ -49,7 +52,14 @@ class _CapturableLayer(TransformerLayer):
         return self._without_unread_mask(inputs)
 
     def _get_te_cuda_graph_replay_args(self, *args, **kwargs):
-        return super()._get_te_cuda_graph_replay_args(*args, **self._without_unread_mask(kwargs))
+        kwargs = self._without_unread_mask(kwargs)
+        for name, value in kwargs.items():  # the graph would compute without it
+            if isinstance(value, Tensor) and name not in {*self._inputs, "padding_mask"}:
+                raise ValueError(
+                    f"--cuda-graph-impl transformer_engine: attention was captured without {name}; "
+                    "accepted: --cuda-graph-impl none"
+                )
+        return super()._get_te_cuda_graph_replay_args(*args, **kwargs)
 
     def _without_unread_mask(self, inputs: dict) -> dict:
         if self.self_attention.attn_mask_type != AttnMaskType.causal:

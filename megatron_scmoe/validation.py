@@ -444,6 +444,17 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
             (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
             (scmoe.expert_bias != "none", f"--scmoe-expert-bias {scmoe.expert_bias}"),
+            (view.moe_latent_size, f"--moe-latent-size {view.moe_latent_size}"),
+            (
+                view.moe_expert_capacity_factor is not None,
+                f"--moe-expert-capacity-factor {view.moe_expert_capacity_factor}",
+            ),
+            (view.moe_router_padding_for_quantization, "--moe-router-padding-for-quantization"),
+            (view.moe_enable_routing_replay, "--moe-enable-routing-replay"),
+            (
+                "sinkhorn" in _as_list(view.moe_router_load_balancing_type),
+                "--moe-router-load-balancing-type sinkhorn",
+            ),
             (
                 view.moe_token_dispatcher_type != "alltoall",
                 f"--moe-token-dispatcher-type {view.moe_token_dispatcher_type}",
@@ -466,6 +477,19 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             "--cuda-graph-impl transformer_engine with --multi-latent-attention",
             "capturing latent attention has not been tried",
             "--cuda-graph-impl none",
+        )
+    if not view.bf16:
+        raise ScMoEConfigError(
+            "--cuda-graph-impl transformer_engine without --bf16",
+            "Megatron captures for inputs in bf16",
+            "--bf16",
+        )
+    if view.position_embedding_type not in (None, "rope", "learned_absolute", "none"):
+        raise ScMoEConfigError(
+            f"--cuda-graph-impl transformer_engine with --position-embedding-type "
+            f"{view.position_embedding_type}",
+            "Megatron captures attention without these positions",
+            "rope, learned_absolute or none",
         )
 
 

@@ -123,6 +123,27 @@ REFUSED = [
         "--cuda-graph-modules moe_router with --scmoe-tap pos3",
         "accepted: attn",
     ),
+    (f"{GRAPHS} --moe-latent-size 64", "moe_router with --moe-latent-size 64", "accepted: attn"),
+    (
+        f"{GRAPHS} --moe-router-load-balancing-type sinkhorn",
+        "moe_router with --moe-router-load-balancing-type sinkhorn",
+        "accepted: attn",
+    ),
+    (
+        f"{GRAPHS} --moe-expert-capacity-factor 2",
+        "moe_router with --moe-expert-capacity-factor 2.0",
+        "accepted: attn",
+    ),
+    (
+        f"{GRAPHS} --transformer-impl transformer_engine --bf16 --position-embedding-type yarn",
+        "--cuda-graph-impl transformer_engine with --position-embedding-type yarn",
+        "rope",
+    ),
+    (
+        f"{GRAPHS} --transformer-impl transformer_engine --fp16",
+        "--cuda-graph-impl transformer_engine without --bf16",
+        "--bf16",
+    ),
     (f"{GRAPHS} --scmoe-chunks 2", "moe_router with --scmoe-chunks 2", "accepted: attn"),
     (
         f"{GRAPHS} {BIASED}",

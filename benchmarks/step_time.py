@@ -483,7 +483,8 @@ def report(result: dict) -> str:
             else f"{'-':>12}{'-':>8}"
             for key in keys
         )
-        rest = f"{row['peak_memory_mb']:>10.0f}{row['tokens_per_s']:>11.0f}"
+        peak = row["peak_memory_mb"]
+        rest = f"{'-' if peak is None else f'{peak:.0f}':>10}{row['tokens_per_s']:>11.0f}"
         rest += f"{row['tflops_per_gpu']:>9.1f}"
         lines.append(f"{name:<16}{cells}{rest}")
     for key, share in result["hidden_share"].items():
@@ -570,6 +571,11 @@ def parse_options() -> Namespace:
         parser.error("--trace: it traces a step of scmoe; accepted: --systems with scmoe")
     if options.cuda_graphs and ON_CPU:
         parser.error("--cuda-graphs: there is no GPU; leave it out")
+    if options.cuda_graphs and options.train_rounds:
+        parser.error("--train-rounds with --cuda-graphs: the optimizer moves captured weights")
+    if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
+        parser.error("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU all "
+            "the same; accepted: copy-host")  # fmt: skip
     if options.slot not in (None, "auto"):
         options.slot = int(options.slot)
     return options
@@ -662,6 +668,8 @@ def main() -> None:
             systems[name]["train_ms"] = took
     for name, row in systems.items():
         row |= rates(name, row, shape)
+        if options.cuda_graphs:
+            row["peak_memory_mb"] = None  # the graphs' memory was taken before
     result = {
         "shape": options.shape,
         "sizes": asdict(shape),

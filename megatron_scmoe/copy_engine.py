@@ -2,7 +2,8 @@
 
 NCCL's all-to-all is a kernel: it holds multiprocessors while it waits and copies, and the GEMMs it is
 hidden under run longer for want of them. Between GPUs of one host the copies can be left to the GPU's
-copy engines. Nothing of this runs on the host once it is enqueued, nor on a multiprocessor:
+copy engines. Once it is enqueued, nothing of this runs on the host, and no copy between GPUs on a
+multiprocessor:
 
     sender      wait until the slot is free | copy a block into it       | produced += 1
     receiver    wait until it is filled     | copy it to where it belongs | consumed += 1
@@ -55,6 +56,9 @@ MIN_BLOCK_BYTES = 2**20
 
 _LINE = 64
 """Bytes between two counters: a cache line each."""
+
+_ALIGNMENT = 512
+"""Of slots, in bytes."""
 
 _HANDLE_BYTES = 64
 """CU_IPC_HANDLE_SIZE of the driver API."""
@@ -132,7 +136,7 @@ class CopyEngines:
         hosts = len(set(self._gather(_host_identity())))
         if hosts > 1:
             raise CopyEngineError(memory, f"the expert-parallel group spans {hosts} hosts")
-        self.slot_bytes = RING_BYTES // SLOTS // self.size
+        self.slot_bytes = RING_BYTES // SLOTS // self.size // _ALIGNMENT * _ALIGNMENT
         self._produced = [0] * self.size  # blocks sent to each rank
         self._consumed = [0] * self.size  # blocks received of each rank
         self._send_stream, self._receive_stream = torch.cuda.Stream(), torch.cuda.Stream()

@@ -373,7 +373,7 @@ def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
             "with one hardware queue compute would wait behind the copies",
             "collective, or CUDA_DEVICE_MAX_CONNECTIONS=32",
         )
-    if importlib.util.find_spec("cuda.bindings") is None:
+    if not (importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")):
         raise ScMoEConfigError(given, "the package cuda-bindings is not installed", "collective")
 
 
@@ -483,6 +483,12 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             "--cuda-graph-impl transformer_engine without --bf16",
             "Megatron captures for inputs in bf16",
             "--bf16",
+        )
+    if view.fp32_residual_connection:
+        raise ScMoEConfigError(
+            "--cuda-graph-impl transformer_engine with --fp32-residual-connection",
+            "a graph's input is bf16: the residual would be rounded at every block",
+            "--cuda-graph-impl none",
         )
     if view.position_embedding_type not in (None, "rope", "learned_absolute", "none"):
         raise ScMoEConfigError(

@@ -140,6 +140,11 @@ REFUSED = [
         "rope",
     ),
     (
+        f"{GRAPHS} --transformer-impl transformer_engine --bf16 --fp32-residual-connection",
+        "--cuda-graph-impl transformer_engine with --fp32-residual-connection",
+        "--cuda-graph-impl none",
+    ),
+    (
         f"{GRAPHS} --transformer-impl transformer_engine --fp16",
         "--cuda-graph-impl transformer_engine without --bf16",
         "--bf16",

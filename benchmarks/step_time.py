@@ -50,7 +50,7 @@ from megatron.training.training import num_floating_point_operations
 
 from megatron_scmoe import tuning
 from megatron_scmoe.config import Exchange, ScMoEConfig
-from megatron_scmoe.copy_engine import copy_engine_exchange
+from megatron_scmoe.copy_engine import exchange_for
 from megatron_scmoe.exchange import AllToAll
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
@@ -237,16 +237,8 @@ def switch(system: str, model: GPTModel, scmoe: ScMoEConfig) -> None:
         if isinstance(module, ScMoELayer):
             module.path.schedule = schedule
             for dispatcher in module.token_dispatchers:
-                dispatcher.exchange = exchange_of(system, scmoe, dispatcher)
-
-
-def exchange_of(system: str, scmoe: ScMoEConfig, dispatcher) -> type[AllToAll]:
-    """What carries a system's all-to-alls."""
-    if system == "floor":
-        return NoExchange
-    if scmoe.exchange == "collective" or dispatcher.ep_size == 1:
-        return AllToAll
-    return copy_engine_exchange(dispatcher.ep_group, scmoe.exchange)
+                own = exchange_for(dispatcher.ep_group, scmoe.exchange)
+                dispatcher.exchange = NoExchange if system == "floor" else own
 
 
 @dataclass

@@ -308,16 +308,18 @@ class _Copies:
 _exchanges: dict[tuple[ProcessGroup, str], type[CopyEngineAllToAll]] = {}
 
 
-def copy_engine_exchange(group: ProcessGroup, name: Exchange) -> type[CopyEngineAllToAll]:
-    """The exchange of a group, built at the first call, which all its ranks make.
+def exchange_for(group: ProcessGroup, name: Exchange) -> type[AllToAll]:
+    """What carries a group's all-to-alls; copy engines at the first call, which all its ranks make.
 
     Args:
         group: the expert-parallel group.
-        name: copy-host or copy-peer.
+        name: as in ``--scmoe-exchange``; a group of one rank has nothing to exchange.
 
     Raises:
         CopyEngineError: see :class:`CopyEngines`.
     """
+    if name == "collective" or group.size() == 1:
+        return AllToAll
     if (group, name) not in _exchanges:
         engines = CopyEngines(group, name.removeprefix("copy-"))
         _exchanges[group, name] = type(

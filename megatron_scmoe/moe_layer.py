@@ -11,7 +11,7 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.copy_engine import copy_engine_exchange
+from megatron_scmoe.copy_engine import exchange_for
 from megatron_scmoe.dispatcher import build_token_dispatcher
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.router import ZeroExpertOutput
@@ -60,8 +60,7 @@ class ScMoELayer(MoELayer):
         self.token_dispatcher = self.token_dispatchers[0]
         for dispatcher in self.token_dispatchers:
             dispatcher.choices_vary = scmoe.zero_experts > 0
-            if scmoe.exchange != "collective" and dispatcher.ep_size > 1:
-                dispatcher.exchange = copy_engine_exchange(pg_collection.ep, scmoe.exchange)
+            dispatcher.exchange = exchange_for(pg_collection.ep, scmoe.exchange)
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(

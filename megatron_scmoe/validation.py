@@ -438,65 +438,70 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             "attn, or attn moe_router moe_preprocess",
         )
     if len(modules) > 1:
-        for wrong, given in (
-            (scmoe.tap != "pos2", f"--scmoe-tap {scmoe.tap}"),
-            (scmoe.router_norm != "own", f"--scmoe-router-norm {scmoe.router_norm}"),
-            (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
-            (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
-            (scmoe.expert_bias != "none", f"--scmoe-expert-bias {scmoe.expert_bias}"),
-            (view.moe_latent_size, f"--moe-latent-size {view.moe_latent_size}"),
-            (
-                view.moe_expert_capacity_factor is not None,
-                f"--moe-expert-capacity-factor {view.moe_expert_capacity_factor}",
-            ),
-            (view.moe_router_padding_for_quantization, "--moe-router-padding-for-quantization"),
-            (view.moe_enable_routing_replay, "--moe-enable-routing-replay"),
-            (
-                "sinkhorn" in _as_list(view.moe_router_load_balancing_type),
-                "--moe-router-load-balancing-type sinkhorn",
-            ),
-            (
-                view.moe_token_dispatcher_type != "alltoall",
-                f"--moe-token-dispatcher-type {view.moe_token_dispatcher_type}",
-            ),
-        ):
-            if wrong:
-                raise ScMoEConfigError(
-                    f"--cuda-graph-modules moe_router with {given}",
-                    "routing is captured where it follows attention directly, and as a whole",
-                    "attn",
-                )
-    if view.transformer_impl != "transformer_engine":
-        raise ScMoEConfigError(
-            f"--cuda-graph-impl transformer_engine with --transformer-impl {view.transformer_impl}",
+        _check_captured_routing(scmoe, view)
+    positions = view.position_embedding_type  # a flag; not in a TransformerConfig
+    for wrong, setting, reason, accepted in (
+        (
+            view.transformer_impl != "transformer_engine",
+            f"with --transformer-impl {view.transformer_impl}",
             "Transformer Engine captures its own modules",
             "--cuda-graph-impl none",
-        )
-    if view.multi_latent_attention:
-        raise ScMoEConfigError(
-            "--cuda-graph-impl transformer_engine with --multi-latent-attention",
+        ),
+        (
+            view.multi_latent_attention,
+            "with --multi-latent-attention",
             "capturing latent attention has not been tried",
             "--cuda-graph-impl none",
-        )
-    if not view.bf16:
-        raise ScMoEConfigError(
-            "--cuda-graph-impl transformer_engine without --bf16",
-            "Megatron captures for inputs in bf16",
-            "--bf16",
-        )
-    if view.fp32_residual_connection:
-        raise ScMoEConfigError(
-            "--cuda-graph-impl transformer_engine with --fp32-residual-connection",
+        ),
+        (not view.bf16, "without --bf16", "Megatron captures for inputs in bf16", "--bf16"),
+        (
+            view.fp32_residual_connection,
+            "with --fp32-residual-connection",
             "a graph's input is bf16: the residual would be rounded at every block",
             "--cuda-graph-impl none",
-        )
-    if view.position_embedding_type not in (None, "rope", "learned_absolute", "none"):
-        raise ScMoEConfigError(
-            f"--cuda-graph-impl transformer_engine with --position-embedding-type "
-            f"{view.position_embedding_type}",
+        ),
+        (
+            positions not in (None, "rope", "learned_absolute", "none"),
+            f"with --position-embedding-type {positions}",
             "Megatron captures attention without these positions",
             "rope, learned_absolute or none",
-        )
+        ),
+    ):
+        if wrong:
+            raise ScMoEConfigError(
+                f"--cuda-graph-impl transformer_engine {setting}", reason, accepted
+            )
+
+
+def _check_captured_routing(scmoe: ScMoEConfig, view: _View) -> None:
+    for wrong, given in (
+        (scmoe.tap != "pos2", f"--scmoe-tap {scmoe.tap}"),
+        (scmoe.router_norm != "own", f"--scmoe-router-norm {scmoe.router_norm}"),
+        (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
+        (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
+        (scmoe.expert_bias != "none", f"--scmoe-expert-bias {scmoe.expert_bias}"),
+        (view.moe_latent_size, f"--moe-latent-size {view.moe_latent_size}"),
+        (
+            view.moe_expert_capacity_factor is not None,
+            f"--moe-expert-capacity-factor {view.moe_expert_capacity_factor}",
+        ),
+        (view.moe_router_padding_for_quantization, "--moe-router-padding-for-quantization"),
+        (view.moe_enable_routing_replay, "--moe-enable-routing-replay"),
+        (
+            "sinkhorn" in _as_list(view.moe_router_load_balancing_type),
+            "--moe-router-load-balancing-type sinkhorn",
+        ),
+        (
+            view.moe_token_dispatcher_type != "alltoall",
+            f"--moe-token-dispatcher-type {view.moe_token_dispatcher_type}",
+        ),
+    ):
+        if wrong:
+            raise ScMoEConfigError(
+                f"--cuda-graph-modules moe_router with {given}",
+                "routing is captured where it follows attention directly, and as a whole",
+                "attn",
+            )
 
 
 _REFUSED: tuple[tuple[str, Callable, str, str, str], ...] = (

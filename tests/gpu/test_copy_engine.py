@@ -57,7 +57,7 @@ def _equals_nccl(name: str) -> bool:
     """Forward and backward of exchanges of all sizes, several of them under way at once."""
     group = torch.distributed.group.WORLD
     rank, size = group.rank(), group.size()
-    exchange = copy_engine.copy_engine_exchange(group, name)
+    exchange = copy_engine.exchange_for(group, name)
     draw = random.Random(0)
     for _ in range(4):
         matrices = [

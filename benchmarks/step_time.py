@@ -181,8 +181,11 @@ def graph_settings(system: str, shape: Shape) -> dict:
     modules = list(shape.cuda_graphs)
     if system in STOCK:
         modules = ["attn"] + ["mlp"] * (not shape.every_block)
-        if system != "shared-overlap":  # its dispatcher runs the shared expert between the two
-            modules += ["moe_router", "moe_preprocess"]
+        modules += ["moe_router"]
+        if (
+            system != "shared-overlap"
+        ):  # Megatron's shared expert refuses to begin twice, in warm-up
+            modules += ["moe_preprocess"]
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
 
 
@@ -574,10 +577,10 @@ def parse_options() -> Namespace:
 
 
 def graph_modules(options: Namespace) -> tuple[str, ...]:
-    """What ScMoE can capture (see validation.py): the routing too if it follows attention."""
+    """What ScMoE can capture (see validation.py): the routing too if it lies beside attention."""
     if not options.cuda_graphs:
         return ()
-    if options.tap != "pos2" or options.chunks > 1 or SHAPES[options.shape].every_block:
+    if options.tap == "pos1" or options.chunks > 1 or SHAPES[options.shape].every_block:
         return ("attn",)
     return ("attn", "moe_router", "moe_preprocess")
 

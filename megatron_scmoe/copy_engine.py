@@ -18,6 +18,7 @@ are enqueued in turns, so that a full ring never waits for a receive that is enq
 """
 
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ MIN_BLOCK_BYTES = 2**20
 _LINE = 64
 """Bytes between two counters: a cache line each."""
 
+_COUNTER = 0xFFFFFFFF
+"""Counters are 32 bits wide."""
+
 _ALIGNMENT = 512
 """Of slots, in bytes."""
 
@@ -84,36 +88,38 @@ class CopyEngineError(ScMoEConfigError):
 
 @dataclass(frozen=True)
 class Block:
-    """A part of what one rank sends another, in bytes of the sent or received tensor."""
+    """Successive rows of what one rank sends another."""
 
     peer: int
     begin: int
-    size: int
+    rows: int
 
 
-def plan(splits: list[int], row_bytes: int, skip: int, slot_bytes: int) -> list[list[Block]]:
+def plan(splits: list[int], rank: int, least: int, most: int, step: int) -> list[list[Block]]:
     """The blocks of an exchange in turns: first one block of every peer, then the next of each.
 
-    How the rows between two ranks are cut depends on their number alone, which both know.
+    How the rows between two ranks are cut depends on their number alone, which both know. Every rank
+    sends to the one after it first and receives from the one before it first, so that in each part of
+    a turn every rank receives from one other.
 
     Args:
         splits: rows for (or of) each rank, in the order of the ranks.
-        row_bytes: bytes of a row.
-        skip: the own rank, whose rows stay here.
-        slot_bytes: bytes of a block at most.
+        rank: the own, whose rows stay here.
+        least: rows of a block, unless fewer are left.
+        most: rows of a block at most.
+        step: from one peer to the next: 1 to send, -1 to receive.
     """
-    each = max(1, BLOCKS // (len(splits) - 1))
+    peers = [(rank + step * distance) % len(splits) for distance in range(1, len(splits))]
+    begins = list(itertools.accumulate(splits, initial=0))
+    each = max(1, BLOCKS // len(peers))
     turns: list[list[Block]] = []
-    begin = 0
-    for peer, rows in enumerate(splits):
-        size = rows * row_bytes
-        if peer != skip:
-            most = min(slot_bytes, max(MIN_BLOCK_BYTES, -(-size // each)))
-            for turn, offset in enumerate(range(0, size, most)):
-                if turn == len(turns):
-                    turns.append([])
-                turns[turn].append(Block(peer, begin + offset, min(most, size - offset)))
-        begin += size
+    for peer in peers:
+        rows = min(most, max(least, -(-splits[peer] // each)))
+        for turn, offset in enumerate(range(0, splits[peer], rows)):
+            if turn == len(turns):
+                turns.append([])
+            block = Block(peer, begins[peer] + offset, min(rows, splits[peer] - offset))
+            turns[turn].append(block)
     return turns
 
 
@@ -155,6 +161,7 @@ class CopyEngines:
         else:
             self._counters = self._share(2 * pairs * _LINE)
             self._rings = self._share_device_memory(ring)
+        self._freed = [self._watch((self.rank, peer)) for peer in range(self.size)]
 
     def exchange(
         self,
@@ -166,7 +173,8 @@ class CopyEngines:
 
         Args:
             pairs: of a tensor to send, [sum(input_splits), ...], and one to fill,
-                [sum(output_splits), ...]; both contiguous and of the same dtype.
+                [sum(output_splits), ...]; both contiguous and of the same dtype. A block holds
+                the same rows of all of them.
             input_splits: rows to each rank.
             output_splits: rows from each rank.
 
@@ -176,51 +184,70 @@ class CopyEngines:
         current = torch.cuda.current_stream()
         self._send_stream.wait_stream(current)
         self._receive_stream.wait_stream(current)
-        for source, output in pairs:
-            row = source.element_size() * prod(source.shape[1:])
-            self._exchange(source.data_ptr(), output.data_ptr(), row, input_splits, output_splits)
-        return self._send_stream.record_event(), self._receive_stream.record_event()
-
-    def _exchange(self, source: int, output: int, row: int, sent: list[int], received: list[int]):
-        stays = sent[self.rank] * row
-        if stays:
-            begin, end = sum(sent[: self.rank]) * row, sum(received[: self.rank]) * row
-            _call(driver.cuMemcpyAsync(output + end, source + begin, stays, self._receive))
-        sends = plan(sent, row, self.rank, self.slot_bytes)
-        receives = plan(received, row, self.rank, self.slot_bytes)
+        widths = [source.element_size() * prod(source.shape[1:]) for source, _ in pairs]
+        sources, outputs = (
+            [(pair[side].data_ptr(), width) for pair, width in zip(pairs, widths, strict=True)]
+            for side in (0, 1)
+        )
+        self._keep(sources, outputs, input_splits, output_splits)
+        least = max(1, MIN_BLOCK_BYTES // sum(widths))
+        most = (self.slot_bytes - len(pairs) * _ALIGNMENT) // sum(widths)
+        sends = plan(input_splits, self.rank, least, most, step=1)
+        receives = plan(output_splits, self.rank, least, most, step=-1)
         for turn in range(max(len(sends), len(receives))):
             for block in sends[turn] if turn < len(sends) else ():
-                self._send_block(source, block)
+                self._send_block(sources, block)
             for block in receives[turn] if turn < len(receives) else ():
-                self._receive_block(output, block)
+                self._receive_block(outputs, block)
+        return self._send_stream.record_event(), self._receive_stream.record_event()
 
-    def _send_block(self, data: int, block: Block) -> None:
+    def _keep(self, sources, outputs, sent: list[int], received: list[int]) -> None:
+        """Copy the rows that stay on this rank."""
+        rows = sent[self.rank]
+        if rows:
+            begin, end = sum(sent[: self.rank]), sum(received[: self.rank])
+            for (source, width), (output, _) in zip(sources, outputs, strict=True):
+                _copy(output + end * width, source + begin * width, rows * width, self._receive)
+
+    def _send_block(self, sources: list[tuple[int, int]], block: Block) -> None:
         count, pair = self._produced[block.peer], (self.rank, block.peer)
         self._produced[block.peer] += 1
-        if count >= SLOTS:
+        if not _reached(self._freed[block.peer].value, count - SLOTS + 1):
             self._wait(self._send, self._counter(pair, consumed=True), count - SLOTS + 1)
-        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
-        _call(driver.cuMemcpyAsync(slot, data + block.begin, block.size, self._send))
+        for slot, source, size in self._parts(pair, count, sources, block):
+            _copy(slot, source, size, self._send)
         self._write(self._send, self._counter(pair, consumed=False), count + 1)
 
-    def _receive_block(self, data: int, block: Block) -> None:
+    def _receive_block(self, outputs: list[tuple[int, int]], block: Block) -> None:
         count, pair = self._consumed[block.peer], (block.peer, self.rank)
         self._consumed[block.peer] += 1
         self._wait(self._receive, self._counter(pair, consumed=False), count + 1)
-        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
-        _call(driver.cuMemcpyAsync(data + block.begin, slot, block.size, self._receive))
+        for slot, output, size in self._parts(pair, count, outputs, block):
+            _copy(output, slot, size, self._receive)
         self._write(self._receive, self._counter(pair, consumed=True), count + 1)
+
+    def _parts(self, pair, count: int, tensors: list[tuple[int, int]], block: Block):
+        """Of each tensor: where the block lies in its slot and in the tensor, and its bytes."""
+        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
+        for data, width in tensors:
+            size = block.rows * width
+            yield slot, data + block.begin * width, size
+            slot += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def _counter(self, pair: tuple[int, int], consumed: bool) -> int:
         source, target = pair
         return self._counters + (2 * (source * self.size + target) + consumed) * _LINE
 
+    def _watch(self, pair: tuple[int, int]) -> ctypes.c_uint32:
+        """What the host sees of a pair's ``consumed``: most slots are free already when asked for."""
+        offset = self._counter(pair, consumed=True) - self._counters
+        return ctypes.c_uint32.from_address(self._memory.data_ptr() + offset)
+
     def _wait(self, stream, address: int, value: int) -> None:
-        # Counters are 32 bits wide and compared cyclically.
-        _call(driver.cuStreamWaitValue32(stream, address, value & 0xFFFFFFFF, _AT_LEAST))
+        _call(driver.cuStreamWaitValue32(stream, address, value & _COUNTER, _AT_LEAST))
 
     def _write(self, stream, address: int, value: int) -> None:
-        _call(driver.cuStreamWriteValue32(stream, address, value & 0xFFFFFFFF, 0))
+        _call(driver.cuStreamWriteValue32(stream, address, value & _COUNTER, 0))
 
     def _gather(self, value) -> list:
         """The value of every rank."""
@@ -337,6 +364,15 @@ def _call(result: tuple):
     if result[0] != _SUCCESS:
         raise RuntimeError(f"copy engines: the CUDA driver returned {result[0].name}")
     return result[1] if len(result) > 1 else None
+
+
+def _reached(counter: int, value: int) -> bool:
+    """Whether a counter is at ``value`` or past it, cyclically, as the GPU's front end compares."""
+    return (counter - value) & _COUNTER <= _COUNTER >> 1
+
+
+def _copy(target: int, source: int, size: int, stream) -> None:
+    _call(driver.cuMemcpyAsync(target, source, size, stream))
 
 
 def _open(handle: bytes) -> int:

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.exchange import AllToAll, Flight, Landed, OnLaunchStream
+from megatron_scmoe.exchange import AllToAll, Flight, Landed, OnLaunchStream, launch_stream
 
 
 class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -59,12 +59,15 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         ]
         return [*tokens, *(getattr(self, name) for name in self._captured)]
 
-    def resume_permutation(self, captured: list[Tensor], shape: torch.Size) -> Flight | Landed:
+    def resume_permutation(
+        self, captured: list[Tensor], shape: torch.Size, ready: torch.cuda.Event
+    ) -> Flight | Landed:
         """Continue after a replay, and start the copy of the split sizes.
 
         Args:
             captured: what the graph gave for what :meth:`capture_permutation` returned.
             shape: of the hidden states, [s, b, h].
+            ready: when that part of the graph is through.
         """
         tokens, probs, *state = captured
         for name, value in zip(self._captured, state, strict=True):
@@ -72,10 +75,11 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape = shape
         self.hidden_shape_before_permute = torch.Size((shape[0] * shape[1], shape[2]))
         self.cuda_dtoh_point = "before_permutation_1"
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
-            self.cuda_dtoh_point, self.tokens_per_expert
-        )
-        return self.prepare_dispatch(tokens, probs)
+        with launch_stream(ready):  # Megatron's copy waits for the stream it is issued on
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+                self.cuda_dtoh_point, self.tokens_per_expert
+            )
+        return self.prepare_dispatch(tokens, probs, ready)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in Megatron, whose dropless case takes it that every token has topk experts."""
@@ -85,16 +89,19 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert
 
-    def prepare_dispatch(self, tokens: Tensor, probs: Tensor) -> Flight | Landed:
+    def prepare_dispatch(
+        self, tokens: Tensor, probs: Tensor, ready: torch.cuda.Event | None = None
+    ) -> Flight | Landed:
         """Take the permuted tokens as they are now; the host need not know the split sizes yet.
 
         Args:
             tokens: [num_local_tokens * topk, h], sorted by expert.
             probs: [num_local_tokens * topk], fp32 unless the router's dtype says otherwise.
+            ready: when they are final, if not now.
         """
         if self.ep_size == 1:
             return Landed(*self.token_dispatch(tokens, probs))
-        return Flight(tokens, probs)
+        return Flight(tokens, probs, ready=ready)
 
     def launch_dispatch(self, flight: Flight | Landed) -> None:
         """Start sending the tokens to the ranks of their experts; the host waits for the sizes."""

@@ -38,6 +38,11 @@ def can_launch_late() -> bool:
     return not cpu.is_enabled() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
 
 
+def event_in_graph() -> torch.cuda.Event:
+    """An event that, recorded while a CUDA graph is captured, happens in the midst of each replay."""
+    return torch.cuda.Event(external=True)
+
+
 class Exchange(ABC):
     """An exchange and its reverse, each in two halves."""
 
@@ -63,17 +68,18 @@ class Flight:
 
     Args:
         tensors: what is to be exchanged; their values at this moment of the current stream count.
+        ready: when their values are final, if that is earlier: inside a CUDA graph.
     """
 
-    def __init__(self, *tensors: Tensor):
+    def __init__(self, *tensors: Tensor, ready: torch.cuda.Event | None = None):
         self._exchange: Exchange | None = None
         self._departed = _Depart.apply(self, *tensors)
-        self._ready = torch.cuda.current_stream().record_event()
+        self._ready = ready or torch.cuda.current_stream().record_event()
 
     def launch(self, exchange: Exchange) -> None:
         """Start ``exchange`` as soon as the tensors are ready."""
         self._exchange = exchange
-        with _launch_stream(self._ready):
+        with launch_stream(self._ready):
             exchange.launch([tensor.detach() for tensor in self._departed])
         self._ready = None
 
@@ -97,7 +103,7 @@ class Landed:
 _stream: torch.cuda.Stream | None = None
 
 
-def _launch_stream(ready: torch.cuda.Event):
+def launch_stream(ready: torch.cuda.Event):
     """The one stream that exchanges are launched from, once ``ready`` has happened."""
     global _stream
     if _stream is None:
@@ -130,7 +136,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         ready = torch.cuda.current_stream().record_event()
-        with _launch_stream(ready):
+        with launch_stream(ready):
             return None, *ctx.flight._exchange.launch_backward(grads)
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_scmoe.exchange import Flight, Landed
+from megatron_scmoe.exchange import Flight, Landed, event_in_graph
 from megatron_scmoe.router import ZeroExpertOutput
 from megatron_scmoe.schedule import Action, Boundary, Schedule, Step
 
@@ -63,6 +63,7 @@ class RoutedPath:
         self._unflatten: Callable | None = None
         self._pass: _Pass | None = None
         self._resumed: _Chunk | None = None
+        self._captured: torch.cuda.Event | None = None
         self._steps = {
             Step.PERMUTE: self._permute,
             Step.LAUNCH_DISPATCH: self._launch_dispatch,
@@ -144,7 +145,10 @@ class RoutedPath:
         """
         tap, _ = self.prepare(tap, _NO_BATCH)
         probs, routing_map, _ = self._moe.route(tap)
-        return self._moe.token_dispatcher.capture_permutation(tap, probs, routing_map)
+        captured = self._moe.token_dispatcher.capture_permutation(tap, probs, routing_map)
+        self._captured = self._captured or event_in_graph()
+        self._captured.record()
+        return captured
 
     def resume(self, tap: Tensor, captured: list[Tensor], batch: Mapping[str, Any]) -> None:
         """Continue after a replay of what :meth:`capture` captured: these steps are taken.
@@ -162,8 +166,11 @@ class RoutedPath:
                 "--cuda-graph-modules moe_router with a padding mask: the captured router reads none; "
                 "accepted: attn"
             )
-        dispatcher = self._moe.token_dispatcher
-        self._resumed = _Chunk(flight=dispatcher.resume_permutation(captured, tap.shape))
+        ready = (
+            self._captured if self.schedule.overlap else torch.cuda.current_stream().record_event()
+        )
+        flight = self._moe.token_dispatcher.resume_permutation(captured, tap.shape, ready)
+        self._resumed = _Chunk(flight=flight)
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""

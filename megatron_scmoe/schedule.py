@@ -68,6 +68,7 @@ class Schedule:
     tap: Boundary
     slot: Boundary
     chunks: int
+    overlap: bool
     actions: dict[Boundary, tuple[Action, ...]]
 
     def at(self, boundary: Boundary) -> tuple[Action, ...]:
@@ -151,7 +152,7 @@ def build_schedule(
             add(launch, [Step.LAUNCH_DISPATCH])
         add(middle, [Step.WAIT_DISPATCH, Step.EXPERTS, Step.LAUNCH_COMBINE])
         add(last, [Step.WAIT_COMBINE, Step.UNPERMUTE])
-    return Schedule(first, middle, chunks, {b: tuple(a) for b, a in actions.items() if a})
+    return Schedule(first, middle, chunks, overlap, {b: tuple(a) for b, a in actions.items() if a})
 
 
 def idle_schedule(schedule: Schedule) -> Schedule:

@@ -70,9 +70,11 @@ class _CapturableLayer(TransformerLayer):
 class ScMoEDenseLayer(_CapturableLayer):
     """The first block of a pair: Attn_l and the dense MLP_l.
 
-    Its graph may hold the routing on Pos-2 as well, which follows attention directly: norm, gate and
-    encode (``--cuda-graph-modules attn moe_router moe_preprocess``). They are many small kernels, and
-    the dispatch waits for them.
+    Its graph may hold the routing as well, which lies directly after attention on Pos-2 and before it
+    on Pos-3: norm, gate and encode (``--cuda-graph-modules attn moe_router moe_preprocess``). They are
+    many small kernels, and the dispatch waits for them. On Pos-3 the graph announces that they are
+    through, so that forward's dispatch has attention beside it all the same; in backward attention,
+    in the same graph, waits for the dispatch's gradient.
 
     Args:
         scmoe: the configuration of ScMoE.
@@ -84,6 +86,7 @@ class ScMoEDenseLayer(_CapturableLayer):
         self.path = path
         self._batch: dict = {}
         self.captures_routing = CudaGraphModule.moe_router in (self.config.cuda_graph_modules or ())
+        self.taps_input = scmoe.tap == "pos3"
         self.taps_mlp_norm = scmoe.router_norm == "shared" and scmoe.tap == "pos2"
         if self.taps_mlp_norm:
             path.set_norm(lambda tap: tap)  # the tap given to it is this norm's output already
@@ -95,15 +98,22 @@ class ScMoEDenseLayer(_CapturableLayer):
         self._begin(hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _te_cuda_graph_capture(self, *args, **kwargs):
-        outputs = super()._te_cuda_graph_capture(*args, **kwargs)
-        return (*outputs, *self.path.capture(outputs[0])) if self.captures_routing else outputs
+    def _te_cuda_graph_capture(self, hidden_states: Tensor, *args, **kwargs):
+        routed = []
+        if self.captures_routing and self.taps_input:
+            routed = self.path.capture(hidden_states)
+        (attended,) = super()._te_cuda_graph_capture(hidden_states, *args, **kwargs)
+        if self.captures_routing and not self.taps_input:
+            routed = self.path.capture(attended)
+        return attended, *routed
 
     def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
-        self._begin(hidden_states, kwargs)
+        if not self.captures_routing:
+            self._begin(hidden_states, kwargs)
         attended, *routed = self._replay(hidden_states, *args, **kwargs)
-        if routed:
-            self.path.resume(attended, routed, kwargs)
+        if self.captures_routing:
+            self.path.resume(hidden_states if self.taps_input else attended, routed, kwargs)
+            self._begin(hidden_states, kwargs)
         return self._forward_mlp(attended), None
 
     def _get_submodules_under_cudagraphs(self):

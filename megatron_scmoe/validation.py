@@ -475,7 +475,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_captured_routing(scmoe: ScMoEConfig, view: _View) -> None:
     for wrong, given in (
-        (scmoe.tap != "pos2", f"--scmoe-tap {scmoe.tap}"),
+        (scmoe.tap == "pos1", f"--scmoe-tap {scmoe.tap}"),
         (scmoe.router_norm != "own", f"--scmoe-router-norm {scmoe.router_norm}"),
         (scmoe.chunks > 1, f"--scmoe-chunks {scmoe.chunks}"),
         (scmoe.zero_experts > 0, f"--scmoe-zero-experts {scmoe.zero_experts}"),
@@ -499,7 +499,7 @@ def _check_captured_routing(scmoe: ScMoEConfig, view: _View) -> None:
         if wrong:
             raise ScMoEConfigError(
                 f"--cuda-graph-modules moe_router with {given}",
-                "routing is captured where it follows attention directly, and as a whole",
+                "routing is captured with the attention it lies beside, and as a whole",
                 "attn",
             )
 

@@ -20,6 +20,7 @@ CASES = (
     ("pos2", ["attn"]),
     ("pos3", ["attn"]),
     ("pos2", ["attn", "moe_router", "moe_preprocess"]),
+    ("pos3", ["attn", "moe_router", "moe_preprocess"]),
 )
 
 

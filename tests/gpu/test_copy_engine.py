@@ -8,16 +8,28 @@ import torch
 from megatron_scmoe import copy_engine
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.exchange import AllToAll, Flight
-from tests.gpu.test_gpu import FLAGS, make_deterministic, pytestmark, requires_multi_gpu, train  # noqa: F401
+from tests.gpu.test_gpu import (
+    FLAGS,
+    GPUS,
+    make_deterministic,
+    pytestmark,  # noqa: F401  (skips this module too)
+    requires_multi_gpu,
+    train,
+)
 from tests.harness import run_distributed, run_pretrain
 
 EXCHANGES = ("copy-host", "copy-peer")
+RANKS = min(GPUS, 4)
+CAPTURED_ROUTING = [
+    *("--cuda-graph-impl", "transformer_engine"),
+    *("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
+]
 
 
 @requires_multi_gpu
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
 def test_copies_equal_nccl_and_train_bit_identically():
-    for found in run_distributed(_compare, 2, backend="nccl"):
+    for found in run_distributed(_compare, RANKS, backend="nccl"):
         assert found["exchanges"] == []
         reference = found["trained"].pop("collective")
         assert len(set(reference)) == len(reference)
@@ -27,13 +39,13 @@ def test_copies_equal_nccl_and_train_bit_identically():
 
 @requires_multi_gpu
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
-def test_pretraining_by_copy_engines():
+@pytest.mark.parametrize("tap", ["pos2", "pos3"])
+def test_pretraining_by_copy_engines_with_captured_routing(tap):
     flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10"]
-    nccl, copies = (
-        run_pretrain([*flags, "--scmoe-exchange", name], 2) for name in ("collective", "copy-peer")
-    )
+    flags += ["--te-rng-tracker", "--scmoe-tap", tap]
+    copies = run_pretrain([*flags, *CAPTURED_ROUTING, "--scmoe-exchange", "copy-peer"], 2)
     assert copies.status == 0, copies.output[-2000:]
-    assert copies.losses == nccl.losses
+    assert copies.losses == run_pretrain(flags, 2).losses
 
 
 def _compare() -> dict:

@@ -155,7 +155,12 @@ def test_overlap_on_and_off_are_bit_identical():
 
 
 @pytest.mark.parametrize(
-    ("tap", "modules"), [("pos3", "attn"), ("pos2", "attn moe_router moe_preprocess")]
+    ("tap", "modules"),
+    [
+        ("pos1", "attn"),
+        ("pos2", "attn moe_router moe_preprocess"),
+        ("pos3", "attn moe_router moe_preprocess"),
+    ],
 )
 def test_captured_blocks_train_bit_identically(tap, modules):
     flags = [*FLAGS, "--scmoe-tap", tap, "--te-rng-tracker", "--train-iters", "10"]

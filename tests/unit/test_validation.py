@@ -119,8 +119,8 @@ REFUSED = [
         "accepted: attn",
     ),
     (
-        f"{GRAPHS} --scmoe-tap pos3",
-        "--cuda-graph-modules moe_router with --scmoe-tap pos3",
+        f"{GRAPHS} --scmoe-tap pos1",
+        "--cuda-graph-modules moe_router with --scmoe-tap pos1",
         "accepted: attn",
     ),
     (f"{GRAPHS} --moe-latent-size 64", "moe_router with --moe-latent-size 64", "accepted: attn"),

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,8 +86,7 @@ class CopyEngineError(ScMoEConfigError):
         super().__init__(f"--scmoe-exchange copy-{memory}", reason, "collective")
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Successive rows of what one rank sends another."""
 
     peer: int
@@ -105,22 +104,47 @@ def plan(splits: list[int], rank: int, least: int, most: int, step: int) -> list
     Args:
         splits: rows for (or of) each rank, in the order of the ranks.
         rank: the own, whose rows stay here.
-        least: rows of a block, unless fewer are left.
+        least: rows of a block, unless there are fewer.
         most: rows of a block at most.
         step: from one peer to the next: 1 to send, -1 to receive.
     """
-    peers = [(rank + step * distance) % len(splits) for distance in range(1, len(splits))]
+    ranks = len(splits)
     begins = list(itertools.accumulate(splits, initial=0))
-    each = max(1, BLOCKS // len(peers))
+    each = max(1, BLOCKS // (ranks - 1))
     turns: list[list[Block]] = []
-    for peer in peers:
-        rows = min(most, max(least, -(-splits[peer] // each)))
-        for turn, offset in enumerate(range(0, splits[peer], rows)):
+    for distance in range(1, ranks):
+        peer = (rank + step * distance) % ranks
+        left, begin = splits[peer], begins[peer]
+        blocks = max(-(-left // most), min(each, left // least), 1)
+        rows = -(-left // blocks)
+        for turn in range(blocks if left else 0):
             if turn == len(turns):
                 turns.append([])
-            block = Block(peer, begins[peer] + offset, min(rows, splits[peer] - offset))
-            turns[turn].append(block)
+            turns[turn].append(Block(peer, begin, min(rows, left)))
+            begin += rows
+            left -= rows
+            if left <= 0:
+                break
     return turns
+
+
+@dataclass
+class Ring:
+    """The slots between two ranks, seen from one of them; all addresses are the GPU's."""
+
+    slots: list[int]
+    produced: int
+    consumed: int
+    seen: ctypes.c_uint32
+    """``consumed`` as the host reads it."""
+    blocks: int = 0
+    """How many were enqueued here."""
+
+    def next(self) -> tuple[int, int]:
+        """The slot of the next block, and how many there were with it."""
+        slot = self.slots[self.blocks % SLOTS]
+        self.blocks += 1
+        return slot, self.blocks
 
 
 class CopyEngines:
@@ -143,25 +167,34 @@ class CopyEngines:
         if hosts > 1:
             raise CopyEngineError(memory, f"the expert-parallel group spans {hosts} hosts")
         self.slot_bytes = RING_BYTES // SLOTS // self.size // _ALIGNMENT * _ALIGNMENT
-        self._produced = [0] * self.size  # blocks sent to each rank
-        self._consumed = [0] * self.size  # blocks received of each rank
         self._send_stream, self._receive_stream = torch.cuda.Stream(), torch.cuda.Stream()
         self._send = driver.CUstream(self._send_stream.cuda_stream)
         self._receive = driver.CUstream(self._receive_stream.cuda_stream)
-        ring = SLOTS * self.slot_bytes
-        pairs = self.size * self.size
+        size = SLOTS * self.slot_bytes
+        counters = 2 * self.size**2 * _LINE
         if memory == "host":
-            self._counters = self._share(2 * pairs * _LINE + pairs * ring)
-            rings = self._counters + 2 * pairs * _LINE
-            self._rings = {
-                (source, target): rings + (source * self.size + target) * ring
-                for source in range(self.size)
-                for target in range(self.size)
-            }
+            self._counters = self._share(counters + self.size**2 * size)
+            bases = [
+                self._counters + counters + rank * self.size * size for rank in range(self.size)
+            ]
         else:
-            self._counters = self._share(2 * pairs * _LINE)
-            self._rings = self._share_device_memory(ring)
-        self._freed = [self._watch((self.rank, peer)) for peer in range(self.size)]
+            self._counters = self._share(counters)
+            bases = self._share_device_memory(size * self.size)
+        # Of the memory at a receiver's base each sender has a part.
+        peers = range(self.size)
+        self._rings_out = [self._ring(self.rank, peer, bases[peer]) for peer in peers]
+        self._rings_in = [self._ring(peer, self.rank, bases[self.rank]) for peer in peers]
+
+    def _ring(self, source: int, target: int, base: int) -> Ring:
+        first = base + source * SLOTS * self.slot_bytes
+        produced = 2 * (source * self.size + target) * _LINE
+        consumed = produced + _LINE
+        return Ring(
+            [first + slot * self.slot_bytes for slot in range(SLOTS)],
+            self._counters + produced,
+            self._counters + consumed,
+            ctypes.c_uint32.from_address(self._memory.data_ptr() + consumed),
+        )
 
     def exchange(
         self,
@@ -185,19 +218,22 @@ class CopyEngines:
         self._send_stream.wait_stream(current)
         self._receive_stream.wait_stream(current)
         widths = [source.element_size() * prod(source.shape[1:]) for source, _ in pairs]
-        sources, outputs = (
-            [(pair[side].data_ptr(), width) for pair, width in zip(pairs, widths, strict=True)]
-            for side in (0, 1)
-        )
+        row = sum(widths)
+        most = (self.slot_bytes - len(pairs) * _ALIGNMENT) // row
+        if most < 1:
+            raise CopyEngineError(
+                self.memory, f"a row of {row} bytes exceeds a slot of {self.slot_bytes}"
+            )
+        sources = [(source.data_ptr(), width) for (source, _), width in zip(pairs, widths)]
+        outputs = [(output.data_ptr(), width) for (_, output), width in zip(pairs, widths)]
         self._keep(sources, outputs, input_splits, output_splits)
-        least = max(1, MIN_BLOCK_BYTES // sum(widths))
-        most = (self.slot_bytes - len(pairs) * _ALIGNMENT) // sum(widths)
+        least = max(1, MIN_BLOCK_BYTES // row)
         sends = plan(input_splits, self.rank, least, most, step=1)
         receives = plan(output_splits, self.rank, least, most, step=-1)
-        for turn in range(max(len(sends), len(receives))):
-            for block in sends[turn] if turn < len(sends) else ():
+        for to_send, to_receive in itertools.zip_longest(sends, receives, fillvalue=()):
+            for block in to_send:
                 self._send_block(sources, block)
-            for block in receives[turn] if turn < len(receives) else ():
+            for block in to_receive:
                 self._receive_block(outputs, block)
         return self._send_stream.record_event(), self._receive_stream.record_event()
 
@@ -210,44 +246,27 @@ class CopyEngines:
                 _copy(output + end * width, source + begin * width, rows * width, self._receive)
 
     def _send_block(self, sources: list[tuple[int, int]], block: Block) -> None:
-        count, pair = self._produced[block.peer], (self.rank, block.peer)
-        self._produced[block.peer] += 1
-        if not _reached(self._freed[block.peer].value, count - SLOTS + 1):
-            self._wait(self._send, self._counter(pair, consumed=True), count - SLOTS + 1)
-        for slot, source, size in self._parts(pair, count, sources, block):
-            _copy(slot, source, size, self._send)
-        self._write(self._send, self._counter(pair, consumed=False), count + 1)
+        peer, begin, rows = block
+        ring = self._rings_out[peer]
+        slot, count = ring.next()
+        if not _reached(ring.seen.value, count - SLOTS):  # most slots are free when asked for
+            _wait(self._send, ring.consumed, count - SLOTS)
+        for source, width in sources:
+            size = rows * width
+            _copy(slot, source + begin * width, size, self._send)
+            slot += _aligned(size)
+        _write(self._send, ring.produced, count)
 
     def _receive_block(self, outputs: list[tuple[int, int]], block: Block) -> None:
-        count, pair = self._consumed[block.peer], (block.peer, self.rank)
-        self._consumed[block.peer] += 1
-        self._wait(self._receive, self._counter(pair, consumed=False), count + 1)
-        for slot, output, size in self._parts(pair, count, outputs, block):
-            _copy(output, slot, size, self._receive)
-        self._write(self._receive, self._counter(pair, consumed=True), count + 1)
-
-    def _parts(self, pair, count: int, tensors: list[tuple[int, int]], block: Block):
-        """Of each tensor: where the block lies in its slot and in the tensor, and its bytes."""
-        slot = self._rings[pair] + count % SLOTS * self.slot_bytes
-        for data, width in tensors:
-            size = block.rows * width
-            yield slot, data + block.begin * width, size
-            slot += -(-size // _ALIGNMENT) * _ALIGNMENT
-
-    def _counter(self, pair: tuple[int, int], consumed: bool) -> int:
-        source, target = pair
-        return self._counters + (2 * (source * self.size + target) + consumed) * _LINE
-
-    def _watch(self, pair: tuple[int, int]) -> ctypes.c_uint32:
-        """What the host sees of a pair's ``consumed``: most slots are free already when asked for."""
-        offset = self._counter(pair, consumed=True) - self._counters
-        return ctypes.c_uint32.from_address(self._memory.data_ptr() + offset)
-
-    def _wait(self, stream, address: int, value: int) -> None:
-        _call(driver.cuStreamWaitValue32(stream, address, value & _COUNTER, _AT_LEAST))
-
-    def _write(self, stream, address: int, value: int) -> None:
-        _call(driver.cuStreamWriteValue32(stream, address, value & _COUNTER, 0))
+        peer, begin, rows = block
+        ring = self._rings_in[peer]
+        slot, count = ring.next()
+        _wait(self._receive, ring.produced, count)
+        for output, width in outputs:
+            size = rows * width
+            _copy(output + begin * width, slot, size, self._receive)
+            slot += _aligned(size)
+        _write(self._receive, ring.consumed, count)
 
     def _gather(self, value) -> list:
         """The value of every rank."""
@@ -287,22 +306,17 @@ class CopyEngines:
         _call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
         return int(_call(driver.cuMemHostGetDevicePointer(address, 0)))
 
-    def _share_device_memory(self, ring: int) -> dict[tuple[int, int], int]:
-        """Rings in each receiver's memory, opened by all senders."""
-        own = self._together(lambda: _call(driver.cuMemAlloc(ring * self.size)))
+    def _share_device_memory(self, size: int) -> list[int]:
+        """Memory of every rank, ``size`` bytes each, as addresses on this one."""
+        own = self._together(lambda: _call(driver.cuMemAlloc(size)))
         handle = self._together(lambda: _call(driver.cuIpcGetMemHandle(own)))
         handles = self._gather(ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
-        bases = self._together(
+        return self._together(
             lambda: [
                 int(own) if target == self.rank else _open(handle)
                 for target, handle in enumerate(handles)
             ]
         )
-        return {
-            (source, target): base + source * ring
-            for target, base in enumerate(bases)
-            for source in range(self.size)
-        }
 
 
 class CopyEngineAllToAll(AllToAll):
@@ -373,6 +387,18 @@ def _reached(counter: int, value: int) -> bool:
 
 def _copy(target: int, source: int, size: int, stream) -> None:
     _call(driver.cuMemcpyAsync(target, source, size, stream))
+
+
+def _wait(stream, address: int, value: int) -> None:
+    _call(driver.cuStreamWaitValue32(stream, address, value & _COUNTER, _AT_LEAST))
+
+
+def _write(stream, address: int, value: int) -> None:
+    _call(driver.cuStreamWriteValue32(stream, address, value & _COUNTER, 0))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _open(handle: bytes) -> int:

@@ -1,6 +1,16 @@
-"""The memory that copy engines share between ranks. Pinning it and copying need GPUs (tests/gpu)."""
+"""Copy engines without GPUs: the memory that ranks share, and the exchanges through it.
 
+What a GPU's front end and copy engines do with a stream is done here by a thread: copies, waits for
+counters and writes of counters, in order. Blocks, rings and counters are the real ones, between
+processes. Pinning, and the driver itself, need GPUs (tests/gpu).
+"""
+
+import ctypes
+import random
+import threading
+import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -23,6 +33,14 @@ def test_what_fails_on_one_rank_is_said_by_all():
     assert "--scmoe-exchange copy-host: " in no_room[0] and "No space left" in no_room[0]
     assert "the driver refused" in not_pinned[0]
     assert left == ([], [])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("queues", ["a queue of each stream", "one queue for both"])
+def test_exchanges_move_every_row_to_its_place(ranks, queues):
+    """Streams may share a hardware queue, which works in order: that must not end in a deadlock."""
+    for found in run_distributed(_exchange, ranks, queues == "one queue for both"):
+        assert found == []
 
 
 class _Unpinned(copy_engine.CopyEngines):
@@ -67,3 +85,84 @@ def _fail() -> tuple[str, str, list[str]]:
 
 def _files() -> list[str]:
     return [path.name for path in Path("/dev/shm").glob("megatron_scmoe-*")]
+
+
+class _FrontEnd:
+    """The driver's calls that exchanges are made of."""
+
+    CUDA_SUCCESS = copy_engine.driver and copy_engine.driver.CUresult.CUDA_SUCCESS
+
+    def __init__(self, one_queue: bool):
+        self.one_queue, self.queues = one_queue, []
+
+    def CUstream(self, _) -> SimpleQueue:
+        if not (self.queues and self.one_queue):
+            self.queues.append(SimpleQueue())
+            threading.Thread(target=self._work, args=[self.queues[-1]], daemon=True).start()
+        return self.queues[-1]
+
+    def cuMemcpyAsync(self, target: int, source: int, size: int, queue: SimpleQueue):
+        queue.put(lambda: ctypes.memmove(target, source, size))
+        return (self.CUDA_SUCCESS,)
+
+    def cuStreamWaitValue32(self, queue: SimpleQueue, address: int, value: int, flags: int):
+        counter = ctypes.c_uint32.from_address(address)
+
+        def wait() -> None:
+            while (counter.value - value) % 2**32 >= 2**31:
+                time.sleep(0)
+
+        queue.put(wait)
+        return (self.CUDA_SUCCESS,)
+
+    def cuStreamWriteValue32(self, queue: SimpleQueue, address: int, value: int, flags: int):
+        queue.put(lambda: setattr(ctypes.c_uint32.from_address(address), "value", value))
+        return (self.CUDA_SUCCESS,)
+
+    def synchronize(self) -> None:
+        for queue in self.queues:
+            done = threading.Event()
+            queue.put(done.set)
+            assert done.wait(60), "a deadlock"
+
+    def _work(self, queue: SimpleQueue) -> None:
+        while True:
+            queue.get()()
+
+
+class _OnThreads(copy_engine.CopyEngines):
+    def _pin(self, address: int, size: int) -> int:
+        return address
+
+
+def _exchange(one_queue: bool) -> list[str]:
+    """What arrived wrongly: exchanges of many sizes, three at a time, through rings of few rows."""
+    group = torch.distributed.group.WORLD
+    rank, size = group.rank(), group.size()
+    copy_engine.driver = front_end = _FrontEnd(one_queue)
+    copy_engine.RING_BYTES, copy_engine.MIN_BLOCK_BYTES = 3 * size * 4096, 256
+    engines = _OnThreads(group, "host")
+    draw = random.Random(0)
+    wrong = []
+    for number in range(12):
+        kept = []
+        for _ in range(3):
+            rows = [[draw.choice([0, 1, 7, 90, 400]) for _ in range(size)] for _ in range(size)]
+            sent, received = rows[rank], [row[rank] for row in rows]
+            tokens = torch.randn(sum(sent), 24)
+            pairs = []
+            for source in (tokens, tokens[:, 0].contiguous()):
+                expected = source.new_empty(sum(received), *source.shape[1:])
+                torch.distributed.all_to_all_single(expected, source, received, sent)
+                pairs.append((source, torch.empty_like(expected), expected))
+            engines.exchange([pair[:2] for pair in pairs], sent, received)
+            kept.append(pairs)
+        front_end.synchronize()
+        wrong += [
+            f"exchange {number}: {tuple(output.shape)}"
+            for pairs in kept
+            for _, output, expected in pairs
+            if not torch.equal(output, expected)
+        ]
+    torch.distributed.barrier()
+    return wrong

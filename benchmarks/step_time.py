@@ -546,7 +546,7 @@ def parse_options() -> Namespace:
         "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
     )
     parser.add_argument("--cuda-graphs", action="store_true",
-        help="capture attention and routing, of stock also dense MLPs")  # fmt: skip
+        help="capture attention, routing and dense MLPs, as far as each system can")  # fmt: skip
     parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
@@ -582,7 +582,7 @@ def graph_modules(options: Namespace) -> tuple[str, ...]:
         return ()
     if options.tap == "pos1" or options.chunks > 1 or SHAPES[options.shape].every_block:
         return ("attn",)
-    return ("attn", "moe_router", "moe_preprocess")
+    return ("attn", "mlp", "moe_router", "moe_preprocess")
 
 
 def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = False) -> None:

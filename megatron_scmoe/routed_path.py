@@ -150,11 +150,11 @@ class RoutedPath:
         self._captured.record()
         return captured
 
-    def resume(self, tap: Tensor, captured: list[Tensor], batch: Mapping[str, Any]) -> None:
+    def resume(self, shape: torch.Size, captured: list[Tensor], batch: Mapping[str, Any]) -> None:
         """Continue after a replay of what :meth:`capture` captured: these steps are taken.
 
         Args:
-            tap: [s, b, h].
+            shape: of the tap, [s, b, h].
             captured: what the graph gave for what :meth:`capture` returned.
             batch: see :meth:`passed`.
 
@@ -169,7 +169,7 @@ class RoutedPath:
         ready = (
             self._captured if self.schedule.overlap else torch.cuda.current_stream().record_event()
         )
-        flight = self._moe.token_dispatcher.resume_permutation(captured, tap.shape, ready)
+        flight = self._moe.token_dispatcher.resume_permutation(captured, shape, ready)
         self._resumed = _Chunk(flight=flight)
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -20,10 +20,10 @@ from megatron_scmoe.schedule import Boundary
 
 
 class _CapturableLayer(TransformerLayer):
-    """What both blocks of a pair have in common: attention may be captured, MLPs are not.
+    """What both blocks of a pair have in common: attention may be captured.
 
-    Megatron would capture parts of the MLP with it, and for every block build and copy an attention
-    mask of [b, 1, s, s] that a causal attention never reads.
+    Megatron would capture parts of the MoE layer with it, and for every block build and copy an
+    attention mask of [b, 1, s, s] that a causal attention never reads.
     """
 
     _inputs: frozenset[str] = frozenset()
@@ -72,9 +72,9 @@ class ScMoEDenseLayer(_CapturableLayer):
 
     Its graph may hold the routing as well, which lies directly after attention on Pos-2 and before it
     on Pos-3: norm, gate and encode (``--cuda-graph-modules attn moe_router moe_preprocess``). They are
-    many small kernels, and the dispatch waits for them. On Pos-3 the graph announces that they are
-    through, so that forward's dispatch has attention beside it all the same; in backward attention,
-    in the same graph, waits for the dispatch's gradient.
+    many small kernels, and the dispatch waits for them. With ``mlp`` the graph holds the whole block.
+    In forward the graph announces that the routing is through, so that the dispatch has the rest of
+    the graph beside it all the same; in backward the graph waits for the dispatch's gradient.
 
     Args:
         scmoe: the configuration of ScMoE.
@@ -86,6 +86,7 @@ class ScMoEDenseLayer(_CapturableLayer):
         self.path = path
         self._batch: dict = {}
         self.captures_routing = CudaGraphModule.moe_router in (self.config.cuda_graph_modules or ())
+        self.captures_mlp = CudaGraphModule.mlp in (self.config.cuda_graph_modules or ())
         self.taps_input = scmoe.tap == "pos3"
         self.taps_mlp_norm = scmoe.router_norm == "shared" and scmoe.tap == "pos2"
         if self.taps_mlp_norm:
@@ -105,20 +106,27 @@ class ScMoEDenseLayer(_CapturableLayer):
         (attended,) = super()._te_cuda_graph_capture(hidden_states, *args, **kwargs)
         if self.captures_routing and not self.taps_input:
             routed = self.path.capture(attended)
-        return attended, *routed
+        output = super()._forward_mlp(attended) if self.captures_mlp else attended
+        return output, *routed
 
     def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
         if not self.captures_routing:
             self._begin(hidden_states, kwargs)
-        attended, *routed = self._replay(hidden_states, *args, **kwargs)
-        if self.captures_routing:
-            self.path.resume(hidden_states if self.taps_input else attended, routed, kwargs)
-            self._begin(hidden_states, kwargs)
-        return self._forward_mlp(attended), None
+            (attended,) = self._replay(hidden_states, *args, **kwargs)
+            return self._forward_mlp(attended), None
+        output, *routed = self._replay(hidden_states, *args, **kwargs)
+        self.path.resume(hidden_states.shape, routed, kwargs)
+        self._begin(hidden_states, kwargs)
+        if not self.captures_mlp:
+            return self._forward_mlp(output), None
+        for boundary in (Boundary.AFTER_ATTENTION, Boundary.AFTER_MLP):
+            self.path.passed(boundary, output, kwargs)
+        return output, None
 
     def _get_submodules_under_cudagraphs(self):
         routing = self.path.routing_modules() if self.captures_routing else []
-        return super()._get_submodules_under_cudagraphs() + routing
+        mlp = [self.pre_mlp_layernorm, self.mlp] if self.captures_mlp else []
+        return super()._get_submodules_under_cudagraphs() + routing + mlp
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         """Those of this block; while it is captured also those of the routing in its graph."""

@@ -430,12 +430,12 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
         )
     given = view.cuda_graph_modules or view.cuda_graph_scope_deprecated or []
     modules = [getattr(module, "name", module) for module in _as_list(given)]
-    routing = {"moe_router", "moe_preprocess"}
-    if "attn" not in modules or set(modules) - {"attn"} not in (set(), routing):
+    routing = {"attn", "moe_router", "moe_preprocess"}
+    if set(modules) not in ({"attn"}, routing, routing | {"mlp"}):
         raise ScMoEConfigError(
             f"--cuda-graph-modules {' '.join(modules) or '(none, which is all)'}",
-            "dense MLPs and experts lie between boundaries of the routed path",
-            "attn, or attn moe_router moe_preprocess",
+            "parts of a block alone lie between boundaries of the routed path",
+            "attn, attn moe_router moe_preprocess, or attn mlp moe_router moe_preprocess",
         )
     if len(modules) > 1:
         _check_captured_routing(scmoe, view)

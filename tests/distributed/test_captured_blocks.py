@@ -21,6 +21,8 @@ CASES = (
     ("pos3", ["attn"]),
     ("pos2", ["attn", "moe_router", "moe_preprocess"]),
     ("pos3", ["attn", "moe_router", "moe_preprocess"]),
+    ("pos2", ["attn", "mlp", "moe_router", "moe_preprocess"]),
+    ("pos3", ["attn", "mlp", "moe_router", "moe_preprocess"]),
 )
 
 
@@ -67,6 +69,7 @@ def _capture(model, modules: list[str]) -> None:
             module.cuda_graphs = []
     for layer in _ours(model):
         layer.captures_routing = "moe_router" in modules
+        layer.captures_mlp = "mlp" in modules
         layer.cuda_graphs = ["one"]
         layer._replay = layer._te_cuda_graph_capture
 

@@ -22,7 +22,7 @@ EXCHANGES = ("copy-host", "copy-peer")
 RANKS = min(GPUS, 4)
 CAPTURED_ROUTING = [
     *("--cuda-graph-impl", "transformer_engine"),
-    *("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
+    *("--cuda-graph-modules", "attn", "mlp", "moe_router", "moe_preprocess"),
 ]
 
 

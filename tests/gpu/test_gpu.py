@@ -159,7 +159,8 @@ def test_overlap_on_and_off_are_bit_identical():
     [
         ("pos1", "attn"),
         ("pos2", "attn moe_router moe_preprocess"),
-        ("pos3", "attn moe_router moe_preprocess"),
+        ("pos2", "attn mlp moe_router moe_preprocess"),
+        ("pos3", "attn mlp moe_router moe_preprocess"),
     ],
 )
 def test_captured_blocks_train_bit_identically(tap, modules):

@@ -545,8 +545,9 @@ def parse_options() -> Namespace:
     parser.add_argument(
         "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
     )
-    parser.add_argument("--cuda-graphs", action="store_true",
-        help="capture attention, routing and dense MLPs, as far as each system can")  # fmt: skip
+    parser.add_argument("--cuda-graphs", nargs="*", metavar="MODULE",
+        help="capture MODULEs of scmoe, as --cuda-graph-modules names them (default: all it can), and "
+        "of stock all it can")  # fmt: skip
     parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
@@ -564,9 +565,9 @@ def parse_options() -> Namespace:
         parser.error("--systems top2-1f1b: Megatron's 1F1B overlap wants a GPU; leave it out")
     if options.trace and "scmoe" not in options.systems:
         parser.error("--trace: it traces a step of scmoe; accepted: --systems with scmoe")
-    if options.cuda_graphs and ON_CPU:
+    if options.cuda_graphs is not None and ON_CPU:
         parser.error("--cuda-graphs: there is no GPU; leave it out")
-    if options.cuda_graphs and options.train_rounds:
+    if options.cuda_graphs is not None and options.train_rounds:
         parser.error("--train-rounds with --cuda-graphs: the optimizer moves captured weights")
     if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
         parser.error("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU all "
@@ -577,9 +578,11 @@ def parse_options() -> Namespace:
 
 
 def graph_modules(options: Namespace) -> tuple[str, ...]:
-    """What ScMoE can capture (see validation.py): the routing too if it lies beside attention."""
-    if not options.cuda_graphs:
+    """What is captured of ScMoE; by default all it can be (see validation.py)."""
+    if options.cuda_graphs is None:
         return ()
+    if options.cuda_graphs:
+        return tuple(options.cuda_graphs)
     if options.tap == "pos1" or options.chunks > 1 or SHAPES[options.shape].every_block:
         return ("attn",)
     return ("attn", "mlp", "moe_router", "moe_preprocess")
@@ -641,7 +644,7 @@ def main() -> None:
         chunks=options.chunks,
         exchange=options.exchange,
     )
-    initialise(options.ep_channels, options.ep_high_priority, options.cuda_graphs)
+    initialise(options.ep_channels, options.ep_high_priority, bool(shape.cuda_graphs))
     models = build_all(options.systems, shape, scmoe)
     times = None
     if "scmoe" in models:
@@ -663,7 +666,7 @@ def main() -> None:
             systems[name]["train_ms"] = took
     for name, row in systems.items():
         row |= rates(name, row, shape)
-        if options.cuda_graphs:
+        if shape.cuda_graphs:
             row["peak_memory_mb"] = None  # the graphs' memory was taken before
     result = {
         "shape": options.shape,

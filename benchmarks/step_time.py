@@ -9,7 +9,6 @@ forced to be balanced. The systems take turns, step by step, so that drift of th
 alike; medians over the rounds are reported.
 """
 
-import argparse
 import gc
 import json
 import logging
@@ -22,8 +21,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from megatron_scmoe import cpu
 
@@ -47,55 +47,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from megatron.training.training import num_floating_point_operations
+from options import parse
+from shapes import SCMOE, STOCK, Shape
 
 from megatron_scmoe import tuning
-from megatron_scmoe.config import Exchange, ScMoEConfig
+from megatron_scmoe.command_line import UsageError, run_tool, staged_outputs
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.copy_engine import exchange_for
 from megatron_scmoe.exchange import AllToAll
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.timeline import OperatorTimes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and a micro-batch. Sizes in elements, ``sequence`` and ``micro_batch`` per rank.
-
-    ``topk`` experts are routed to beside a shared expert of ``topk`` times their size, against
-    2 x ``topk`` experts without one: the same active parameters.
-    """
-
-    blocks: int
-    hidden: int
-    heads: int
-    ffn: int
-    expert_ffn: int
-    experts: int
-    topk: int
-    sequence: int
-    micro_batch: int
-    vocab: int = 32000
-    every_block: bool = False
-    query_groups: int | None = None
-    router_fusion: bool = False
-    cuda_graphs: tuple[str, ...] = ()
-
-
-SHAPES = {
-    "gpt2-small": Shape(12, 768, 12, 3072, 3072, 8, 1, 1024, 64),
-    "gpt2-medium": Shape(12, 1024, 16, 4096, 4096, 8, 1, 2048, 32),  # of 24 blocks
-    "gpt3-xl": Shape(8, 2048, 32, 8192, 8192, 8, 1, 2048, 16),  # of 24 blocks
-    "llama2": Shape(8, 2048, 16, 5632, 5632, 8, 1, 2048, 16, every_block=True, query_groups=4),
-    "fine": Shape(8, 2048, 16, 5632, 1408, 64, 4, 4096, 8),
-    "wide": Shape(12, 2048, 16, 5632, 5632, 8, 1, 4096, 4),
-    "cpu": Shape(4, 256, 4, 512, 512, 8, 1, 128, 8, vocab=512),
-}
-"""By name. The paper's models have their blocks cut, so that all systems fit on one GPU beside each
-other, and micro-batches large enough that kernels, not their launches, take the time."""
-
-STOCK = ("top2", "top1", "shared", "shared-overlap", "top2-1f1b")
-SCMOE = ("scmoe-serial", "scmoe", "floor")
-SYSTEMS = (*STOCK, *SCMOE)
+from megatron_scmoe.validation import ScMoEConfigError
 
 MICRO_BATCHES_1F1B = 8
 """Micro-batches in which top2-1f1b is timed: it overlaps one's forward with another's backward."""
@@ -339,7 +302,7 @@ def shuffled(models: dict, turn: int) -> list[tuple[str, GPTModel]]:
 
 
 def measure(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
-    """Medians in ms and peak memory in MiB by system; the systems take turns."""
+    """Medians and quartiles in ms and peak memory in MiB by system; the systems take turns."""
     batch = Batch.random(shape)
     times = {name: {"step_ms": [], "forward_ms": []} for name in models}
     peaks = {}
@@ -361,15 +324,26 @@ def measure(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
             if turn >= options.warmup:
                 for key, value in found.items():
                     times[name][key].append(value)
-    return {
-        name: {key: statistics.median(values) for key, values in found.items() if values}
-        | {"peak_memory_mb": peaks[name]}
-        for name, found in times.items()
+    return {name: summary(found) | {"peak_memory_mb": peaks[name]} for name, found in times.items()}
+
+
+def summary(times: dict[str, list[float]]) -> dict:
+    """The median of each list, and the quartiles, by key."""
+    measured = {key: values for key, values in times.items() if values}
+    return {key: statistics.median(values) for key, values in measured.items()} | {
+        "quartiles": {
+            key: statistics.quantiles(values, n=4, method="inclusive")[::2]
+            for key, values in measured.items()
+            if len(values) > 1
+        }
     }
 
 
 def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
-    """Median ms of a whole training iteration by system. The models are wrapped for good."""
+    """Median ms of a whole training iteration by system. The models are wrapped for good.
+
+    None of top2-1f1b: it overlaps several micro-batches.
+    """
     batch = Batch.random(shape)
     trainers: dict[int, Trainer] = {}
     times: dict[str, list[float]] = {}
@@ -383,10 +357,10 @@ def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) ->
             took = timed(partial(trainers[id(model)].iteration, batch))
             if turn >= options.warmup:
                 times.setdefault(name, []).append(took)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: {"train_ms": statistics.median(values)} for name, values in times.items()}
 
 
-def trace(path: str, run: Callable[[], None]) -> None:
+def trace(path: Path, run: Callable[[], None]) -> None:
     """Write a profiler trace of one warm run of the first rank."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not ON_CPU:
@@ -398,7 +372,7 @@ def trace(path: str, run: Callable[[], None]) -> None:
         run()
         torch.cuda.synchronize()
     if torch.distributed.get_rank() == 0:
-        profile.export_chrome_trace(path)
+        profile.export_chrome_trace(str(path))
 
 
 def timed(function: Callable[[], None]) -> float:
@@ -441,12 +415,21 @@ def flops(system: str, shape: Shape) -> float:
     return num_floating_point_operations(settings, shape.micro_batch)
 
 
+def measured_keys(systems: dict) -> list[str]:
+    """What was measured of any system."""
+    keys = ("step_ms", "forward_ms", "train_ms")
+    return [key for key in keys if any(key in row for row in systems.values())]
+
+
 def hidden_share(systems: dict, key: str) -> float | None:
-    """(serial - overlapped) / (serial - floor): 1 if all of the communication is hidden."""
-    if not {"scmoe", "scmoe-serial", "floor"} <= systems.keys():
+    """(serial - overlapped) / (serial - floor): 1 if all of the communication is hidden.
+
+    None if one of the three is missing, or if there is nothing to hide.
+    """
+    if not set(SCMOE) <= systems.keys():
         return None
     serial, overlapped, floor = (systems[n][key] for n in ("scmoe-serial", "scmoe", "floor"))
-    return (serial - overlapped) / (serial - floor)
+    return (serial - overlapped) / (serial - floor) if serial > floor else None
 
 
 def rates(name: str, row: dict, shape: Shape) -> dict:
@@ -463,12 +446,10 @@ def report(result: dict) -> str:
     """The table that is printed."""
     systems = result["systems"]
     base = systems.get("top2") or next(iter(systems.values()))
-    keys = [
-        k for k in ("step_ms", "forward_ms", "train_ms") if any(k in r for r in systems.values())
-    ]
+    keys = measured_keys(systems)
     titles = "".join(f"{key.replace('_', ' '):>12}{'over':>8}" for key in keys)
     lines = [
-        f"{result['shape']} on {result['world_size']} ranks, {result['link']}",
+        title(result),
         f"{'system':<16}{titles}{'peak MiB':>10}{'tokens/s':>11}{'TFLOP/s':>9}",
     ]
     for name, row in systems.items():
@@ -488,25 +469,35 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict, path: str) -> None:
-    """Step and forward time of each system as bars."""
+def title(result: dict) -> str:
+    """The shape, if it is cut also how much of the model it is, the ranks and the link."""
+    blocks, of_blocks = (result["sizes"].get(key) for key in ("blocks", "of_blocks"))
+    cut = f" ({blocks} of {of_blocks} blocks)" if of_blocks not in (None, blocks) else ""
+    return f"{result['shape']}{cut} on {result['world_size']} ranks, {result['link']}"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Each system's times as bars."""
     from matplotlib.figure import Figure
 
-    systems = result["systems"]
+    systems, keys = result["systems"], measured_keys(result["systems"])
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    places = range(len(systems))
-    for offset, key in ((-0.2, "step_ms"), (0.2, "forward_ms")):
+    width = 0.8 / len(keys)
+    for number, key in enumerate(keys):
+        rows = [(place, row[key]) for place, row in enumerate(systems.values()) if key in row]
+        places, heights = zip(*rows, strict=True)
         bars = axes.bar(
-            [place + offset for place in places],
-            [row.get(key, 0) for row in systems.values()],
-            width=0.38,
+            [place + (number - (len(keys) - 1) / 2) * width for place in places],
+            heights,
+            width=0.95 * width,
             label=key.removesuffix("_ms"),
         )
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(list(places), list(systems))
+    names = [name.replace("-", "\n", 1) for name in systems]
+    axes.set_xticks(range(len(systems)), names, fontsize=8)
     axes.set_ylabel("ms a micro-batch")
-    axes.set_title(f"{result['shape']}, {result['world_size']} ranks, {result['link']}")
+    axes.set_title(title(result))
     axes.legend()
     figure.savefig(path, dpi=130)
 
@@ -515,77 +506,12 @@ def link_name() -> str:
     """How the ranks are joined, by the environment."""
     if ON_CPU:
         return os.environ.get("SCMOE_LINK", "gloo on one host")
+    ranks, of_host = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks != of_host:
+        return f"{int(ranks) // int(of_host)} hosts"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
         return "socket" if os.environ.get("NCCL_SHM_DISABLE") == "1" else "host-staged"
     return "native"
-
-
-def parse_options() -> Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM",
-        help=f"of {', '.join(SYSTEMS)}; default: all (on the CPU all but top2-1f1b)")  # fmt: skip
-    parser.add_argument("--tap", choices=("pos1", "pos2", "pos3"), default="pos2")
-    parser.add_argument("--exchange", choices=get_args(Exchange), default="collective",
-        help="what carries the all-to-alls of ScMoE (default collective)")  # fmt: skip
-    parser.add_argument("--slot", help="expert slot, or auto: measured (default: the tap's)")
-    parser.add_argument(
-        "--chunks", type=int, default=1, metavar="N", help="token chunks (default 1)"
-    )
-    parser.add_argument(
-        "--ep-channels",
-        type=int,
-        metavar="N",
-        help="NCCL channels of the expert group at most (Megatron's communicator configuration)",
-    )
-    parser.add_argument(
-        "--ep-high-priority", action="store_true", help="stream of the expert group"
-    )
-    parser.add_argument(
-        "--router-fusion", action="store_true", help="--moe-router-fusion, all systems"
-    )
-    parser.add_argument("--cuda-graphs", nargs="*", metavar="MODULE",
-        help="capture MODULEs of scmoe, as --cuda-graph-modules names them (default: all it can), and "
-        "of stock all it can")  # fmt: skip
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="instead of the shape's")
-    parser.add_argument("--blocks", type=int, metavar="N", help="instead of the shape's")
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
-    parser.add_argument("--warmup", type=int, default=4, help="rounds before (default 4)")
-    parser.add_argument("--train-rounds", type=int, default=0, metavar="N",
-        help="measured whole training iterations, train_ms (default 0: left out)")  # fmt: skip
-    parser.add_argument("--operators", action="store_true", help="measure operator times and slots")
-    parser.add_argument("--trace", metavar="FILE", help="write a profiler trace of a scmoe step")
-    parser.add_argument("--json", metavar="FILE", help="write the result")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG)")
-    options = parser.parse_args()
-    if options.systems is None:
-        options.systems = [name for name in SYSTEMS if not (ON_CPU and name == "top2-1f1b")]
-    elif ON_CPU and "top2-1f1b" in options.systems:
-        parser.error("--systems top2-1f1b: Megatron's 1F1B overlap wants a GPU; leave it out")
-    if options.trace and "scmoe" not in options.systems:
-        parser.error("--trace: it traces a step of scmoe; accepted: --systems with scmoe")
-    if options.cuda_graphs is not None and ON_CPU:
-        parser.error("--cuda-graphs: there is no GPU; leave it out")
-    if options.cuda_graphs is not None and options.train_rounds:
-        parser.error("--train-rounds with --cuda-graphs: the optimizer moves captured weights")
-    if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
-        parser.error("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU all "
-            "the same; accepted: copy-host")  # fmt: skip
-    if options.slot not in (None, "auto"):
-        options.slot = int(options.slot)
-    return options
-
-
-def graph_modules(options: Namespace) -> tuple[str, ...]:
-    """What is captured of ScMoE; by default all it can be (see validation.py)."""
-    if options.cuda_graphs is None:
-        return ()
-    if options.cuda_graphs:
-        return tuple(options.cuda_graphs)
-    if options.tap == "pos1" or options.chunks > 1 or SHAPES[options.shape].every_block:
-        return ("attn",)
-    return ("attn", "mlp", "moe_router", "moe_preprocess")
 
 
 def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = False) -> None:
@@ -615,44 +541,88 @@ def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = F
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())
 
 
-def tune(model: GPTModel, shape: Shape, scmoe: ScMoEConfig) -> tuple[OperatorTimes, int]:
-    """Operator times, printed with the block time of every slot, and the fastest slot."""
+def tune(
+    model: GPTModel, shape: Shape, scmoe: ScMoEConfig
+) -> tuple[OperatorTimes, list[dict[str, float]]]:
+    """Operator times, and of every slot the block time as predicted and measured; both printed."""
     pair = tuning.find_pair([model])
     times, measured = tuning.measure(pair, scmoe, shape.micro_batch, shape.sequence)
-    slot = min(range(len(measured)), key=measured.__getitem__)
+    predicted = tuning.predict(scmoe, times)
     if torch.distributed.get_rank() == 0:
-        predicted = tuning.predict(scmoe, times)
+        slot = min(range(len(measured)), key=measured.__getitem__)
         print(tuning.describe(times, predicted, measured, slot, None), flush=True)
-    return times, slot
+    return times, [
+        {"predicted_ms": by_times, "measured_ms": found}
+        for by_times, found in zip(predicted, measured, strict=True)
+    ]
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Write a result whole or not at all."""
+    with staged_outputs("", [path]) as (staged,):
+        save(staged)
+
+
+def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
+    """What was measured, on what, how: everything a rerun needs."""
+    versions = ("torch", "megatron-core", "transformer-engine")
+    return {
+        "shape": options.shape,
+        "sizes": asdict(options.sizes),
+        "tap": scmoe.tap,
+        "slot": scmoe.expert_slot,
+        "chunks": scmoe.chunks,
+        "exchange": scmoe.exchange,
+        "ep_channels": options.ep_channels,
+        "ep_high_priority": options.ep_high_priority,
+        "rounds": options.rounds,
+        "warmup": options.warmup,
+        "train_rounds": options.train_rounds,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("NCCL_", "NVTE_", "CUDA_DEVICE_MAX"))
+        },
+        "versions": {name: installed_version(name) for name in versions},
+        "link": link_name(),
+        "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
+        "world_size": torch.distributed.get_world_size(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:
     """Build the systems, measure them in turn, report."""
-    options = parse_options()
-    shape = SHAPES[options.shape]
-    shape = replace(
-        shape,
-        micro_batch=options.micro_batch or shape.micro_batch,
-        blocks=options.blocks or shape.blocks,
-        router_fusion=options.router_fusion,
-        cuda_graphs=graph_modules(options),
-    )
+    options = parse(ON_CPU)
+    shape = options.sizes
     scmoe = ScMoEConfig(
-        tap="pos1" if shape.every_block else options.tap,
+        tap=options.tap,
         combine="add",
         expert_slot=options.slot,
         chunks=options.chunks,
         exchange=options.exchange,
     )
     initialise(options.ep_channels, options.ep_high_priority, bool(shape.cuda_graphs))
-    models = build_all(options.systems, shape, scmoe)
-    times = None
+    try:
+        models = build_all(options.systems, shape, scmoe)
+    except ScMoEConfigError as error:
+        raise UsageError(str(error)) from error
+    times = slots = None
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)
         if options.operators or options.slot == "auto":
-            times, slot = tune(models["scmoe"], shape, scmoe)
+            times, slots = tune(models["scmoe"], shape, scmoe)
             if options.slot == "auto":
-                scmoe = replace(scmoe, expert_slot=slot)
+                fastest = min(range(len(slots)), key=lambda slot: slots[slot]["measured_ms"])
+                scmoe = replace(scmoe, expert_slot=fastest)
     captures = capture(models, shape)  # after tuning, which runs operators one by one
     if options.trace:
         switch("scmoe", models["scmoe"], scmoe)
@@ -662,48 +632,30 @@ def main() -> None:
     gc.disable()  # as --manual-gc does: a collection on one rank keeps all waiting
     systems = measure(models, shape, scmoe, options)
     if options.train_rounds:
-        for name, took in measure_training(models, shape, scmoe, options).items():
-            systems[name]["train_ms"] = took
+        for name, found in measure_training(models, shape, scmoe, options).items():
+            systems[name] |= found
     for name, row in systems.items():
         row |= rates(name, row, shape)
-        if shape.cuda_graphs:
-            row["peak_memory_mb"] = None  # the graphs' memory was taken before
-    result = {
-        "shape": options.shape,
-        "sizes": asdict(shape),
-        "tap": scmoe.tap,
-        "slot": scmoe.expert_slot,
-        "chunks": scmoe.chunks,
-        "ep_channels": options.ep_channels,
-        "ep_high_priority": options.ep_high_priority,
-        "exchange": options.exchange,
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("NCCL_", "NVTE_", "CUDA_DEVICE_MAX"))
-        },
-        "link": link_name(),
-        "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
-        "world_size": torch.distributed.get_world_size(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
+        if shape.cuda_graphs or ON_CPU:
+            row["peak_memory_mb"] = None  # graphs took theirs before; a CPU tells none
+    result = describe_run(options, scmoe) | {
         "systems": systems,
         "operators": times and asdict(times),
+        "slots": slots,
         "hidden_share": {
-            "step": hidden_share(systems, "step_ms"),
-            "forward": hidden_share(systems, "forward_ms"),
+            key.removesuffix("_ms"): hidden_share(systems, key) for key in measured_keys(systems)
         },
     }
     if torch.distributed.get_rank() == 0:
         print(report(result), flush=True)
         if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+            write(options.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
         if options.plot:
-            plot(result, options.plot)
+            write(options.plot, partial(plot, result))
     for helper in captures:  # NCCL waits for graphs that hold its collectives
         helper.delete_cuda_graphs()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

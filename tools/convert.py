@@ -15,7 +15,9 @@ from argparse import ArgumentTypeError, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
 
-from corpus import OneLineParser, UsageError, quiet_imports, run_tool
+from corpus import quiet_imports
+
+from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,13 +33,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from corpus import OneLineParser, UsageError, run_tool, staged_outputs
 from matplotlib.figure import Figure
 from prepare_demo_data import DemoData, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -14,19 +14,16 @@ that pad Megatron's vocabulary.
 """
 
 import os
-import sys
-import time
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
-from corpus import OneLineParser, UsageError, quiet_imports, run_tool
+from corpus import quiet_imports
 
 from megatron_scmoe import cpu
+from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
 
 DEFAULT_HF_LENGTH = 1024
-LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
-        fail(in_words(error))
+        raise UsageError(in_words(error)) from error
     if is_first_rank():
         print(describe(report))
 
@@ -87,23 +84,33 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
     for name in ("sequence_length", "micro_batch", "limit", *layout):
         value = getattr(args, name)
         if value is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
     of_load = ("tokenizer_model", "ckpt_step", *layout)
     of_hf = ("trust_remote_code",)
     for name in of_load if args.hf else of_hf:
         if getattr(args, name) != parser.get_default(name):
-            fail(f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only")
+            raise UsageError(
+                f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only"
+            )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if args.hf and ranks > 1:
-        fail(f"--hf under torchrun with {ranks} ranks: transformers' model runs in one process")
+        raise UsageError(
+            f"--hf under torchrun with {ranks} ranks: transformers' model runs in one process"
+        )
     for path in (args.text, args.tokens):
         if path is not None and not path.is_file():
-            fail(f"{'--text' if args.text else '--tokens'} {path}: there is no such file")
+            raise UsageError(
+                f"{'--text' if args.text else '--tokens'} {path}: there is no such file"
+            )
     if args.logits_out is not None:
         if args.logits_out.exists() and not args.force:
-            fail(f"--logits-out {args.logits_out}: it exists; give another file or --force")
+            raise UsageError(
+                f"--logits-out {args.logits_out}: it exists; give another file or --force"
+            )
         if not args.logits_out.absolute().parent.is_dir():
-            fail(f"--logits-out {args.logits_out}: there is no folder {args.logits_out.parent}")
+            raise UsageError(
+                f"--logits-out {args.logits_out}: there is no folder {args.logits_out.parent}"
+            )
 
 
 def evaluate_checkpoint(args: Namespace):
@@ -116,7 +123,7 @@ def evaluate_checkpoint(args: Namespace):
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
     kind = checkpoint.args.tokenizer_type
     if args.text is not None and kind == loading.NULL_TOKENIZER and args.tokenizer_model is None:
-        fail(
+        raise UsageError(
             f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
             "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
         )
@@ -168,20 +175,24 @@ def read_sequences(args: Namespace, tokenize, length: int):
         try:
             ids = tokenize(args.text.read_bytes().decode("utf-8"))
         except UnicodeDecodeError as error:
-            fail(f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text")
+            raise UsageError(
+                f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
+            ) from error
     else:
         try:
             ids = np.load(args.tokens, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            fail(f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})")
+            raise UsageError(
+                f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})"
+            ) from error
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-            fail(
+            raise UsageError(
                 f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "
                 "are integers, [n] or [n, length]"
             )
     if ids.ndim == 2:
         if args.sequence_length not in (None, ids.shape[1]):
-            fail(
+            raise UsageError(
                 f"--sequence-length {args.sequence_length}: the rows of {args.tokens} have "
                 f"{ids.shape[1]} ids"
             )
@@ -189,7 +200,9 @@ def read_sequences(args: Namespace, tokenize, length: int):
     else:
         sequences = Sequences.from_stream(ids, length) if ids.size > 1 else None
     if sequences is None or ids.shape[-1] < 2 or not ids.size:
-        fail(f"{data_flag(args)}: it has fewer than two tokens in a sequence; there is no loss")
+        raise UsageError(
+            f"{data_flag(args)}: it has fewer than two tokens in a sequence; there is no loss"
+        )
     return sequences.first(args.limit) if args.limit else sequences
 
 
@@ -228,14 +241,6 @@ def describe(report) -> str:
 
 def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def fail(message: str) -> NoReturn:
-    """One line from the first rank; the launcher ends the others with it."""
-    if not is_first_rank():
-        time.sleep(LAST_WORD_S)
-        sys.exit(2)
-    raise UsageError(message)
 
 
 if __name__ == "__main__":

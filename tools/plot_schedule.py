@@ -12,9 +12,14 @@ beside it is printed.
 import argparse
 from pathlib import Path
 
-from corpus import OneLineParser, UsageError, refuse_overwrite, run_tool, staged_outputs
-
 from megatron_scmoe import schedule_plot
+from megatron_scmoe.command_line import (
+    OneLineParser,
+    UsageError,
+    refuse_overwrite,
+    run_tool,
+    staged_outputs,
+)
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
 from megatron_scmoe.schedule import TAP_BOUNDARY, build_schedule, num_slots
 from megatron_scmoe.schedule_plot import Panel, share_beside

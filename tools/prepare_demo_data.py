@@ -24,9 +24,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus import Document, OneLineParser, UsageError, read_documents, run_tool, staged_outputs
+from corpus import Document, read_documents
 from preprocess_data import dataset_files, dataset_prefix, load_tokenizer, preprocess
 from train_tokenizer import tokenizer_files, train_tokenizer
+
+from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 VOCAB_SIZE = 2048
 # One module in HELD_OUT_EVERY is kept from training. Of their text, validation reads the first

@@ -23,18 +23,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from corpus import (
-    Document,
+from corpus import Document, add_input_arguments, find_files, read_documents
+from tqdm import tqdm
+
+from megatron_scmoe.command_line import (
     OneLineParser,
     UsageError,
-    add_input_arguments,
-    find_files,
-    read_documents,
     refuse_overwrite,
     run_tool,
     staged_outputs,
 )
-from tqdm import tqdm
 
 # --tokenizer-type as Megatron names it -> the library Megatron's tokenizer is built on.
 TOKENIZER_LIBRARIES = {

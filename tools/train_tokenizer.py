@@ -23,18 +23,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from corpus import (
-    Document,
+from corpus import Document, add_input_arguments, find_files, read_documents
+from tqdm import tqdm
+
+from megatron_scmoe.command_line import (
     OneLineParser,
     UsageError,
-    add_input_arguments,
-    find_files,
-    read_documents,
     refuse_overwrite,
     run_tool,
     staged_outputs,
 )
-from tqdm import tqdm
 
 MODEL_TYPES = ("bpe", "unigram")
 SPECIAL_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_scmoe import evaluation
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.command_line import UsageError
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -362,7 +363,7 @@ def test_exported_folder_has_the_loss_of_its_checkpoint(data, trained, alone, tm
 
 
 def refusal(*flags) -> str:
-    with pytest.raises(tool("corpus").UsageError) as refused:
+    with pytest.raises(UsageError) as refused:
         run_tool("evaluate", *flags)
     assert "\n" not in str(refused.value)
     return str(refused.value)

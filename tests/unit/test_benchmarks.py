@@ -1,5 +1,6 @@
 """The benchmarks run: a small round, its JSON, what it would be on more GPUs, and bad input."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_scmoe.command_line import UsageError
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ["top2", "shared", "scmoe-serial", "scmoe", "floor"]
@@ -45,11 +48,14 @@ def test_the_result_holds_every_system_and_what_it_was_measured_on(result):
     assert found["world_size"] == 2
     assert found["sizes"]["blocks"] == 2
     assert found["slot"] in range(4)
-    assert set(found["hidden_share"]) == {"step", "forward"}
+    assert set(found["hidden_share"]) == {"step", "forward", "train"}
     serial, overlapped, floor = (
         found["systems"][n]["step_ms"] for n in ("scmoe-serial", "scmoe", "floor")
     )
-    assert found["hidden_share"]["step"] == (serial - overlapped) / (serial - floor)
+    expected = (serial - overlapped) / (serial - floor) if serial > floor else None
+    assert found["hidden_share"]["step"] == expected
+    assert [set(slot) for slot in found["slots"]] == [{"predicted_ms", "measured_ms"}] * 4
+    assert found["slot"] == min(range(4), key=lambda n: found["slots"][n]["measured_ms"])
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,6 +82,54 @@ def extrapolate(path: Path, *words: str) -> dict[str, list[str]]:
     run = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-2000:]
     return {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines()[2:]}
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("--shape wide --slot 4", "--slot 4: with --tap pos2 accepted are 0 to 3 and auto"),
+        ("--shape wide --slot last", "--slot: last: accepted are numbers and auto"),
+        ("--shape wide --rounds 0", "--rounds: 0 is not a whole number above 0"),
+        ("--shape wide --blocks 3", "--blocks 3: ScMoE pairs blocks; accepted: even numbers"),
+        ("--shape llama2 --tap pos2", "--tap pos2: llama2 has MoE in every block; accepted: pos1"),
+        ("--shape wide --systems top2 --chunks 2", "--chunks: accepted with a system of scmoe"),
+        ("--shape wide --systems floor --operators", "accepted: --systems with scmoe"),
+        ("--shape wide --systems floor --slot auto", "--slot auto: it measures scmoe"),
+        ("--shape wide --json {tmp}/no/x.json", "--json {tmp}/no/x.json: cannot write in {tmp}/no"),
+        ("--shape wide --plot {tmp}/x.svg", "accepted are names that end in .png"),
+        ("--shape wide --cuda-graphs --train-rounds 1", "the optimizer moves captured weights"),
+        ("--shape wide --cuda-graphs --systems top2-1f1b", "it does not run with --cuda-graphs"),
+        ("--shape cpu --exchange copy-host", "--exchange: there is no GPU; leave it out"),
+        ("--shape cpu --ep-channels 4", "--ep-channels: there is no GPU; leave it out"),
+        ("--shape cpu --systems top2-1f1b", "top2-1f1b: it does not run without a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(words, message, tmp_path, capsys):
+    argv = words.format(tmp=tmp_path).split()
+    with pytest.raises((UsageError, SystemExit)) as refused:
+        benchmark("options").parse("--shape cpu" in words, argv)
+    said = str(refused.value) if refused.type is UsageError else capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in said
+    assert said.strip().count("\n") == 0
+
+
+def test_options_make_the_shape():
+    parse = benchmark("options").parse
+    found = parse(False, "--shape wide --blocks 4 --micro-batch 2 --cuda-graphs".split())
+    assert (found.sizes.blocks, found.sizes.micro_batch, found.sizes.hidden) == (4, 2, 2048)
+    assert found.sizes.cuda_graphs == ("attn", "mlp", "moe_router", "moe_preprocess")
+    assert "top2-1f1b" not in found.systems
+    assert parse(False, "--shape llama2 --cuda-graphs".split()).sizes.cuda_graphs == ("attn",)
+    assert parse(False, "--shape wide --cuda-graphs attn".split()).sizes.cuda_graphs == ("attn",)
+
+
+def benchmark(name: str):
+    """A module of benchmarks/."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.mark.parametrize(

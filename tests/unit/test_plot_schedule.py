@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from megatron_scmoe import schedule_plot
+from megatron_scmoe.command_line import run_tool
 from megatron_scmoe.schedule import TAP_BOUNDARY, build_schedule, num_slots
 from megatron_scmoe.timeline import (
     COMMUNICATION,
@@ -52,7 +53,7 @@ def plot_and_exit(monkeypatch, *argv) -> int:
     """The exit status of the command line."""
     monkeypatch.setattr(sys, "argv", ["plot_schedule.py", *map(str, argv)])
     with pytest.raises(SystemExit) as caught:
-        tool("corpus").run_tool(tool("plot_schedule").main)
+        run_tool(tool("plot_schedule").main)
     return caught.value.code
 
 

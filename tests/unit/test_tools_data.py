@@ -11,6 +11,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_scmoe.command_line import UsageError
 from tests.tools import TOOLS, run_tool, tool
 
 # Indentation, blank lines, CR LF, tabs, characters outside any small vocabulary, no final newline.
@@ -66,7 +67,7 @@ def refused():
     """Run a tool's command line that must be refused; return its message, one line."""
 
     def run(name, *argv):
-        with pytest.raises(tool("corpus").UsageError) as caught:
+        with pytest.raises(UsageError) as caught:
             run_tool(name, *argv)
         message = str(caught.value)
         assert "\n" not in message
@@ -247,7 +248,7 @@ class TestErrors:
                 return [1, 70_000]
 
         document = tool("corpus").Document("big.txt", "text")
-        with pytest.raises(tool("corpus").UsageError, match=r"token id 70000 of big\.txt does not"):
+        with pytest.raises(UsageError, match=r"token id 70000 of big\.txt does not"):
             tool("preprocess_data").preprocess(
                 [document], Overflowing(), tmp_path / "x", append_eod=False
             )

@@ -161,9 +161,7 @@ class CopyEngines:
     def __init__(self, group: ProcessGroup, memory: Memory):
         self.group, self.memory = group, memory
         self.rank, self.size = group.rank(), group.size()
-        if driver is None:
-            raise CopyEngineError(memory, "it needs the Python package cuda-bindings")
-        hosts = len(set(self._gather(_host_identity())))
+        hosts = len(set(self._gather(self._together(_host_identity))))
         if hosts > 1:
             raise CopyEngineError(memory, f"the expert-parallel group spans {hosts} hosts")
         self.slot_bytes = RING_BYTES // SLOTS // self.size // _ALIGNMENT * _ALIGNMENT
@@ -283,8 +281,8 @@ class CopyEngines:
         value, failure = None, ""
         try:
             value = step()
-        except (OSError, RuntimeError) as error:
-            failure = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            failure = str(error) or type(error).__name__
         failures = [failure for failure in self._gather(failure) if failure]
         if failures:
             raise CopyEngineError(self.memory, failures[0])
@@ -410,7 +408,13 @@ def _open(handle: bytes) -> int:
 
 
 def _host_identity() -> tuple[str, int]:
-    """What only processes share that can map the same memory: a booted kernel and its mount."""
+    """What only processes share that can map the same memory: a booted kernel and its mount.
+
+    Raises:
+        RuntimeError: if the driver cannot be called from here at all.
+    """
+    if driver is None:
+        raise RuntimeError("it needs the Python package cuda-bindings")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return boot, os.stat(_SHARED_MEMORY).st_dev
 

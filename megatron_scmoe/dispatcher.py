@@ -39,6 +39,12 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         "routing_map",
     )
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Megatron copies the split sizes late if modules are captured. What is not replayed, as in
+        # warm-up and evaluation, would then wait for them behind the compute beside the dispatch.
+        self.cuda_dtoh_point = "before_permutation_1"
+
     def capture_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> list[Tensor]:
@@ -54,6 +60,8 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         self.cuda_dtoh_point = "before_ep_alltoall"
         tokens = self.dispatch_preprocess(hidden_states, routing_map, probs)
+        self.cuda_dtoh_point = "before_permutation_1"
+        self.probs = self.probs.detach()  # later steps read its dtype only
         self._captured = [
             name for name in self._CAPTURED if isinstance(getattr(self, name, None), Tensor)
         ]
@@ -74,7 +82,6 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             setattr(self, name, value)
         self.hidden_shape = shape
         self.hidden_shape_before_permute = torch.Size((shape[0] * shape[1], shape[2]))
-        self.cuda_dtoh_point = "before_permutation_1"
         with launch_stream(ready):  # Megatron's copy waits for the stream it is issued on
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
                 self.cuda_dtoh_point, self.tokens_per_expert

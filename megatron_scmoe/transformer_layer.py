@@ -119,14 +119,16 @@ class ScMoEDenseLayer(_CapturableLayer):
         self._begin(hidden_states, kwargs)
         if not self.captures_mlp:
             return self._forward_mlp(output), None
+        self._batch = {}
         for boundary in (Boundary.AFTER_ATTENTION, Boundary.AFTER_MLP):
-            self.path.passed(boundary, output, kwargs)
+            self.path.passed(boundary, batch=kwargs)
         return output, None
 
     def _get_submodules_under_cudagraphs(self):
         routing = self.path.routing_modules() if self.captures_routing else []
         mlp = [self.pre_mlp_layernorm, self.mlp] if self.captures_mlp else []
-        return super()._get_submodules_under_cudagraphs() + routing + mlp
+        # In the order of their parameters: gathering those ahead (--overlap-param-gather) follows it.
+        return super()._get_submodules_under_cudagraphs() + mlp + routing
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         """Those of this block; while it is captured also those of the routing in its graph."""

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
 from megatron_scmoe.config import ScMoEConfig
@@ -429,7 +430,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             "none, or transformer_engine with --cuda-graph-modules attn",
         )
     given = view.cuda_graph_modules or view.cuda_graph_scope_deprecated or []
-    modules = [getattr(module, "name", module) for module in _as_list(given)]
+    modules = list(dict.fromkeys(getattr(module, "name", module) for module in _as_list(given)))
     routing = {"attn", "moe_router", "moe_preprocess"}
     if set(modules) not in ({"attn"}, routing, routing | {"mlp"}):
         raise ScMoEConfigError(
@@ -439,6 +440,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
         )
     if len(modules) > 1:
         _check_captured_routing(scmoe, view)
+        _check_one_graph(scmoe, modules)
     positions = view.position_embedding_type  # a flag; not in a TransformerConfig
     for wrong, setting, reason, accepted in (
         (
@@ -471,6 +473,30 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             raise ScMoEConfigError(
                 f"--cuda-graph-impl transformer_engine {setting}", reason, accepted
             )
+
+
+def _check_one_graph(scmoe: ScMoEConfig, modules: list[str]) -> None:
+    """Routing with compute behind it in its graph: the dispatch begins in the midst of the graph."""
+    given = f"--cuda-graph-modules {' '.join(modules)}"
+    if not is_torch_min_version("2.9.0a0"):
+        raise ScMoEConfigError(
+            given, f"events inside a graph need torch 2.9; this is {torch.__version__}", "attn"
+        )
+    if "mlp" not in modules and scmoe.tap != "pos3":
+        return
+    where = f"{given} with --scmoe-tap {scmoe.tap}"
+    if scmoe.overlap and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ScMoEConfigError(
+            f"{where} and CUDA_DEVICE_MAX_CONNECTIONS=1",
+            "one hardware queue would run the dispatch behind the whole graph",
+            "attn, or CUDA_DEVICE_MAX_CONNECTIONS=32",
+        )
+    if scmoe.expert_slot == "auto":
+        raise ScMoEConfigError(
+            f"--scmoe-expert-slot auto with {where}",
+            "slots are measured uncaptured, and in backward this graph is one piece",
+            "a number: pos2 2, pos3 3 (without mlp 2)",
+        )
 
 
 def _check_captured_routing(scmoe: ScMoEConfig, view: _View) -> None:

@@ -20,7 +20,7 @@ from tests.harness import run_distributed, run_pretrain
 
 EXCHANGES = ("copy-host", "copy-peer")
 RANKS = min(GPUS, 4)
-CAPTURED_ROUTING = [
+CAPTURED = [
     *("--cuda-graph-impl", "transformer_engine"),
     *("--cuda-graph-modules", "attn", "mlp", "moe_router", "moe_preprocess"),
 ]
@@ -39,11 +39,10 @@ def test_copies_equal_nccl_and_train_bit_identically():
 
 @requires_multi_gpu
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
-@pytest.mark.parametrize("tap", ["pos2", "pos3"])
-def test_pretraining_by_copy_engines_with_captured_routing(tap):
-    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10"]
-    flags += ["--te-rng-tracker", "--scmoe-tap", tap]
-    copies = run_pretrain([*flags, *CAPTURED_ROUTING, "--scmoe-exchange", "copy-peer"], 2)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_pretraining_with_captured_blocks(exchange):
+    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10", "--te-rng-tracker"]
+    copies = run_pretrain([*flags, *CAPTURED, "--scmoe-exchange", exchange], 2)
     assert copies.status == 0, copies.output[-2000:]
     assert copies.losses == run_pretrain(flags, 2).losses
 

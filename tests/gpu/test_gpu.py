@@ -171,6 +171,38 @@ def test_captured_blocks_train_bit_identically(tap, modules):
     assert captured.losses == eager.losses
 
 
+ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_preprocess"
+EP2 = "--expert-model-parallel-size 2"
+
+
+@requires_multi_gpu
+@pytest.mark.parametrize(
+    ("modules", "flags"),
+    [
+        (ROUTING, f"{EP2} --scmoe-tap pos3"),
+        (WHOLE, f"{EP2} --scmoe-tap pos3 --scmoe-expert-slot 3"),
+        (WHOLE, f"{EP2} --scmoe-expert-slot 2"),
+        (WHOLE, f"{EP2} --no-scmoe-overlap"),
+        (WHOLE, "--pipeline-model-parallel-size 2"),
+        (WHOLE, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ],
+)
+def test_captured_blocks_train_bit_identically_on_two_gpus(modules, flags):
+    flags = [
+        *FLAGS,
+        "--te-rng-tracker",
+        "--train-iters",
+        "10",
+        "--eval-interval",
+        "4",
+        *flags.split(),
+    ]
+    graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
+    eager, captured = run_pretrain(flags, 2), run_pretrain([*flags, *graphs], 2)
+    assert captured.status == 0, captured.output[-2000:]
+    assert captured.losses == eager.losses
+
+
 @requires_multi_gpu
 def test_all_to_alls_lie_beside_compute_in_forward_and_backward():
     shares = run_distributed(_trace, 2, backend="nccl")[0]

@@ -119,6 +119,12 @@ REFUSED = [
         "accepted: attn",
     ),
     (
+        f"{GRAPHS} --scmoe-tap pos3 --scmoe-expert-slot auto",
+        "--scmoe-expert-slot auto with --cuda-graph-modules attn moe_router moe_preprocess with "
+        "--scmoe-tap pos3",
+        "accepted: a number: pos2 2, pos3 3",
+    ),
+    (
         f"{GRAPHS} --scmoe-tap pos1",
         "--cuda-graph-modules moe_router with --scmoe-tap pos1",
         "accepted: attn",
@@ -346,6 +352,18 @@ def test_flags_are_generated_from_the_dataclass():
     with patch.object(sys, "argv", ["x", "--scmoe-tap", "pos3", "--no-scmoe-overlap"]):
         scmoe = scmoe_config_from_args(parse_args(add_scmoe_args))
     assert scmoe == ScMoEConfig(tap="pos3", overlap=False)
+
+
+def test_one_hardware_queue_with_a_whole_block_captured(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    whole = GRAPHS.replace("attn", "attn mlp")
+    with pytest.raises(ScMoEConfigError, match="MAX_CONNECTIONS=1: one hardware queue"):
+        judge(*whole.split())
+    for flags in (whole + " --no-scmoe-overlap", GRAPHS):
+        with pytest.raises(
+            ScMoEConfigError, match="with --transformer-impl local"
+        ):  # the next check
+            judge(*flags.split())
 
 
 def test_environment_of_a_foreign_entry_point(monkeypatch, capsys):

@@ -3,18 +3,19 @@
     python benchmarks/extrapolate.py benchmarks/results/2xh200-medium-staged.json --gpus 4
 
 With more ranks a larger share of the tokens leaves its GPU: (n - 1) / n. All-to-alls take longer by
-that much, at the same bandwidth of each GPU; compute stays. Stock top-2k sends twice the tokens and
-waits for all of it; stock top-k + shared and serial ScMoE send as many as ScMoE; of shared-overlap, all
-that the shared expert's compute can hide is taken to be hidden; what ScMoE hides is simulated
-(megatron_scmoe/timeline.py). The measured time is kept and only the difference is added.
-An extrapolation, not a measurement: contention on the host's memory by more GPUs is left out.
+that much, at the same bandwidth of each GPU (or --bandwidth times it); compute stays. Stock top-2k
+sends twice the tokens and waits for all of it; stock top-k + shared and serial ScMoE send as many as
+ScMoE; of shared-overlap, all that the shared expert's compute can hide is taken to be hidden; what
+ScMoE hides is simulated (megatron_scmoe/timeline.py). The measured time is kept and only the
+difference is added. An extrapolation, not a measurement: contention on the host's memory by more GPUs
+is left out.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_scmoe.command_line import OneLineParser, UsageError, positive, run_tool
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
 from megatron_scmoe.schedule import build_schedule
 from megatron_scmoe.timeline import OperatorTimes, simulate
@@ -55,22 +56,53 @@ def _communication(times: dict[str, float]) -> float:
     return times["dispatch"] + times["combine"]
 
 
+def read_result(path: Path, needs: str) -> dict:
+    """A result of step_time.py.
+
+    Raises:
+        UsageError: if it is none, or has not the system ``needs``.
+    """
+    try:
+        result = json.loads(path.read_text())
+        systems, ranks = result["systems"], result["world_size"]
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: it is no result of step_time.py; accepted: its --json"
+        ) from error
+    if ranks < 2:
+        raise UsageError(
+            f"{path}: measured on {ranks} GPU, where nothing leaves it; accepted: 2 or more"
+        )
+    if needs not in systems:
+        raise UsageError(f"{path}: {needs} was not measured; accepted: a result with it")
+    return result
+
+
 def main() -> None:
     """Print measured and extrapolated ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path, help="JSON of step_time.py")
-    parser.add_argument("--operators", type=Path, help="operator times, if the result has none")
-    parser.add_argument("--gpus", type=int, default=4, help="default 4")
+    parser.add_argument("--operators", type=Path, metavar="FILE",
+        help="operator times of the same shape, if the result has none")  # fmt: skip
+    parser.add_argument("--gpus", type=positive, default=4, metavar="N", help="2 or more")
+    parser.add_argument("--bandwidth", type=float, default=1.0, metavar="RATIO",
+        help="of each GPU's link then, over that measured")  # fmt: skip
     options = parser.parse_args()
-    result = json.loads(options.result.read_text())
-    if options.operators:
-        times = OperatorTimes.read(options.operators)
-    elif result.get("operators"):
-        times = OperatorTimes(**result["operators"])
-    else:
-        parser.error(f"{options.result}: it holds no operator times; accepted: --operators FILE")
+    result = read_result(options.result, "top2")
+    if options.gpus < 2:
+        raise UsageError("--gpus 1: nothing leaves one GPU; accepted: 2 or more")
+    if options.bandwidth <= 0:
+        raise UsageError(f"--bandwidth {options.bandwidth}: accepted: above 0")
+    try:
+        times = OperatorTimes.read(options.operators or options.result)
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; accepted: --operators FILE, or a result with --operators"
+        ) from error
     measured_on = result["world_size"]
-    factor = (1 - 1 / options.gpus) / (1 - 1 / measured_on)
+    factor = (1 - 1 / options.gpus) / (1 - 1 / measured_on) / options.bandwidth
     pairs = result["sizes"]["blocks"] // (1 if result["sizes"]["every_block"] else 2)
     print(
         f"{result['shape']}, {result['link']}: measured on {measured_on} GPUs, for {options.gpus}:"
@@ -91,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -12,7 +12,7 @@ from shapes import SCMOE, SHAPES, SYSTEMS, Shape
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, check_output, positive
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, Exchange
-from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots
+from megatron_scmoe.schedule import TAP_BOUNDARY, Boundary, num_slots
 
 OF_SCMOE = ("tap", "slot", "chunks", "exchange", "operators", "trace")
 """Options that say something of ScMoE only."""
@@ -170,4 +170,6 @@ def _graph_modules(options: Namespace, shape: Shape) -> tuple[str, ...]:
         return tuple(options.cuda_graphs)
     if options.tap == "pos1" or options.chunks > 1:
         return ("attn",)
-    return ("attn", "mlp", "moe_router", "moe_preprocess")
+    second_attention = Boundary.AFTER_SECOND_ATTENTION - TAP_BOUNDARY[options.tap]
+    whole = options.slot != "auto" and options.slot >= second_attention
+    return ("attn", *(["mlp"] if whole else []), "moe_router", "moe_preprocess")

@@ -42,15 +42,19 @@ class OperatorTimes:
 
     @classmethod
     def read(cls, path: str | Path) -> "OperatorTimes":
-        """Read what :meth:`write` wrote.
+        """Read what :meth:`write` wrote, or a result of benchmarks/step_time.py that holds it.
 
         Raises:
             ValueError: if the file holds anything else; the message names file and fault.
         """
         try:
             found = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if isinstance(found, dict) and "systems" in found:
+            found = found.get("operators")
         for direction in ("forward", "backward"):
             times = found.get(direction) if isinstance(found, dict) else None
             if not isinstance(times, dict):

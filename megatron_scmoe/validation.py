@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
-from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.schedule import num_slots
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.schedule import TAP_BOUNDARY, Boundary, num_slots
 
 
 class ScMoEConfigError(ValueError):
@@ -440,7 +440,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
         )
     if len(modules) > 1:
         _check_captured_routing(scmoe, view)
-        _check_one_graph(scmoe, modules)
+        _check_one_graph(scmoe, view, modules)
     positions = view.position_embedding_type  # a flag; not in a TransformerConfig
     for wrong, setting, reason, accepted in (
         (
@@ -475,7 +475,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             )
 
 
-def _check_one_graph(scmoe: ScMoEConfig, modules: list[str]) -> None:
+def _check_one_graph(scmoe: ScMoEConfig, view: _View, modules: list[str]) -> None:
     """Routing with compute behind it in its graph: the dispatch begins in the midst of the graph."""
     given = f"--cuda-graph-modules {' '.join(modules)}"
     if not is_torch_min_version("2.9.0a0"):
@@ -491,11 +491,20 @@ def _check_one_graph(scmoe: ScMoEConfig, modules: list[str]) -> None:
             "one hardware queue would run the dispatch behind the whole graph",
             "attn, or CUDA_DEVICE_MAX_CONNECTIONS=32",
         )
-    if scmoe.expert_slot == "auto":
+    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
+    behind = Boundary.AFTER_SECOND_ATTENTION - TAP_BOUNDARY[scmoe.tap]
+    if slot == "auto":
         raise ScMoEConfigError(
             f"--scmoe-expert-slot auto with {where}",
             "slots are measured uncaptured, and in backward this graph is one piece",
-            "a number: pos2 2, pos3 3 (without mlp 2)",
+            f"a number; the second attention lies between tap and slot {behind}",
+        )
+    exchanges = scmoe.overlap and (view.expert_model_parallel_size or 1) > 1
+    if "mlp" in modules and exchanges and slot < behind:
+        raise ScMoEConfigError(
+            f"--scmoe-expert-slot {slot} with {where}",
+            "in backward this graph is one piece: the dispatch would have no compute beside it",
+            f"--scmoe-expert-slot {behind}, or --cuda-graph-modules without mlp",
         )
 
 

@@ -42,6 +42,7 @@ def test_copies_equal_nccl_and_train_bit_identically():
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_pretraining_with_captured_blocks(exchange):
     flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10", "--te-rng-tracker"]
+    flags += ["--scmoe-expert-slot", "2"]
     copies = run_pretrain([*flags, *CAPTURED, "--scmoe-exchange", exchange], 2)
     assert copies.status == 0, copies.output[-2000:]
     assert copies.losses == run_pretrain(flags, 2).losses

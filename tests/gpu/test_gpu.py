@@ -184,7 +184,11 @@ EP2 = "--expert-model-parallel-size 2"
         (WHOLE, f"{EP2} --scmoe-expert-slot 2"),
         (WHOLE, f"{EP2} --no-scmoe-overlap"),
         (WHOLE, "--pipeline-model-parallel-size 2"),
-        (WHOLE, f"{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+        (
+            WHOLE,
+            f"{EP2} --scmoe-expert-slot 2 --use-distributed-optimizer --overlap-grad-reduce "
+            "--overlap-param-gather",
+        ),
     ],
 )
 def test_captured_blocks_train_bit_identically_on_two_gpus(modules, flags):

@@ -115,12 +115,14 @@ def test_what_cannot_be_measured_is_refused_in_one_line(words, message, tmp_path
 
 def test_options_make_the_shape():
     parse = benchmark("options").parse
-    found = parse(False, "--shape wide --blocks 4 --micro-batch 2 --cuda-graphs".split())
+    found = parse(False, "--shape wide --slot 2 --blocks 4 --micro-batch 2 --cuda-graphs".split())
     assert (found.sizes.blocks, found.sizes.micro_batch, found.sizes.hidden) == (4, 2, 2048)
     assert found.sizes.cuda_graphs == ("attn", "mlp", "moe_router", "moe_preprocess")
     assert "top2-1f1b" not in found.systems
     assert parse(False, "--shape llama2 --cuda-graphs".split()).sizes.cuda_graphs == ("attn",)
     assert parse(False, "--shape wide --cuda-graphs attn".split()).sizes.cuda_graphs == ("attn",)
+    early = parse(False, "--shape wide --slot 1 --cuda-graphs".split())
+    assert early.sizes.cuda_graphs == ("attn", "moe_router", "moe_preprocess")
 
 
 def benchmark(name: str):

@@ -122,7 +122,13 @@ REFUSED = [
         f"{GRAPHS} --scmoe-tap pos3 --scmoe-expert-slot auto",
         "--scmoe-expert-slot auto with --cuda-graph-modules attn moe_router moe_preprocess with "
         "--scmoe-tap pos3",
-        "accepted: a number: pos2 2, pos3 3",
+        "accepted: a number; the second attention lies between tap and slot 3",
+    ),
+    (
+        f"{GRAPHS.replace('attn', 'attn mlp')} --expert-model-parallel-size 2",
+        "--scmoe-expert-slot 1 with --cuda-graph-modules attn mlp moe_router moe_preprocess with "
+        "--scmoe-tap pos2",
+        "accepted: --scmoe-expert-slot 2, or --cuda-graph-modules without mlp",
     ),
     (
         f"{GRAPHS} --scmoe-tap pos1",

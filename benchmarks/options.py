@@ -39,6 +39,8 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     options.chunks = options.chunks or 1
     options.exchange = options.exchange or "collective"
     _check_schedule(options)
+    if options.train_rounds is None:
+        options.train_rounds = 5 if options.cuda_graphs is None else 0
     options.sizes = replace(
         shape,
         micro_batch=options.micro_batch or shape.micro_batch,
@@ -79,8 +81,8 @@ def _parser() -> OneLineParser:
     run = parser.add_argument_group("the run")
     run.add_argument("--rounds", type=positive, default=15, metavar="N", help="measured rounds")
     run.add_argument("--warmup", type=_count, default=4, metavar="N", help="rounds before")
-    run.add_argument("--train-rounds", type=_count, default=0, metavar="N",
-        help="measured whole training iterations (train_ms); 0 leaves them out")  # fmt: skip
+    run.add_argument("--train-rounds", type=_count, metavar="N",
+        help="measured training iterations (train_ms; default: 5, with --cuda-graphs 0)")  # fmt: skip
     run.add_argument("--operators", action="store_true", help="measure operator times and slots")
     run.add_argument("--trace", type=Path, metavar="FILE", help="profiler trace of a scmoe step")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the result")

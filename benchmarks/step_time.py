@@ -563,6 +563,26 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         save(staged)
 
 
+def keep(result: dict, options: Namespace) -> None:
+    """Write the files that were asked for, on the first rank."""
+    if torch.distributed.get_rank() != 0:
+        return
+    if options.json:
+        write(options.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    if options.plot:
+        write(options.plot, partial(plot, result))
+
+
+def evaluate(systems: dict, shape: Shape) -> dict:
+    """Rates of every system, and what is hidden."""
+    for name, row in systems.items():
+        row |= rates(name, row, shape)
+        if shape.cuda_graphs or ON_CPU:
+            row["peak_memory_mb"] = None  # graphs took theirs before; a CPU tells none
+    shares = {key.removesuffix("_ms"): hidden_share(systems, key) for key in measured_keys(systems)}
+    return {"systems": systems, "hidden_share": shares}
+
+
 def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
     """What was measured, on what, how: everything a rerun needs."""
     versions = ("torch", "megatron-core", "transformer-engine")
@@ -630,28 +650,17 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()  # as --manual-gc does: a collection on one rank keeps all waiting
+    run = describe_run(options, scmoe) | {"operators": times and asdict(times), "slots": slots}
     systems = measure(models, shape, scmoe, options)
+    result = run | evaluate(systems, shape)
+    keep(result, options)  # optimizers may not fit into memory
     if options.train_rounds:
         for name, found in measure_training(models, shape, scmoe, options).items():
             systems[name] |= found
-    for name, row in systems.items():
-        row |= rates(name, row, shape)
-        if shape.cuda_graphs or ON_CPU:
-            row["peak_memory_mb"] = None  # graphs took theirs before; a CPU tells none
-    result = describe_run(options, scmoe) | {
-        "systems": systems,
-        "operators": times and asdict(times),
-        "slots": slots,
-        "hidden_share": {
-            key.removesuffix("_ms"): hidden_share(systems, key) for key in measured_keys(systems)
-        },
-    }
+        result = run | evaluate(systems, shape)
+        keep(result, options)
     if torch.distributed.get_rank() == 0:
         print(report(result), flush=True)
-        if options.json:
-            write(options.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-        if options.plot:
-            write(options.plot, partial(plot, result))
     for helper in captures:  # NCCL waits for graphs that hold its collectives
         helper.delete_cuda_graphs()
     torch.distributed.destroy_process_group()

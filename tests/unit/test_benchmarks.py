@@ -119,6 +119,8 @@ def test_options_make_the_shape():
     assert (found.sizes.blocks, found.sizes.micro_batch, found.sizes.hidden) == (4, 2, 2048)
     assert found.sizes.cuda_graphs == ("attn", "mlp", "moe_router", "moe_preprocess")
     assert "top2-1f1b" not in found.systems
+    assert found.train_rounds == 0
+    assert parse(False, "--shape wide".split()).train_rounds == 5
     assert parse(False, "--shape llama2 --cuda-graphs".split()).sizes.cuda_graphs == ("attn",)
     assert parse(False, "--shape wide --cuda-graphs attn".split()).sizes.cuda_graphs == ("attn",)
     early = parse(False, "--shape wide --slot 1 --cuda-graphs".split())

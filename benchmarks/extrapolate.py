@@ -56,11 +56,11 @@ def _communication(times: dict[str, float]) -> float:
     return times["dispatch"] + times["combine"]
 
 
-def read_result(path: Path, needs: str) -> dict:
+def read_result(path: Path) -> dict:
     """A result of step_time.py.
 
     Raises:
-        UsageError: if it is none, or has not the system ``needs``.
+        UsageError: if it is none, or nothing can be said of it.
     """
     try:
         result = json.loads(path.read_text())
@@ -75,8 +75,8 @@ def read_result(path: Path, needs: str) -> dict:
         raise UsageError(
             f"{path}: measured on {ranks} GPU, where nothing leaves it; accepted: 2 or more"
         )
-    if needs not in systems:
-        raise UsageError(f"{path}: {needs} was not measured; accepted: a result with it")
+    if "top2" not in systems:
+        raise UsageError(f"{path}: top2 was not measured; accepted: a result with it")
     return result
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=1.0, metavar="RATIO",
         help="of each GPU's link then, over that measured")  # fmt: skip
     options = parser.parse_args()
-    result = read_result(options.result, "top2")
+    result = read_result(options.result)
     if options.gpus < 2:
         raise UsageError("--gpus 1: nothing leaves one GPU; accepted: 2 or more")
     if options.bandwidth <= 0:

@@ -12,7 +12,7 @@ from shapes import SCMOE, SHAPES, SYSTEMS, Shape
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, check_output, positive
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, Exchange
-from megatron_scmoe.schedule import TAP_BOUNDARY, Boundary, num_slots
+from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots, slot_behind_second_attention
 
 OF_SCMOE = ("tap", "slot", "chunks", "exchange", "operators", "trace")
 """Options that say something of ScMoE only."""
@@ -46,7 +46,7 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
         micro_batch=options.micro_batch or shape.micro_batch,
         blocks=options.blocks or shape.blocks,
         router_fusion=options.router_fusion,
-        cuda_graphs=_graph_modules(options, shape),
+        cuda_graphs=_graph_modules(options),
     )
     return options
 
@@ -113,9 +113,12 @@ def _check_systems(options: Namespace, given: set[str], on_cpu: bool) -> None:
     for name in OF_SCMOE:
         if name in given and not set(SCMOE) & set(options.systems):
             raise UsageError(f"--{name}: accepted with a system of {', '.join(SCMOE)}")
-    for name in ("operators", "trace", *(["slot"] if options.slot == "auto" else [])):
-        if name in given and "scmoe" not in options.systems:
-            word = "--slot auto" if name == "slot" else f"--{name}"
+    for word, wanted in (
+        ("--operators", options.operators),
+        ("--trace", options.trace),
+        ("--slot auto", options.slot == "auto"),
+    ):
+        if wanted and "scmoe" not in options.systems:
             raise UsageError(f"{word}: it measures scmoe; accepted: --systems with scmoe")
     if options.cuda_graphs is not None and options.train_rounds:
         raise UsageError("--train-rounds with --cuda-graphs: the optimizer moves captured weights")
@@ -164,7 +167,7 @@ def _check_schedule(options: Namespace) -> None:
             "all the same; accepted: copy-host")  # fmt: skip
 
 
-def _graph_modules(options: Namespace, shape: Shape) -> tuple[str, ...]:
+def _graph_modules(options: Namespace) -> tuple[str, ...]:
     """What is captured of ScMoE; by default all it can be (see validation.py)."""
     if options.cuda_graphs is None:
         return ()
@@ -172,6 +175,5 @@ def _graph_modules(options: Namespace, shape: Shape) -> tuple[str, ...]:
         return tuple(options.cuda_graphs)
     if options.tap == "pos1" or options.chunks > 1:
         return ("attn",)
-    second_attention = Boundary.AFTER_SECOND_ATTENTION - TAP_BOUNDARY[options.tap]
-    whole = options.slot != "auto" and options.slot >= second_attention
+    whole = options.slot != "auto" and options.slot >= slot_behind_second_attention(options.tap)
     return ("attn", *(["mlp"] if whole else []), "moe_router", "moe_preprocess")

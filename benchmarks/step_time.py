@@ -143,12 +143,10 @@ def graph_settings(system: str, shape: Shape) -> dict:
         return {}
     modules = list(shape.cuda_graphs)
     if system in STOCK:
-        modules = ["attn"] + ["mlp"] * (not shape.every_block)
-        modules += ["moe_router"]
-        if (
-            system != "shared-overlap"
-        ):  # Megatron's shared expert refuses to begin twice, in warm-up
-            modules += ["moe_preprocess"]
+        modules = ["attn", *(["mlp"] if not shape.every_block else []), "moe_router"]
+        # In capture's warm-up Megatron's overlapped shared expert refuses to begin twice.
+        if system != "shared-overlap":
+            modules.append("moe_preprocess")
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": modules}
 
 
@@ -357,7 +355,7 @@ def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) ->
             took = timed(partial(trainers[id(model)].iteration, batch))
             if turn >= options.warmup:
                 times.setdefault(name, []).append(took)
-    return {name: {"train_ms": statistics.median(values)} for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def trace(path: Path, run: Callable[[], None]) -> None:
@@ -543,24 +541,22 @@ def initialise(ep_channels: int | None, ep_high_priority: bool, graphs: bool = F
 
 def tune(
     model: GPTModel, shape: Shape, scmoe: ScMoEConfig
-) -> tuple[OperatorTimes, list[dict[str, float]]]:
-    """Operator times, and of every slot the block time as predicted and measured; both printed."""
+) -> tuple[OperatorTimes, list[dict[str, float]], int]:
+    """Operator times, of every slot the block time as predicted and measured, and the fastest slot.
+
+    The first rank prints them.
+    """
     pair = tuning.find_pair([model])
     times, measured = tuning.measure(pair, scmoe, shape.micro_batch, shape.sequence)
     predicted = tuning.predict(scmoe, times)
+    fastest = min(range(len(measured)), key=measured.__getitem__)
     if torch.distributed.get_rank() == 0:
-        slot = min(range(len(measured)), key=measured.__getitem__)
-        print(tuning.describe(times, predicted, measured, slot, None), flush=True)
-    return times, [
+        print(tuning.describe(times, predicted, measured, fastest, None), flush=True)
+    slots = [
         {"predicted_ms": by_times, "measured_ms": found}
         for by_times, found in zip(predicted, measured, strict=True)
     ]
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a result whole or not at all."""
-    with staged_outputs("", [path]) as (staged,):
-        save(staged)
+    return times, slots, fastest
 
 
 def keep(result: dict, options: Namespace) -> None:
@@ -568,9 +564,11 @@ def keep(result: dict, options: Namespace) -> None:
     if torch.distributed.get_rank() != 0:
         return
     if options.json:
-        write(options.json, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+        with staged_outputs("--json", [options.json]) as (staged,):
+            staged.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
-        write(options.plot, partial(plot, result))
+        with staged_outputs("--plot", [options.plot]) as (staged,):
+            plot(result, staged)
 
 
 def evaluate(systems: dict, shape: Shape) -> dict:
@@ -639,9 +637,8 @@ def main() -> None:
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)
         if options.operators or options.slot == "auto":
-            times, slots = tune(models["scmoe"], shape, scmoe)
+            times, slots, fastest = tune(models["scmoe"], shape, scmoe)
             if options.slot == "auto":
-                fastest = min(range(len(slots)), key=lambda slot: slots[slot]["measured_ms"])
                 scmoe = replace(scmoe, expert_slot=fastest)
     captures = capture(models, shape)  # after tuning, which runs operators one by one
     if options.trace:
@@ -655,8 +652,8 @@ def main() -> None:
     result = run | evaluate(systems, shape)
     keep(result, options)  # optimizers may not fit into memory
     if options.train_rounds:
-        for name, found in measure_training(models, shape, scmoe, options).items():
-            systems[name] |= found
+        for name, took in measure_training(models, shape, scmoe, options).items():
+            systems[name]["train_ms"] = took
         result = run | evaluate(systems, shape)
         keep(result, options)
     if torch.distributed.get_rank() == 0:

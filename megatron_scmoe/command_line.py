@@ -50,9 +50,14 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def is_first_rank() -> bool:
+    """By the launcher's environment, before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def end(message: str, status: int) -> NoReturn:
     """Say it on the first rank and exit; the launcher ends all ranks with the first that exits."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(LAST_WORD_S)

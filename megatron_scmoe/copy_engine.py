@@ -114,17 +114,13 @@ def plan(splits: list[int], rank: int, least: int, most: int, step: int) -> list
     turns: list[list[Block]] = []
     for distance in range(1, ranks):
         peer = (rank + step * distance) % ranks
-        left, begin = splits[peer], begins[peer]
-        blocks = max(-(-left // most), min(each, left // least), 1)
-        rows = -(-left // blocks)
-        for turn in range(blocks if left else 0):
+        count = splits[peer]
+        blocks = max(-(-count // most), min(each, count // least), 1)
+        rows = max(1, -(-count // blocks))
+        for turn, offset in enumerate(range(0, count, rows)):
             if turn == len(turns):
                 turns.append([])
-            turns[turn].append(Block(peer, begin, min(rows, left)))
-            begin += rows
-            left -= rows
-            if left <= 0:
-                break
+            turns[turn].append(Block(peer, begins[peer] + offset, min(rows, count - offset)))
     return turns
 
 

@@ -54,6 +54,11 @@ def num_slots(tap: Tap) -> int:
     return Boundary.AFTER_SHARED_EXPERT - TAP_BOUNDARY[tap] + 1
 
 
+def slot_behind_second_attention(tap: Tap) -> int:
+    """The first slot that has the second attention between tap and experts."""
+    return Boundary.AFTER_SECOND_ATTENTION - TAP_BOUNDARY[tap]
+
+
 class Action(NamedTuple):
     """A step taken for one chunk of the tokens; ROUTE is taken once, for all of them."""
 

@@ -1,7 +1,6 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
 import os
-import sys
 import time
 from functools import partial
 
@@ -19,7 +18,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_scmoe import compat, preflight, tuning
+from megatron_scmoe import command_line, compat, preflight, tuning
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
@@ -29,8 +28,6 @@ from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-
-LAST_WORD_S = 10  # how long other ranks wait for the first to say why the start failed
 
 
 def main() -> None:
@@ -52,8 +49,9 @@ def main() -> None:
     except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
         fail(in_words(error))
     except BaseException:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(LAST_WORD_S)  # the first rank may be about to say it in one line
+        if not command_line.is_first_rank():
+            # The first rank may be about to say it in one line.
+            time.sleep(command_line.LAST_WORD_S)
         raise
 
     compat.apply(args)
@@ -136,11 +134,7 @@ def _add_args_with_defaults(defaults, parser):
 
 def fail(message: str) -> None:
     """Print one line, on the first rank, and exit with status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"pretrain_gpt_scmoe.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(LAST_WORD_S)  # the launcher ends all ranks with the first that exits
-    sys.exit(2)
+    command_line.end(f"pretrain_gpt_scmoe.py: error: {message}", status=2)
 
 
 def forward_step(data_iterator, model):

@@ -116,13 +116,12 @@ class ScMoEDenseLayer(_CapturableLayer):
             return self._forward_mlp(attended), None
         output, *routed = self._replay(hidden_states, *args, **kwargs)
         self.path.resume(hidden_states.shape, routed, kwargs)
+        if self.captures_mlp:
+            for boundary in (Boundary.PAIR_INPUT, Boundary.AFTER_ATTENTION, Boundary.AFTER_MLP):
+                self.path.passed(boundary, batch=kwargs)
+            return output, None
         self._begin(hidden_states, kwargs)
-        if not self.captures_mlp:
-            return self._forward_mlp(output), None
-        self._batch = {}
-        for boundary in (Boundary.AFTER_ATTENTION, Boundary.AFTER_MLP):
-            self.path.passed(boundary, batch=kwargs)
-        return output, None
+        return self._forward_mlp(output), None
 
     def _get_submodules_under_cudagraphs(self):
         routing = self.path.routing_modules() if self.captures_routing else []

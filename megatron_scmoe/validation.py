@@ -19,7 +19,7 @@ from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
-from megatron_scmoe.schedule import TAP_BOUNDARY, Boundary, num_slots
+from megatron_scmoe.schedule import num_slots, slot_behind_second_attention
 
 
 class ScMoEConfigError(ValueError):
@@ -492,7 +492,7 @@ def _check_one_graph(scmoe: ScMoEConfig, view: _View, modules: list[str]) -> Non
             "attn, or CUDA_DEVICE_MAX_CONNECTIONS=32",
         )
     slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
-    behind = Boundary.AFTER_SECOND_ATTENTION - TAP_BOUNDARY[scmoe.tap]
+    behind = slot_behind_second_attention(scmoe.tap)
     if slot == "auto":
         raise ScMoEConfigError(
             f"--scmoe-expert-slot auto with {where}",

@@ -107,9 +107,9 @@ def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
-        from megatron_scmoe import training
+        from megatron_scmoe import command_line, training
 
-        training.LAST_WORD_S = 0.5
+        command_line.LAST_WORD_S = 0.5
         try:
             training.main()
         except SystemExit as stop:

@@ -21,7 +21,7 @@ import numpy as np
 from corpus import quiet_imports
 
 from megatron_scmoe import cpu
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
+from megatron_scmoe.command_line import OneLineParser, UsageError, is_first_rank, run_tool
 
 DEFAULT_HF_LENGTH = 1024
 
@@ -237,10 +237,6 @@ def describe(report) -> str:
             "softmax, as in training"
         )
     return text
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -43,15 +43,19 @@ def test_exchanges_move_every_row_to_its_place(ranks, queues):
         assert found == []
 
 
-class _Unpinned(copy_engine.CopyEngines):
-    """Engines without a GPU: of their construction, what comes before pinning."""
+class _OnThreads(copy_engine.CopyEngines):
+    """Engines without a GPU, which need not pin their memory."""
+
+    def _pin(self, address: int, size: int) -> int:
+        return address
+
+
+class _Unpinned(_OnThreads):
+    """Of their construction, what comes before pinning."""
 
     def __init__(self):
         self.group, self.memory = torch.distributed.group.WORLD, "host"
         self.rank, self.size = self.group.rank(), self.group.size()
-
-    def _pin(self, address: int, size: int) -> int:
-        return address
 
 
 class _RefusedOnOneRank(_Unpinned):
@@ -128,11 +132,6 @@ class _FrontEnd:
     def _work(self, queue: SimpleQueue) -> None:
         while True:
             queue.get()()
-
-
-class _OnThreads(copy_engine.CopyEngines):
-    def _pin(self, address: int, size: int) -> int:
-        return address
 
 
 def _exchange(one_queue: bool) -> list[str]:

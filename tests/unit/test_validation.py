@@ -365,10 +365,8 @@ def test_one_hardware_queue_with_a_whole_block_captured(monkeypatch):
     whole = GRAPHS.replace("attn", "attn mlp")
     with pytest.raises(ScMoEConfigError, match="MAX_CONNECTIONS=1: one hardware queue"):
         judge(*whole.split())
-    for flags in (whole + " --no-scmoe-overlap", GRAPHS):
-        with pytest.raises(
-            ScMoEConfigError, match="with --transformer-impl local"
-        ):  # the next check
+    for flags in (whole + " --no-scmoe-overlap", GRAPHS):  # these come to the next check
+        with pytest.raises(ScMoEConfigError, match="with --transformer-impl local"):
             judge(*flags.split())
 
 

@@ -11,10 +11,10 @@ from typing import get_args
 from shapes import SCMOE, SHAPES, SYSTEMS, Shape
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, check_output, positive
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, Exchange
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, Exchange
 from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots, slot_behind_second_attention
 
-OF_SCMOE = ("tap", "slot", "chunks", "exchange", "operators", "trace")
+OF_SCMOE = ("tap", "slot", "chunks", "exchange", "copied", "operators", "trace")
 """Options that say something of ScMoE only."""
 
 
@@ -72,6 +72,9 @@ def _parser() -> OneLineParser:
     scmoe.add_argument("--chunks", type=positive, metavar="N", help="token chunks (default: 1)")
     scmoe.add_argument("--exchange", choices=get_args(Exchange),
         help="what carries its all-to-alls (default: collective)")  # fmt: skip
+    scmoe.add_argument("--copied", nargs="+", choices=get_args(AllToAllName), metavar="NAME",
+        help=f"which of them the copy engines carry, of {', '.join(get_args(AllToAllName))} "
+        "(default: all)")  # fmt: skip
 
     nccl = parser.add_argument_group("NCCL, of all systems")
     nccl.add_argument("--ep-channels", type=positive, metavar="N",
@@ -162,6 +165,10 @@ def _check_schedule(options: Namespace) -> None:
         )
     if options.slot is None:
         options.slot = DEFAULT_EXPERT_SLOT[options.tap]
+    if options.copied and options.exchange == "collective":
+        raise UsageError(
+            "--copied: it needs copy engines; accepted: with --exchange copy-host or copy-peer"
+        )
     if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
         raise UsageError("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU "
             "all the same; accepted: copy-host")  # fmt: skip

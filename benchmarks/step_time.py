@@ -201,7 +201,7 @@ def switch(system: str, model: GPTModel, scmoe: ScMoEConfig) -> None:
         if isinstance(module, ScMoELayer):
             module.path.schedule = schedule
             for dispatcher in module.token_dispatchers:
-                own = exchange_for(dispatcher.ep_group, scmoe.exchange)
+                own = exchange_for(dispatcher.ep_group, scmoe)
                 dispatcher.exchange = NoExchange if system == "floor" else own
 
 
@@ -591,6 +591,7 @@ def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
         "slot": scmoe.expert_slot,
         "chunks": scmoe.chunks,
         "exchange": scmoe.exchange,
+        "copied": scmoe.copied,
         "ep_channels": options.ep_channels,
         "ep_high_priority": options.ep_high_priority,
         "rounds": options.rounds,
@@ -627,6 +628,7 @@ def main() -> None:
         expert_slot=options.slot,
         chunks=options.chunks,
         exchange=options.exchange,
+        copied=options.copied,
     )
     initialise(options.ep_channels, options.ep_high_priority, bool(shape.cuda_graphs))
     try:

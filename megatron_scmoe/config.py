@@ -8,6 +8,7 @@ Tap = Literal["pos1", "pos2", "pos3"]
 Combine = Literal["add", "cg1", "cg2"]
 RouterNorm = Literal["own", "shared"]
 Exchange = Literal["collective", "copy-host", "copy-peer"]
+AllToAllName = Literal["dispatch", "combine", "dispatch-backward", "combine-backward"]
 ExpertBias = Literal["none", "sign", "proportional"]
 
 
@@ -74,6 +75,10 @@ class ScMoEConfig:
     """What carries the all-to-alls: collective, NCCL's (or gloo's) kernels; copy-peer and copy-host,
     the GPUs' copy engines, which take no multiprocessor from the compute beside them, directly or
     through pinned host memory. Copy engines reach the GPUs of one host."""
+
+    copied: list[AllToAllName] | None = None
+    """Which all-to-alls the copy engines of --scmoe-exchange carry: dispatch, combine,
+    dispatch-backward, combine-backward; the others stay with the collective. Default: all."""
 
     zero_experts: int = 0
     """Identity ("zero-computation") experts beside --num-experts, as in LongCat-Flash: a token

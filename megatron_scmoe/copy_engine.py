@@ -20,18 +20,19 @@ are enqueued in turns, so that a full ring never waits for a receive that is enq
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_scmoe.config import Exchange
+from megatron_scmoe.config import AllToAllName, ScMoEConfig
 from megatron_scmoe.exchange import AllToAll
 from megatron_scmoe.validation import ScMoEConfigError
 
@@ -314,11 +315,30 @@ class CopyEngines:
 
 
 class CopyEngineAllToAll(AllToAll):
-    """:class:`~megatron_scmoe.exchange.AllToAll` by copy engines."""
+    """:class:`~megatron_scmoe.exchange.AllToAll` of which copy engines carry what they shall.
 
-    engines: CopyEngines
+    Args:
+        engines: of the group.
+        copied: what they carry.
+    """
 
-    def _start(self, tensors, output_splits, input_splits) -> list[Tensor]:
+    def __init__(self, engines: CopyEngines, copied: Collection[AllToAllName], *args):
+        super().__init__(*args)
+        self.engines = engines
+        self.copied = copied
+
+    def launch(self, tensors):
+        if self.name in self.copied:
+            self._outputs = self._copy(tensors, self.output_splits, self.input_splits)
+        else:
+            super().launch(tensors)
+
+    def launch_backward(self, grads):
+        if f"{self.name}-backward" in self.copied:
+            return tuple(self._copy(grads, self.input_splits, self.output_splits))
+        return super().launch_backward(grads)
+
+    def _copy(self, tensors, output_splits, input_splits) -> list[Tensor]:
         sources = [tensor.contiguous() for tensor in tensors]
         equal = [tensors[0].shape[0] // self.engines.size] * self.engines.size
         received, sent = output_splits or equal, input_splits or equal
@@ -340,27 +360,29 @@ class _Copies:
             torch.cuda.current_stream().wait_event(event)
 
 
-_exchanges: dict[tuple[ProcessGroup, str], type[CopyEngineAllToAll]] = {}
+_engines: dict[tuple[ProcessGroup, str], CopyEngines] = {}
 
 
-def exchange_for(group: ProcessGroup, name: Exchange) -> type[AllToAll]:
-    """What carries a group's all-to-alls; copy engines at the first call, which all its ranks make.
+def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllToAll]:
+    """What makes a group's all-to-alls; copy engines at the first call, which all its ranks make.
 
     Args:
-        group: the expert-parallel group.
-        name: as in ``--scmoe-exchange``; a group of one rank has nothing to exchange.
+        group: the expert-parallel group; one of a single rank has nothing to exchange.
+        scmoe: says what carries which of them.
+
+    Returns:
+        What takes the arguments of :class:`~megatron_scmoe.exchange.AllToAll`.
 
     Raises:
         CopyEngineError: see :class:`CopyEngines`.
     """
-    if name == "collective" or group.size() == 1:
+    if scmoe.exchange == "collective" or group.size() == 1:
         return AllToAll
-    if (group, name) not in _exchanges:
-        engines = CopyEngines(group, name.removeprefix("copy-"))
-        _exchanges[group, name] = type(
-            CopyEngineAllToAll.__name__, (CopyEngineAllToAll,), {"engines": engines}
-        )
-    return _exchanges[group, name]
+    key = group, scmoe.exchange
+    if key not in _engines:
+        _engines[key] = CopyEngines(group, scmoe.exchange.removeprefix("copy-"))
+    copied = get_args(AllToAllName) if scmoe.copied is None else scmoe.copied
+    return partial(CopyEngineAllToAll, _engines[key], frozenset(copied))
 
 
 def _call(result: tuple):

@@ -119,7 +119,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             "before_ep_alltoall", self.tokens_per_expert
         )
         received, sent = _as_list(self.output_splits), _as_list(self.input_splits)
-        flight.launch(self.exchange(self.ep_group, received, sent))
+        flight.launch(self.exchange(self.ep_group, received, sent, "dispatch"))
 
     def launch_combine(self, tokens: Tensor) -> Flight | Landed:
         """Start sending expert outputs [num_received_tokens, h] back where the tokens came from."""
@@ -127,7 +127,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             return Landed(self.token_combine(tokens))
         flight = Flight(tokens)
         received, sent = _as_list(self.input_splits), _as_list(self.output_splits)
-        flight.launch(self.exchange(self.ep_group, received, sent))
+        flight.launch(self.exchange(self.ep_group, received, sent, "combine"))
         return flight
 
 

@@ -21,6 +21,7 @@ between does not hold the exchange back.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,6 +148,7 @@ class AllToAll(Exchange):
         group: the expert-parallel group.
         output_splits: rows received from each rank; None for equal splits.
         input_splits: rows sent to each rank; None for equal splits.
+        name: which of the two it is, in backward its reverse.
     """
 
     def __init__(
@@ -154,8 +156,10 @@ class AllToAll(Exchange):
         group: ProcessGroup,
         output_splits: list[int] | None,
         input_splits: list[int] | None,
+        name: Literal["dispatch", "combine"] = "dispatch",
     ):
         self.group = group
+        self.name = name
         self.output_splits = output_splits
         self.input_splits = input_splits
         self._outputs: list[Tensor] = []

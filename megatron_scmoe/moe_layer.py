@@ -60,7 +60,7 @@ class ScMoELayer(MoELayer):
         self.token_dispatcher = self.token_dispatchers[0]
         for dispatcher in self.token_dispatchers:
             dispatcher.choices_vary = scmoe.zero_experts > 0
-            dispatcher.exchange = exchange_for(pg_collection.ep, scmoe.exchange)
+            dispatcher.exchange = exchange_for(pg_collection.ep, scmoe)
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(

@@ -358,6 +358,12 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
     if scmoe.exchange == "collective":
+        if scmoe.copied is not None:
+            raise ScMoEConfigError(
+                f"--scmoe-copied {' '.join(scmoe.copied)} with --scmoe-exchange collective",
+                "there are no copy engines to carry them",
+                "--scmoe-exchange copy-peer or copy-host",
+            )
         return
     given = f"--scmoe-exchange {scmoe.exchange}"
     if view.moe_token_dispatcher_type != "alltoall":

@@ -13,6 +13,9 @@ from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.validation import ScMoEConfigError, validate
 
+_HOW = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied")
+"""Of ScMoE's configuration, what says how a model is computed, not what."""
+
 MODEL_ARGUMENTS = (
     "num_layers",
     "hidden_size",
@@ -71,11 +74,7 @@ MODEL_ARGUMENTS = (
     "moe_router_dtype",
     "moe_apply_probs_on_input",
     "moe_latent_size",
-    *(
-        f"scmoe_{field.name}"
-        for field in fields(ScMoEConfig)
-        if field.name not in ("overlap", "expert_slot", "operator_times", "chunks")  # how, not what
-    ),
+    *(f"scmoe_{field.name}" for field in fields(ScMoEConfig) if field.name not in _HOW),
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""
 

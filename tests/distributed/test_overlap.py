@@ -166,14 +166,7 @@ def _record(model) -> tuple[list[str], list[str]]:
     expert = layers["decoder.layers.1.mlp.experts.local_experts.0"]
     expert.register_full_backward_hook(lambda *_: backward.append("experts"))
 
-    flights = []
-
     class Recording(exchange.AllToAll):
-        def launch(self, tensors):
-            flights.append(self)
-            self.name = "dispatch" if len(flights) <= path.schedule.chunks else "combine"
-            super().launch(tensors)
-
         def launch_backward(self, grads):
             backward.append(f"launch {self.name} backward")
             return super().launch_backward(grads)

@@ -6,17 +6,25 @@ processes. Pinning, and the driver itself, need GPUs (tests/gpu).
 """
 
 import ctypes
+import hashlib
 import random
 import threading
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import get_args
 
 import pytest
 import torch
 
 from megatron_scmoe import copy_engine
+from megatron_scmoe.config import AllToAllName, ScMoEConfig
+from tests import models
 from tests.harness import run_distributed
+
+ALL_TO_ALLS, STEPS = get_args(AllToAllName), 2
 
 pytestmark = pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
 
@@ -43,6 +51,17 @@ def test_exchanges_move_every_row_to_its_place(ranks, queues):
         assert found == []
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_copied_and_collective_all_to_alls_train_bit_identically(chunks):
+    """Whichever all-to-alls the copy engines carry, and no others."""
+    for found in run_distributed(_train, 2, chunks):
+        assert {copied: counts for copied, (counts, _) in found.items()} == {
+            copied: {name: STEPS * chunks * (name in copied) for name in ALL_TO_ALLS}
+            for copied in found
+        }
+        assert len({digest for _, digest in found.values()}) == 1
+
+
 class _OnThreads(copy_engine.CopyEngines):
     """Engines without a GPU, which need not pin their memory."""
 
@@ -63,6 +82,57 @@ class _RefusedOnOneRank(_Unpinned):
         if self.rank == 1:
             raise RuntimeError("the driver refused")
         return address
+
+
+class _InOrder(_OnThreads):
+    """Engines for a CPU, which has no streams that could wait: exchanges are through at once."""
+
+    def exchange(self, *args):
+        events = super().exchange(*args)
+        copy_engine.driver.synchronize()
+        return events
+
+
+class _Counting(copy_engine.CopyEngineAllToAll):
+    """What the engines carry, by name."""
+
+    def launch(self, tensors):
+        self._of = self.name
+        super().launch(tensors)
+
+    def launch_backward(self, grads):
+        self._of = f"{self.name}-backward"
+        return super().launch_backward(grads)
+
+    def _copy(self, *args):
+        _carried[self._of] += 1
+        return super()._copy(*args)
+
+
+_carried: Counter = Counter()
+
+
+def _train(chunks: int) -> dict[tuple[str, ...], tuple[dict[str, int], str]]:
+    """What was carried, and a digest of losses and gradients, by what was to be carried."""
+    copy_engine.driver = _FrontEnd(one_queue=False)
+    found = {}
+    for copied in (ALL_TO_ALLS, (), ALL_TO_ALLS[2:], ("dispatch", *ALL_TO_ALLS[2:]), ("combine",)):
+        layout = models.LAYOUTS["EP2"]
+        scmoe = ScMoEConfig(chunks=chunks)
+        (model,) = models.build_scmoe(scmoe, layout, num_layers=2)
+        engines = _InOrder(torch.distributed.group.WORLD, "host")
+        for module in model.modules():
+            for dispatcher in getattr(module, "token_dispatchers", ()):
+                dispatcher.exchange = partial(_Counting, engines, copied)
+        _carried.clear()
+        digest = hashlib.sha256()
+        for step in range(STEPS):
+            batch = models.batch(2 * step + engines.rank)
+            loss, gradients = models.loss_and_gradients(model, *batch)
+            for tensor in (loss, *(gradients[name] for name in sorted(gradients))):
+                digest.update(tensor.numpy().tobytes())
+        found[copied] = {name: _carried[name] for name in ALL_TO_ALLS}, digest.hexdigest()
+    return found
 
 
 def _share() -> tuple[list[int], list[str]]:

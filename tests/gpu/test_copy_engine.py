@@ -52,7 +52,11 @@ def _compare() -> dict:
     make_deterministic()
     wrong = [name for name in EXCHANGES if not _equals_nccl(name)]
     trained = {"collective": train(ScMoEConfig(), steps=5)}
+    backward = ["dispatch-backward", "combine-backward"]
     for name in EXCHANGES:
+        for copied in (backward, ["dispatch", *backward]):
+            scmoe = ScMoEConfig(exchange=name, copied=copied)
+            trained[name, *copied] = train(scmoe, steps=5)
         for overlap, chunks in ((True, 1), (False, 1), (True, 2), (False, 2)):
             scmoe = ScMoEConfig(exchange=name, overlap=overlap, chunks=chunks)
             digests = train(scmoe, steps=5)
@@ -69,7 +73,7 @@ def _equals_nccl(name: str) -> bool:
     """Forward and backward of exchanges of all sizes, several of them under way at once."""
     group = torch.distributed.group.WORLD
     rank, size = group.rank(), group.size()
-    exchange = copy_engine.exchange_for(group, name)
+    exchange = copy_engine.exchange_for(group, ScMoEConfig(exchange=name))
     draw = random.Random(0)
     for _ in range(4):
         matrices = [

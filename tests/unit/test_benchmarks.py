@@ -99,6 +99,7 @@ def extrapolate(path: Path, *words: str) -> dict[str, list[str]]:
         ("--shape wide --plot {tmp}/x.svg", "accepted are names that end in .png"),
         ("--shape wide --cuda-graphs --train-rounds 1", "the optimizer moves captured weights"),
         ("--shape wide --cuda-graphs --systems top2-1f1b", "it does not run with --cuda-graphs"),
+        ("--shape wide --copied dispatch", "--copied: there are no copy engines to carry them"),
         ("--shape cpu --exchange copy-host", "--exchange: there is no GPU; leave it out"),
         ("--shape cpu --ep-channels 4", "--ep-channels: there is no GPU; leave it out"),
         ("--shape cpu --systems top2-1f1b", "top2-1f1b: it does not run without a GPU"),

@@ -96,6 +96,11 @@ REFUSED = [
         "--scmoe-exchange copy-host with --moe-token-dispatcher-type allgather",
         "--moe-token-dispatcher-type alltoall",
     ),
+    (
+        "--scmoe-copied dispatch combine-backward",
+        "--scmoe-copied dispatch combine-backward with --scmoe-exchange collective",
+        "--scmoe-exchange copy-peer or copy-host",
+    ),
     ("--recompute-granularity selective --recompute-modules moe", "moe", "moe_act"),
     (
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",

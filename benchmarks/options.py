@@ -41,6 +41,10 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     _check_schedule(options)
     if options.train_rounds is None:
         options.train_rounds = 5 if options.cuda_graphs is None else 0
+    if options.train_micro_batches and not options.train_rounds:
+        raise UsageError("--train-micro-batches: no training iteration is measured; accepted: with "
+            "--train-rounds above 0")  # fmt: skip
+    options.train_micro_batches = options.train_micro_batches or 1
     options.sizes = replace(
         shape,
         micro_batch=options.micro_batch or shape.micro_batch,
@@ -86,6 +90,8 @@ def _parser() -> OneLineParser:
     run.add_argument("--warmup", type=_count, default=4, metavar="N", help="rounds before")
     run.add_argument("--train-rounds", type=_count, metavar="N",
         help="measured training iterations (train_ms; default: 5, with --cuda-graphs 0)")  # fmt: skip
+    run.add_argument("--train-micro-batches", type=positive, metavar="N",
+        help="of each of these iterations; train_ms is for one (default: 1)")  # fmt: skip
     run.add_argument("--operators", action="store_true", help="measure operator times and slots")
     run.add_argument("--trace", type=Path, metavar="FILE", help="profiler trace of a scmoe step")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -167,7 +173,8 @@ def _check_schedule(options: Namespace) -> None:
         options.slot = DEFAULT_EXPERT_SLOT[options.tap]
     if options.copied and options.exchange == "collective":
         raise UsageError(
-            "--copied: it needs copy engines; accepted: with --exchange copy-host or copy-peer"
+            "--copied: there are no copy engines to carry them; accepted: "
+            "with --exchange copy-host or copy-peer"
         )
     if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
         raise UsageError("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU "

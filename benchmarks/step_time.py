@@ -269,7 +269,7 @@ def steps_1f1b(model, batch: Batch) -> None:
 
 
 class Trainer:
-    """A whole training iteration of one micro-batch, with Megatron's data-parallel overlaps on."""
+    """Whole training iterations, with Megatron's data-parallel overlaps on."""
 
     def __init__(self, model: GPTModel):
         distributed = not ON_CPU  # Megatron's distributed optimizer wants a GPU's Adam
@@ -293,11 +293,14 @@ class Trainer:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
 
-    def iteration(self, batch: Batch) -> None:
-        """Forward, backward, gradient reduction, clipping, Adam, parameter gathering."""
+    def iteration(self, batch: Batch, micro_batches: int) -> None:
+        """Forwards, backwards, gradient reduction, clipping, Adam, parameter gathering."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batch.loss(self.model).backward()
+        with self.model.no_sync():
+            for _ in range(micro_batches - 1):
+                step(self.model, batch)
+        step(self.model, batch)
         finalize_model_grads([self.model])
         self.optimizer.step()
 
@@ -348,7 +351,7 @@ def summary(times: dict[str, list[float]]) -> dict:
 
 
 def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
-    """Median ms of a whole training iteration by system. The models are wrapped for good.
+    """Median ms a micro-batch of whole training iterations, by system. The models are wrapped for good.
 
     None of top2-1f1b: it overlaps several micro-batches.
     """
@@ -362,9 +365,10 @@ def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) ->
             switch(name, model, scmoe)
             if id(model) not in trainers:
                 trainers[id(model)] = Trainer(model)
-            took = timed(partial(trainers[id(model)].iteration, batch))
+            iteration = partial(trainers[id(model)].iteration, batch, options.train_micro_batches)
+            took = timed(iteration)
             if turn >= options.warmup:
-                times.setdefault(name, []).append(took)
+                times.setdefault(name, []).append(took / options.train_micro_batches)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -607,6 +611,7 @@ def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
         "rounds": options.rounds,
         "warmup": options.warmup,
         "train_rounds": options.train_rounds,
+        "train_micro_batches": options.train_micro_batches,
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())

@@ -24,6 +24,7 @@ def result(tmp_path_factory):
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *(ROOT / "benchmarks/step_time.py", "--shape", "cpu", "--blocks", "2"),
         *("--micro-batch", "1", "--rounds", "1", "--warmup", "1", "--train-rounds", "1"),
+        *("--train-micro-batches", "2"),
         *("--chunks", "2", "--slot", "auto", "--systems", *SYSTEMS),
         *("--json", path, "--plot", path.with_suffix(".png")),
     ]
@@ -99,6 +100,7 @@ def extrapolate(path: Path, *words: str) -> dict[str, list[str]]:
         ("--shape wide --plot {tmp}/x.svg", "accepted are names that end in .png"),
         ("--shape wide --cuda-graphs --train-rounds 1", "the optimizer moves captured weights"),
         ("--shape wide --cuda-graphs --systems top2-1f1b", "it does not run with --cuda-graphs"),
+        ("--shape wide --train-rounds 0 --train-micro-batches 2", "with --train-rounds above 0"),
         ("--shape wide --copied dispatch", "--copied: there are no copy engines to carry them"),
         ("--shape cpu --exchange copy-host", "--exchange: there is no GPU; leave it out"),
         ("--shape cpu --ep-channels 4", "--ep-channels: there is no GPU; leave it out"),

@@ -42,8 +42,10 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     if options.train_rounds is None:
         options.train_rounds = 5 if options.cuda_graphs is None else 0
     if options.train_micro_batches and not options.train_rounds:
-        raise UsageError("--train-micro-batches: no training iteration is measured; accepted: with "
-            "--train-rounds above 0")  # fmt: skip
+        raise UsageError(
+            f"--train-micro-batches {options.train_micro_batches} with --train-rounds 0: none is "
+            "measured; accepted: --train-rounds above 0"
+        )
     options.train_micro_batches = options.train_micro_batches or 1
     options.sizes = replace(
         shape,
@@ -91,7 +93,7 @@ def _parser() -> OneLineParser:
     run.add_argument("--train-rounds", type=_count, metavar="N",
         help="measured training iterations (train_ms; default: 5, with --cuda-graphs 0)")  # fmt: skip
     run.add_argument("--train-micro-batches", type=positive, metavar="N",
-        help="of each of these iterations; train_ms is for one (default: 1)")  # fmt: skip
+        help="micro-batches of each iteration; train_ms is the time of one (default: 1)")  # fmt: skip
     run.add_argument("--operators", action="store_true", help="measure operator times and slots")
     run.add_argument("--trace", type=Path, metavar="FILE", help="profiler trace of a scmoe step")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -148,7 +150,14 @@ def _check_shape(options: Namespace, shape: Shape) -> None:
 
 
 def _check_without_gpu(given: set[str]) -> None:
-    for name in ("cuda_graphs", "router_fusion", "exchange", "ep_channels", "ep_high_priority"):
+    for name in (
+        "cuda_graphs",
+        "router_fusion",
+        "exchange",
+        "copied",
+        "ep_channels",
+        "ep_high_priority",
+    ):
         if name in given:
             raise UsageError(f"--{name.replace('_', '-')}: there is no GPU; leave it out")
 
@@ -173,8 +182,8 @@ def _check_schedule(options: Namespace) -> None:
         options.slot = DEFAULT_EXPERT_SLOT[options.tap]
     if options.copied and options.exchange == "collective":
         raise UsageError(
-            "--copied: there are no copy engines to carry them; accepted: "
-            "with --exchange copy-host or copy-peer"
+            f"--copied {' '.join(options.copied)} with --exchange collective: there are no copy "
+            "engines; accepted: --exchange copy-host or copy-peer"
         )
     if options.exchange == "copy-peer" and os.environ.get("NCCL_P2P_DISABLE") == "1":
         raise UsageError("--exchange copy-peer under NCCL_P2P_DISABLE=1: it copies from GPU to GPU "

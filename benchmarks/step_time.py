@@ -67,8 +67,8 @@ MICRO_BATCHES_1F1B = 8
 class NoExchange(AllToAll):
     """An exchange of nothing: what arrives is a buffer of the right length, filled once for all.
 
-    Filled with rows of what was to be sent, as the power that a GEMM draws, and so the GPU's clock,
-    depends on the values.
+    Filled with rows of what was to be sent, as the time of a GEMM depends on its values: on the power
+    that it draws, and so on the GPU's clock.
     """
 
     _buffers: ClassVar[dict[tuple, torch.Tensor]] = {}
@@ -96,6 +96,7 @@ class NoExchange(AllToAll):
         if key not in self._buffers or self._buffers[key].shape[0] < rows:
             picked = torch.randint(like.shape[0], (rows + rows // 8,), device=like.device)
             self._buffers[key] = like.detach()[picked]
+            torch.cuda.synchronize()  # no wait follows
         return self._buffers[key][:rows]
 
 
@@ -351,7 +352,7 @@ def summary(times: dict[str, list[float]]) -> dict:
 
 
 def measure_training(models: dict, shape: Shape, scmoe: ScMoEConfig, options) -> dict:
-    """Median ms a micro-batch of whole training iterations, by system. The models are wrapped for good.
+    """Median ms of whole training iterations, a micro-batch, by system; models are wrapped for good.
 
     None of top2-1f1b: it overlaps several micro-batches.
     """

@@ -315,11 +315,11 @@ class CopyEngines:
 
 
 class CopyEngineAllToAll(AllToAll):
-    """:class:`~megatron_scmoe.exchange.AllToAll` of which copy engines carry what they shall.
+    """:class:`~megatron_scmoe.exchange.AllToAll` by copy engines, or in part by the collective.
 
     Args:
         engines: of the group.
-        copied: what they carry.
+        copied: names of the all-to-alls that the engines carry.
     """
 
     def __init__(self, engines: CopyEngines, copied: Collection[AllToAllName], *args):
@@ -368,7 +368,7 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
 
     Args:
         group: the expert-parallel group; one of a single rank has nothing to exchange.
-        scmoe: says what carries which of them.
+        scmoe: its ``exchange`` and ``copied`` count.
 
     Returns:
         What takes the arguments of :class:`~megatron_scmoe.exchange.AllToAll`.

@@ -148,7 +148,7 @@ class AllToAll(Exchange):
         group: the expert-parallel group.
         output_splits: rows received from each rank; None for equal splits.
         input_splits: rows sent to each rank; None for equal splits.
-        name: which of the two it is, in backward its reverse.
+        name: which of a pair's two it is.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class AllToAll(Exchange):
         group: ProcessGroup,
         output_splits: list[int] | None,
         input_splits: list[int] | None,
-        name: Literal["dispatch", "combine"] = "dispatch",
+        name: Literal["dispatch", "combine"],
     ):
         self.group = group
         self.name = name

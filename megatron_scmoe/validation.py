@@ -8,7 +8,7 @@ package ends in.
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from megatron.core.transformer.enums import LayerType
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, ScMoEConfig
 from megatron_scmoe.schedule import num_slots, slot_behind_second_attention
 
 
@@ -365,6 +365,11 @@ def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
                 "--scmoe-exchange copy-peer or copy-host",
             )
         return
+    names = get_args(AllToAllName)
+    if scmoe.copied is not None and not (scmoe.copied and set(scmoe.copied) <= set(names)):
+        raise ScMoEConfigError(
+            f"--scmoe-copied {' '.join(scmoe.copied)}", "no such all-to-alls", ", ".join(names)
+        )
     given = f"--scmoe-exchange {scmoe.exchange}"
     if view.moe_token_dispatcher_type != "alltoall":
         raise ScMoEConfigError(

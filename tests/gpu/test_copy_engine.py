@@ -89,7 +89,7 @@ def _equals_nccl(name: str) -> bool:
                 tokens = torch.randn(sum(sent), 512, device="cuda", requires_grad=True)
                 probs = torch.randn(sum(sent), device="cuda", requires_grad=True)
                 flight = Flight(tokens, probs)
-                flight.launch(kind(group, received, sent))
+                flight.launch(kind(group, received, sent, "dispatch"))
                 inputs += [tokens, probs]
                 flights.append(flight)
             outputs = [tensor for flight in flights for tensor in flight.arrive()]

@@ -100,9 +100,13 @@ def extrapolate(path: Path, *words: str) -> dict[str, list[str]]:
         ("--shape wide --plot {tmp}/x.svg", "accepted are names that end in .png"),
         ("--shape wide --cuda-graphs --train-rounds 1", "the optimizer moves captured weights"),
         ("--shape wide --cuda-graphs --systems top2-1f1b", "it does not run with --cuda-graphs"),
-        ("--shape wide --train-rounds 0 --train-micro-batches 2", "with --train-rounds above 0"),
-        ("--shape wide --copied dispatch", "--copied: there are no copy engines to carry them"),
+        (
+            "--shape wide --train-rounds 0 --train-micro-batches 2",
+            "accepted: --train-rounds above 0",
+        ),
+        ("--shape wide --copied dispatch", "--copied dispatch with --exchange collective: "),
         ("--shape cpu --exchange copy-host", "--exchange: there is no GPU; leave it out"),
+        ("--shape cpu --copied dispatch", "--copied: there is no GPU; leave it out"),
         ("--shape cpu --ep-channels 4", "--ep-channels: there is no GPU; leave it out"),
         ("--shape cpu --systems top2-1f1b", "top2-1f1b: it does not run without a GPU"),
     ],
@@ -122,6 +126,8 @@ def test_options_make_the_shape():
     assert (found.sizes.blocks, found.sizes.micro_batch, found.sizes.hidden) == (4, 2, 2048)
     assert found.sizes.cuda_graphs == ("attn", "mlp", "moe_router", "moe_preprocess")
     assert "top2-1f1b" not in found.systems
+    copied = "--shape wide --exchange copy-host --copied combine dispatch-backward"
+    assert parse(False, copied.split()).copied == ["combine", "dispatch-backward"]
     assert found.train_rounds == 0
     assert parse(False, "--shape wide".split()).train_rounds == 5
     assert parse(False, "--shape llama2 --cuda-graphs".split()).sizes.cuda_graphs == ("attn",)

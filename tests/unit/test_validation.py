@@ -343,6 +343,12 @@ def test_a_layout_that_splits_a_pair():
         validate(ScMoEConfig(), config)
 
 
+@pytest.mark.parametrize("copied", [[], ["dispatch", "gather"]])
+def test_copied_are_names_of_all_to_alls(copied):
+    with pytest.raises(ScMoEConfigError, match="accepted: dispatch, combine, dispatch-backward"):
+        validate(ScMoEConfig(exchange="copy-host", copied=copied), models.transformer_config())
+
+
 def test_experts_have_no_fused_gelu():
     changes = dict(gated_linear_unit=False, activation_func=torch.nn.functional.gelu)
     config = models.transformer_config(add_bias_linear=True, **changes)

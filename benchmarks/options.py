@@ -1,6 +1,5 @@
 """The command line of step_time.py. Whatever cannot be done is refused before anything is measured."""
 
-import argparse
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import get_args
 from shapes import SCMOE, SHAPES, SYSTEMS, Shape
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, check_output, positive
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, Exchange
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, Exchange, slot_or_auto
 from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots, slot_behind_second_attention
 
 OF_SCMOE = ("tap", "slot", "chunks", "exchange", "copied", "operators", "trace")
@@ -73,7 +72,7 @@ def _parser() -> OneLineParser:
 
     scmoe = parser.add_argument_group("of ScMoE")
     scmoe.add_argument("--tap", choices=sorted(TAP_BOUNDARY), help="default: pos2")
-    scmoe.add_argument("--slot", type=_slot, metavar="N",
+    scmoe.add_argument("--slot", type=slot_or_auto, metavar="N",
         help="expert slot, or auto: measured (default: the tap's)")  # fmt: skip
     scmoe.add_argument("--chunks", type=positive, metavar="N", help="token chunks (default: 1)")
     scmoe.add_argument("--exchange", choices=get_args(Exchange),
@@ -103,12 +102,6 @@ def _parser() -> OneLineParser:
 
 def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
-
-
-def _slot(text: str) -> int | str:
-    if text != "auto" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text}: accepted are numbers and auto")
-    return text if text == "auto" else int(text)
 
 
 def _can_run(system: str, options: Namespace, on_cpu: bool) -> bool:
@@ -174,7 +167,7 @@ def _check_outputs(options: Namespace) -> None:
 
 def _check_schedule(options: Namespace) -> None:
     slots = num_slots(options.tap)
-    if isinstance(options.slot, int) and options.slot >= slots:
+    if isinstance(options.slot, int) and not 0 <= options.slot < slots:
         raise UsageError(
             f"--slot {options.slot}: with --tap {options.tap} accepted are 0 to {slots - 1} and auto"
         )

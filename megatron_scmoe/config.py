@@ -12,14 +12,14 @@ AllToAllName = Literal["dispatch", "combine", "dispatch-backward", "combine-back
 ExpertBias = Literal["none", "sign", "proportional"]
 
 
-def _slot(text: str) -> int | str:
-    """The value of ``--scmoe-expert-slot``."""
+def slot_or_auto(text: str) -> int | str:
+    """The ``type`` of ``--scmoe-expert-slot``."""
     if text == "auto":
         return text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted are numbers and auto") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class ScMoEConfig:
 
     expert_slot: int | Literal["auto"] | None = field(
         default=None,
-        metadata={"argparse_meta": {"type": _slot, "metavar": "N|auto"}},
+        metadata={"argparse_meta": {"type": slot_or_auto, "metavar": "N|auto"}},
     )
     """After how many backbone operators behind the tap the routed experts compute: 0 to 2 with pos1
     (attention, shared expert), 0 to 3 with pos2 (and the preceding MLP before these), 0 to 4 with

@@ -21,7 +21,14 @@ import numpy as np
 from corpus import quiet_imports
 
 from megatron_scmoe import cpu
-from megatron_scmoe.command_line import OneLineParser, UsageError, is_first_rank, run_tool
+from megatron_scmoe.command_line import (
+    OneLineParser,
+    UsageError,
+    check_output,
+    is_first_rank,
+    refuse_overwrite,
+    run_tool,
+)
 
 DEFAULT_HF_LENGTH = 1024
 
@@ -103,14 +110,8 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
                 f"{'--text' if args.text else '--tokens'} {path}: there is no such file"
             )
     if args.logits_out is not None:
-        if args.logits_out.exists() and not args.force:
-            raise UsageError(
-                f"--logits-out {args.logits_out}: it exists; give another file or --force"
-            )
-        if not args.logits_out.absolute().parent.is_dir():
-            raise UsageError(
-                f"--logits-out {args.logits_out}: there is no folder {args.logits_out.parent}"
-            )
+        check_output("--logits-out", args.logits_out, [".npy"])
+        refuse_overwrite("--logits-out", [args.logits_out], args.force)
 
 
 def evaluate_checkpoint(args: Namespace):

@@ -380,7 +380,10 @@ def test_refusals(data, trained, llama, tmp_path):
         ((*load, "--text", "absent.txt"), "--text absent.txt: there is no such file"),
         (("--load", tmp_path, *text), f"--load {tmp_path}: there is no checkpoint"),
         ((*load, "--ckpt-step", 3, *text), "accepted: --ckpt-step 4, the nearest"),
-        ((*load, *text, "--logits-out", existing), "it exists; give another file or --force"),
+        (
+            (*load, *text, "--logits-out", existing),
+            f"--logits-out: {existing} exists; give another --logits-out or --force",
+        ),
         ((*load, "--tokens", many), f"it has the id {VOCAB}; accepted: ids from 0 to {VOCAB - 1}"),
         ((*load, "--tokens", halves), "it is float64 with 1 dimensions; accepted"),
         ((*load, "--tokens", data / "valid.txt"), "no .npy file of ids (its bytes are damaged, or"),

@@ -89,7 +89,8 @@ def extrapolate(path: Path, *words: str) -> dict[str, list[str]]:
     "words,message",
     [
         ("--shape wide --slot 4", "--slot 4: with --tap pos2 accepted are 0 to 3 and auto"),
-        ("--shape wide --slot last", "--slot: last: accepted are numbers and auto"),
+        ("--shape wide --slot -1", "--slot -1: with --tap pos2 accepted are 0 to 3 and auto"),
+        ("--shape wide --slot last", "--slot: 'last': accepted are numbers and auto"),
         ("--shape wide --rounds 0", "--rounds: 0 is not a whole number above 0"),
         ("--shape wide --blocks 3", "--blocks 3: ScMoE pairs blocks; accepted: even numbers"),
         ("--shape llama2 --tap pos2", "--tap pos2: llama2 has MoE in every block; accepted: pos1"),

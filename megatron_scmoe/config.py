@@ -107,5 +107,8 @@ class ScMoEConfig:
     """Epsilon of the norms of MLA's latents, 1e-6 in LongCat-Flash. Default: --norm-epsilon."""
 
 
+OF_THE_RUN = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied")
+"""Fields that say how a model is computed, not what it computes: another run need not share them."""
+
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
 """Halves the window: each all-to-all keeps an attention or an MLP to hide under."""

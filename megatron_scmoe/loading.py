@@ -7,7 +7,7 @@ what says how the work is spread over ranks and kernels is set anew.
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -31,7 +31,7 @@ from megatron_scmoe.arguments import (
 )
 from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
 from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
@@ -88,10 +88,11 @@ class Checkpoint:
 
     @property
     def scmoe(self) -> ScMoEConfig | None:
-        """The configuration of ScMoE; None for a stock Megatron model."""
+        """The configuration of ScMoE, but for what was the run's; None for a stock Megatron model."""
         saved = self._common["args"]
         if hasattr(saved, "scmoe_tap"):
-            return scmoe_config_from_args(self.args)
+            defaults = {f.name: f.default for f in fields(ScMoEConfig) if f.name in OF_THE_RUN}
+            return replace(scmoe_config_from_args(self.args), **defaults)
         if (getattr(saved, "spec", None) or [""])[0] == "megatron_scmoe.spec":
             return scmoe_config_from_environment()
         return None

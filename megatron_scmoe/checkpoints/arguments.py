@@ -10,11 +10,8 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.lazy import ConversionError
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
 from megatron_scmoe.validation import ScMoEConfigError, validate
-
-_HOW = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied")
-"""Of ScMoE's configuration, what says how a model is computed, not what."""
 
 MODEL_ARGUMENTS = (
     "num_layers",
@@ -74,7 +71,7 @@ MODEL_ARGUMENTS = (
     "moe_router_dtype",
     "moe_apply_probs_on_input",
     "moe_latent_size",
-    *(f"scmoe_{field.name}" for field in fields(ScMoEConfig) if field.name not in _HOW),
+    *(f"scmoe_{field.name}" for field in fields(ScMoEConfig) if field.name not in OF_THE_RUN),
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""
 

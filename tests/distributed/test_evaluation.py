@@ -18,6 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe import evaluation
+from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from megatron_scmoe.command_line import UsageError
@@ -166,13 +167,17 @@ RUNS = {
         --fine-grained-activation-offloading --offload-modules moe_act
         --transformer-impl transformer_engine
     """.split(),
+    "copy engines": """
+        --scmoe-exchange copy-host --scmoe-copied dispatch-backward --scmoe-expert-slot auto
+        --scmoe-operator-times absent.json --scmoe-chunks 2 --transformer-impl transformer_engine
+    """.split(),
 }
 
 
 @pytest.mark.parametrize("recipe", RUNS)
 def test_checkpoints_of_any_kernels(data, trained, alone, tmp_path, recipe):
     """Trained with kernels that are not here; in fp32 all the same, to compare the logits."""
-    parser = add_megatron_arguments(argparse.ArgumentParser())
+    parser = add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser()))
     given, defaults = vars(parser.parse_args(RUNS[recipe])), vars(parser.parse_args([]))
     run = {name: value for name, value in given.items() if value != defaults[name]}
     assert len(run) >= 5 and given["transformer_impl"] == "transformer_engine"

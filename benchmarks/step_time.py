@@ -73,23 +73,16 @@ class NoExchange(AllToAll):
 
     _buffers: ClassVar[dict[tuple, torch.Tensor]] = {}
 
-    def launch(self, tensors):
-        self._outputs = self._fill(self.name, tensors, self.output_splits)
-
-    def wait(self):
-        return tuple(self._outputs)
-
-    def launch_backward(self, grads):
-        return tuple(self._fill(f"{self.name}-backward", grads, self.input_splits))
-
-    def wait_backward(self, buffers):
-        return buffers
-
-    def _fill(self, name: str, tensors, splits) -> list[torch.Tensor]:
+    def _start(self, name, tensors, output_splits, input_splits):
         return [
-            self._buffer(name, tensor, tensor.shape[0] if splits is None else sum(splits))
+            self._buffer(
+                name, tensor, tensor.shape[0] if output_splits is None else sum(output_splits)
+            )
             for tensor in tensors
         ]
+
+    def _finish(self, outputs):
+        return tuple(outputs)
 
     def _buffer(self, name: str, like: torch.Tensor, rows: int) -> torch.Tensor:
         key = (name, like.dtype, like.shape[1:])

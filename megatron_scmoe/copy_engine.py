@@ -327,18 +327,9 @@ class CopyEngineAllToAll(AllToAll):
         self.engines = engines
         self.copied = copied
 
-    def launch(self, tensors):
-        if self.name in self.copied:
-            self._outputs = self._copy(tensors, self.output_splits, self.input_splits)
-        else:
-            super().launch(tensors)
-
-    def launch_backward(self, grads):
-        if f"{self.name}-backward" in self.copied:
-            return tuple(self._copy(grads, self.input_splits, self.output_splits))
-        return super().launch_backward(grads)
-
-    def _copy(self, tensors, output_splits, input_splits) -> list[Tensor]:
+    def _start(self, name, tensors, output_splits, input_splits) -> list[Tensor]:
+        if name not in self.copied:
+            return super()._start(name, tensors, output_splits, input_splits)
         sources = [tensor.contiguous() for tensor in tensors]
         equal = [tensors[0].shape[0] // self.engines.size] * self.engines.size
         received, sent = output_splits or equal, input_splits or equal

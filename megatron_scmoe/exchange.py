@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_scmoe import cpu
+from megatron_scmoe.config import AllToAllName
 
 
 def can_launch_late() -> bool:
@@ -166,19 +167,21 @@ class AllToAll(Exchange):
         self._works: list[tuple[torch.distributed.Work, Tensor, Tensor]] = []
 
     def launch(self, tensors):
-        self._outputs = self._start(tensors, self.output_splits, self.input_splits)
+        self._outputs = self._start(self.name, tensors, self.output_splits, self.input_splits)
 
     def wait(self):
         outputs, self._outputs = self._outputs, []
         return self._finish(outputs)
 
     def launch_backward(self, grads):
-        return tuple(self._start(grads, self.input_splits, self.output_splits))
+        name = f"{self.name}-backward"
+        return tuple(self._start(name, grads, self.input_splits, self.output_splits))
 
     def wait_backward(self, buffers):
         return self._finish(buffers)
 
-    def _start(self, tensors, output_splits, input_splits) -> list[Tensor]:
+    def _start(self, name: AllToAllName, tensors, output_splits, input_splits) -> list[Tensor]:
+        """Start the all-to-all of that name; returns buffers being filled."""
         outputs = []
         for tensor in tensors:
             rows = tensor.shape[0] if output_splits is None else sum(output_splits)

@@ -7,7 +7,7 @@ what says how the work is spread over ranks and kernels is set anew.
 
 import argparse
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -86,13 +86,11 @@ class Checkpoint:
         defaults = vars(parser.parse_args([]))  # of what later versions have added
         self.args = argparse.Namespace(**defaults | vars(self._common["args"]))
 
-    @property
-    def scmoe(self) -> ScMoEConfig | None:
-        """The configuration of ScMoE, but for what was the run's; None for a stock Megatron model."""
+    def scmoe(self, settings: argparse.Namespace) -> ScMoEConfig | None:
+        """The configuration of ScMoE in these settings; None for a stock Megatron model."""
         saved = self._common["args"]
         if hasattr(saved, "scmoe_tap"):
-            defaults = {f.name: f.default for f in fields(ScMoEConfig) if f.name in OF_THE_RUN}
-            return replace(scmoe_config_from_args(self.args), **defaults)
+            return scmoe_config_from_args(settings)
         if (getattr(saved, "spec", None) or [""])[0] == "megatron_scmoe.spec":
             return scmoe_config_from_environment()
         return None
@@ -208,7 +206,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
             not go together.
     """
     args = _settings(checkpoint, layout, dtype)
-    scmoe = checkpoint.scmoe
+    scmoe = checkpoint.scmoe(args)
     if scmoe is not None:
         args.spec = None
     elif args.spec and not args.spec[0].startswith("megatron.core."):
@@ -330,6 +328,7 @@ _OF_THE_RUN = dict(
     delay_wgrad_compute=False,
     perform_initialization=False,
     no_persist_layer_norm=True,
+    **{f"scmoe_{f.name}": f.default for f in fields(ScMoEConfig) if f.name in OF_THE_RUN},
 )
 """Settings of the run that saved the checkpoint, as this one has them; no result changes but by
 rounding, finer than with fp8 and fp4."""

@@ -14,7 +14,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import get_args
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -87,29 +87,25 @@ class _RefusedOnOneRank(_Unpinned):
 class _InOrder(_OnThreads):
     """Engines for a CPU, which has no streams that could wait: exchanges are through at once."""
 
+    exchanges = 0
+
     def exchange(self, *args):
+        self.exchanges += 1
         events = super().exchange(*args)
         copy_engine.driver.synchronize()
         return events
 
 
 class _Counting(copy_engine.CopyEngineAllToAll):
-    """What the engines carry, by name."""
+    """Counts what the engines carry, by name."""
 
-    def launch(self, tensors):
-        self._of = self.name
-        super().launch(tensors)
+    carried: ClassVar[Counter] = Counter()
 
-    def launch_backward(self, grads):
-        self._of = f"{self.name}-backward"
-        return super().launch_backward(grads)
-
-    def _copy(self, *args):
-        _carried[self._of] += 1
-        return super()._copy(*args)
-
-
-_carried: Counter = Counter()
+    def _start(self, name, *args):
+        before = self.engines.exchanges
+        outputs = super()._start(name, *args)
+        self.carried[name] += self.engines.exchanges - before
+        return outputs
 
 
 def _train(chunks: int) -> dict[tuple[str, ...], tuple[dict[str, int], str]]:
@@ -124,14 +120,15 @@ def _train(chunks: int) -> dict[tuple[str, ...], tuple[dict[str, int], str]]:
         for module in model.modules():
             for dispatcher in getattr(module, "token_dispatchers", ()):
                 dispatcher.exchange = partial(_Counting, engines, copied)
-        _carried.clear()
+        _Counting.carried.clear()
         digest = hashlib.sha256()
         for step in range(STEPS):
             batch = models.batch(2 * step + engines.rank)
             loss, gradients = models.loss_and_gradients(model, *batch)
             for tensor in (loss, *(gradients[name] for name in sorted(gradients))):
                 digest.update(tensor.numpy().tobytes())
-        found[copied] = {name: _carried[name] for name in ALL_TO_ALLS}, digest.hexdigest()
+        counts = {name: _Counting.carried[name] for name in ALL_TO_ALLS}
+        found[copied] = counts, digest.hexdigest()
     return found
 
 

@@ -10,14 +10,31 @@ An *exchange* moves tensors between the expert-parallel ranks:
 Leaving and arriving are autograd nodes of their own. Autograd runs the ready node that was created
 last, so the forward's order is mirrored in backward: the backward of arrive launches the reverse
 exchange, every backbone operator issued in between runs its backward, and only then the backward of
-leaving waits. The gradient travels from one node to the other as a buffer still being filled;
-nothing reads it on the way, since each node is the other's only neighbour.
+leaving waits. Gradients under way never pass through autograd, where anomaly detection and hooks would
+read them half-filled: the node that launches gives the other zeros without memory in their place.
 
 The launch itself is no node. It may come later than the leaving, when the host has learned the
 split sizes: it goes to a stream that waits for the moment of leaving only, so compute issued in
 between does not hold the exchange back.
+
+Which stream may read what until when. Memory belongs to the stream it was allocated on; the caching
+allocator hands it out again on that stream as soon as the host drops the last reference.
+
+    memory                          belongs to       is read and written by             is kept until
+    tensors launched, and their     compute stream   NCCL's, the copy engines' or       compute waits for the
+    gradients                                        the launch stream                  arrival (wait, wait_backward)
+    copies of them that had to be   launch stream    the same                           the same, and compute's
+    made contiguous                                                                     work up to there is done
+    what arrives                    launch stream    the same, then compute             compute's last use is done
+    what a graph of the launch      either           the launch stream, in backward     compute waits for the
+    stream saved                                                                        gradients' arrival
+
+"Compute waits" is enqueued by the host before it drops the reference, so memory of the compute stream is
+handed out again behind that wait. Memory of the launch stream that compute depends on is marked with
+``record_stream``: the allocator then asks an event of the compute stream.
 """
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,7 +42,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from megatron_scmoe import cpu
 from megatron_scmoe.config import AllToAllName
@@ -57,12 +74,12 @@ class Exchange(ABC):
         """What arrived for the tensors launched; compute issued from now on may read it."""
 
     @abstractmethod
-    def launch_backward(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Start sending back the gradients of the output; returns buffers still being filled."""
+    def launch_backward(self, grads: Sequence[Tensor]) -> None:
+        """Start sending back the gradients of the output."""
 
     @abstractmethod
-    def wait_backward(self, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The gradients of the input, given what :meth:`launch_backward` returned."""
+    def wait_backward(self) -> tuple[Tensor, ...]:
+        """The gradients of the input; compute issued from now on may read them."""
 
 
 class Flight:
@@ -123,8 +140,8 @@ class _Depart(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx, *buffers: Tensor):
-        return None, *ctx.flight._exchange.wait_backward(buffers)
+    def backward(ctx, *placeholders: Tensor):
+        return None, *ctx.flight._exchange.wait_backward()
 
 
 class _Arrive(torch.autograd.Function):
@@ -133,13 +150,25 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flight: Flight, *departed: Tensor):
         ctx.flight = flight
+        ctx.departed = [(tensor.shape, tensor.dtype, tensor.device) for tensor in departed]
         return flight._exchange.wait()
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         ready = torch.cuda.current_stream().record_event()
         with launch_stream(ready):
-            return None, *ctx.flight._exchange.launch_backward(grads)
+            ctx.flight._exchange.launch_backward(grads)
+        return None, *(_placeholder(*kind) for kind in ctx.departed)
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of this shape, all of them one element."""
+    return _zero(dtype, device).expand(shape)
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 class AllToAll(Exchange):
@@ -164,21 +193,20 @@ class AllToAll(Exchange):
         self.output_splits = output_splits
         self.input_splits = input_splits
         self._outputs: list[Tensor] = []
-        self._works: list[tuple[torch.distributed.Work, Tensor, Tensor]] = []
+        self._works: list[tuple[Work, Sequence[Tensor], Sequence[Tensor]]] = []
 
     def launch(self, tensors):
         self._outputs = self._start(self.name, tensors, self.output_splits, self.input_splits)
 
     def wait(self):
-        outputs, self._outputs = self._outputs, []
-        return self._finish(outputs)
+        return self._finish()
 
     def launch_backward(self, grads):
         name = f"{self.name}-backward"
-        return tuple(self._start(name, grads, self.input_splits, self.output_splits))
+        self._outputs = self._start(name, grads, self.input_splits, self.output_splits)
 
-    def wait_backward(self, buffers):
-        return self._finish(buffers)
+    def wait_backward(self):
+        return self._finish()
 
     def _start(self, name: AllToAllName, tensors, output_splits, input_splits) -> list[Tensor]:
         """Start the all-to-all of that name; returns buffers being filled."""
@@ -191,16 +219,21 @@ class AllToAll(Exchange):
                 output, source, output_splits, input_splits, group=self.group, async_op=True
             )
             outputs.append(output)
-            self._works.append((work, tensor, source))
+            self._works.append((work, [tensor], [source]))
         return outputs
 
-    def _finish(self, outputs) -> tuple[Tensor, ...]:
-        """Let the current stream wait; inputs are kept until here, outputs change their stream."""
-        for work, *_ in self._works:
+    def _finish(self) -> tuple[Tensor, ...]:
+        """Let the current stream wait, hand over what has arrived and drop what was sent."""
+        current = torch.cuda.current_stream()
+        for work, tensors, sources in self._works:
             work.wait()
+            for tensor, source in zip(tensors, sources):
+                if source is not tensor:
+                    source.record_stream(current)
         self._works = []
+        outputs, self._outputs = self._outputs, []
         for output in outputs:
-            output.record_stream(torch.cuda.current_stream())
+            output.record_stream(current)
         return tuple(outputs)
 
 
@@ -217,6 +250,8 @@ class OnLaunchStream(Exchange):
         self.function = function
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
+        self._grads: Sequence[Tensor] = ()
+        self._buffers: tuple[Tensor, ...] = ()
 
     def launch(self, tensors):
         # A graph of its own, so that its backward runs on the launch stream as a whole.
@@ -228,17 +263,25 @@ class OnLaunchStream(Exchange):
         return self._join([output.detach() for output in self._outputs])
 
     def launch_backward(self, grads):
+        if not self._outputs:
+            raise RuntimeError(
+                "--moe-token-dispatcher-type flex: a second backward through the same forward; "
+                "accepted: --moe-token-dispatcher-type alltoall"
+            )
+        self._grads = grads
         used = [index for index, output in enumerate(self._outputs) if output.requires_grad]
-        buffers = torch.autograd.grad(
+        self._buffers = torch.autograd.grad(
             [self._outputs[index] for index in used],
             self._inputs,
             [grads[index] for index in used],
+            retain_graph=True,  # what it saved is still read by the stream
         )
-        self._inputs, self._outputs = [], ()
-        return buffers
 
-    def wait_backward(self, buffers):
-        return self._join(buffers)
+    def wait_backward(self):
+        buffers, self._buffers = self._buffers, ()
+        arrived = self._join(buffers)
+        self._inputs, self._outputs, self._grads = [], (), ()
+        return arrived
 
     def _join(self, tensors) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream()

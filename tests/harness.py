@@ -1,10 +1,13 @@
-"""Run functions, and the pretraining script, on several ranks over gloo.
+"""Run functions, and the pretraining script, on several ranks.
 
-Ranks are forked from a server that has imported Megatron already (tests/preload.py); a test on two
-ranks then costs tenths of a second instead of ten.
+Over gloo, ranks are forked from a server that has imported Megatron already (tests/preload.py); a test
+on two ranks then costs tenths of a second instead of ten. CUDA does not survive a fork: on GPUs the
+ranks are resident (tests/resident.py).
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -16,28 +19,41 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 from megatron_scmoe import cpu
+from tests.resident import RankFailure, ResidentRanks
 
 cpu.enable_if_no_gpu()
 
 TIMEOUT_S = 300
 """Longest run of any test's ranks; a hang is a failure."""
 
-# CUDA does not survive a fork; ranks with a GPU each start from nothing.
 _context = get_context("forkserver" if cpu.is_enabled() else "spawn")
 if cpu.is_enabled():
     _context.set_forkserver_preload(["tests.preload"])
 
 
-class RankFailure(AssertionError):
-    """Some ranks raised; the message holds their tracebacks."""
+MAX_GPUS = 4
+"""A test uses no more."""
 
 
-def run_distributed(function, world_size: int, *args, backend: str = "gloo", **kwargs) -> list:
+@functools.cache
+def gpu_ranks(*environment: tuple[str, str]) -> ResidentRanks:
+    """The resident ranks on the GPUs here that were started with these variables."""
+    import torch
+
+    ranks = ResidentRanks(_context, min(torch.cuda.device_count(), MAX_GPUS), dict(environment))
+    atexit.register(ranks.close)
+    return ranks
+
+
+def run_distributed(
+    function, world_size: int, *args, backend: str = "gloo", environment=(), **kwargs
+) -> list:
     """Call ``function(*args, **kwargs)`` on ``world_size`` ranks with a process group.
 
     Args:
         function: importable by name; ``torch.distributed`` is initialised when it is called.
         world_size: number of ranks.
+        environment: pairs of name and value that hold from the start of the ranks; on GPUs.
 
     Returns:
         What each rank returned, by rank.
@@ -46,9 +62,11 @@ def run_distributed(function, world_size: int, *args, backend: str = "gloo", **k
         RankFailure: if a rank raised, died or was still running after ``TIMEOUT_S``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _run(
-            world_size, _with_process_group, (folder, backend, world_size, function, args, kwargs)
-        )
+        task = (folder, backend, world_size, function, args, kwargs)
+        if not cpu.is_enabled():
+            ranks = gpu_ranks(*environment)
+            return ranks.call(_in_process_group, world_size, TIMEOUT_S, *task)
+        return _run(world_size, _send_result, task)
 
 
 @dataclass
@@ -82,16 +100,29 @@ class Run:
         return lines[0].split(" error: ", 1)[1] if lines else ""
 
 
-def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S) -> Run:
-    """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks."""
+def run_pretrain(
+    flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S, environment=()
+) -> Run:
+    """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
+
+    Args:
+        environment: see :func:`run_distributed`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        port = _free_port()
-        processes = [
-            _context.Process(target=_pretrain, args=(rank, world_size, port, flags, str(log)))
-            for rank in range(world_size)
-        ]
-        statuses = _join(processes, timeout_s)
+        task = (world_size, _free_port(), flags, str(log))
+        if not cpu.is_enabled():
+            ranks = gpu_ranks(*environment)
+            try:
+                statuses = ranks.call(_status_of_pretrain, world_size, timeout_s, *task)
+            except RankFailure as failure:
+                output = log.read_text() if log.exists() else ""
+                raise RankFailure(f"{failure}\n{output[-4000:]}") from None
+        else:
+            processes = [
+                _context.Process(target=_pretrain, args=(rank, *task)) for rank in range(world_size)
+            ]
+            statuses = _join(processes, timeout_s)
         status = next((s for s in statuses if s not in (0, None)), 0)
         if None in statuses:
             status = -1
@@ -99,10 +130,12 @@ def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEO
 
 
 def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> None:
-    with open(log, "a", buffering=1) as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        sys.stdout = sys.stderr = stream
+    os._exit(_status_of_pretrain(rank, world_size, port, flags, log))
+
+
+def _status_of_pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> int:
+    """Run the script in this process, its output appended to ``log``; the status it ends with."""
+    with _output_to(log):
         _set_rank(rank, world_size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
@@ -113,14 +146,29 @@ def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str)
         try:
             training.main()
         except SystemExit as stop:
-            stream.flush()
-            os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
             traceback.print_exc()
+            return 1
+        return 0
+
+
+@contextlib.contextmanager
+def _output_to(log: str):
+    """What this process prints, also from C++, goes to the end of the file ``log``."""
+    streams, files = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    with open(log, "a", buffering=1) as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+        sys.stdout = sys.stderr = stream
+        try:
+            yield
+        finally:
             stream.flush()
-            os._exit(1)
-        stream.flush()
-        os._exit(0)
+            sys.stdout, sys.stderr = streams
+            for number, file in zip((1, 2), files):
+                os.dup2(file, number)
+                os.close(file)
 
 
 def _set_rank(rank: int, world_size: int) -> None:
@@ -130,22 +178,27 @@ def _set_rank(rank: int, world_size: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
 
 
-def _with_process_group(rank, results, folder, backend, world_size, function, args, kwargs):
+def _in_process_group(rank, folder, backend, world_size, function, args, kwargs):
     import torch
 
     _set_rank(rank, world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     try:
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
-        torch.distributed.init_process_group(
-            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-        )
-        results.put((rank, function(*args, **kwargs), None))
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        return function(*args, **kwargs)
     finally:
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
+
+
+def _send_result(rank, results, *task):
+    try:
+        results.put((rank, _in_process_group(rank, *task), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
 
 
 def _run(world_size: int, target, args) -> list:

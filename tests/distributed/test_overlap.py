@@ -171,9 +171,9 @@ def _record(model) -> tuple[list[str], list[str]]:
             backward.append(f"launch {self.name} backward")
             return super().launch_backward(grads)
 
-        def wait_backward(self, buffers):
+        def wait_backward(self):
             backward.append(f"wait {self.name} backward")
-            return super().wait_backward(buffers)
+            return super().wait_backward()
 
     for dispatcher in layers["decoder.layers.1.mlp"].token_dispatchers:
         dispatcher.exchange = Recording

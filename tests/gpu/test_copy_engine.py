@@ -9,14 +9,15 @@ from megatron_scmoe import copy_engine
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.exchange import AllToAll, Flight
 from tests.gpu.test_gpu import (
-    FLAGS,
+    EXACT,
     GPUS,
     make_deterministic,
     pytestmark,  # noqa: F401  (skips this module too)
     requires_multi_gpu,
     train,
+    trained,
 )
-from tests.harness import run_distributed, run_pretrain
+from tests.harness import run_distributed
 
 EXCHANGES = ("copy-host", "copy-peer")
 RANKS = min(GPUS, 4)
@@ -29,7 +30,7 @@ CAPTURED = [
 @requires_multi_gpu
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
 def test_copies_equal_nccl_and_train_bit_identically():
-    for found in run_distributed(_compare, RANKS, backend="nccl"):
+    for found in run_distributed(_compare, RANKS, backend="nccl", environment=EXACT):
         assert found["exchanges"] == []
         reference = found["trained"].pop("collective")
         assert len(set(reference)) == len(reference)
@@ -41,11 +42,9 @@ def test_copies_equal_nccl_and_train_bit_identically():
 @pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_pretraining_with_captured_blocks(exchange):
-    flags = [*FLAGS, "--expert-model-parallel-size", "2", "--train-iters", "10", "--te-rng-tracker"]
-    flags += ["--scmoe-expert-slot", "2"]
-    copies = run_pretrain([*flags, *CAPTURED, "--scmoe-exchange", exchange], 2)
-    assert copies.status == 0, copies.output[-2000:]
-    assert copies.losses == run_pretrain(flags, 2).losses
+    flags = "--expert-model-parallel-size 2 --train-iters 10 --te-rng-tracker --scmoe-expert-slot 2"
+    copies = trained(*flags.split(), *CAPTURED, "--scmoe-exchange", exchange, world_size=2)
+    assert copies.losses == trained(*flags.split(), world_size=2).losses
 
 
 def _compare() -> dict:

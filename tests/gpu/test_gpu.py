@@ -3,9 +3,9 @@
 Needs one GPU; what needs two says so. Run it with ``make test-gpu``.
 """
 
+import functools
 import hashlib
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -25,92 +25,49 @@ pytestmark = [
 ]
 requires_multi_gpu = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
-FLAGS = [
-    "--transformer-impl",
-    "transformer_engine",
-    "--bf16",
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "256",
-    "--num-attention-heads",
-    "4",
-    "--seq-length",
-    "256",
-    "--max-position-embeddings",
-    "256",
-    "--ffn-hidden-size",
-    "512",
-    "--moe-ffn-hidden-size",
-    "512",
-    "--swiglu",
-    "--disable-bias-linear",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--num-experts",
-    "8",
-    "--moe-layer-freq",
-    "[0,1]*2",
-    "--moe-router-topk",
-    "2",
-    "--moe-token-dispatcher-type",
-    "alltoall",
-    "--moe-grouped-gemm",
-    "--moe-permute-fusion",
-    "--moe-router-load-balancing-type",
-    "aux_loss",
-    "--moe-aux-loss-coeff",
-    "1e-2",
-    "--moe-shared-expert-intermediate-size",
-    "512",
-    "--micro-batch-size",
-    "4",
-    "--global-batch-size",
-    "16",
-    "--train-iters",
-    "30",
-    "--lr",
-    "1e-3",
-    "--lr-warmup-iters",
-    "2",
-    "--log-interval",
-    "1",
-    "--eval-iters",
-    "1",
-    "--eval-interval",
-    "100",
-    "--mock-data",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "1024",
-    "--untie-embeddings-and-output-weights",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--no-gradient-accumulation-fusion",
-    "--num-workers",
-    "0",
-    "--distributed-timeout-minutes",
-    "2",
-]
+FLAGS = """
+    --transformer-impl transformer_engine --bf16 --num-layers 4 --hidden-size 256
+    --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 --ffn-hidden-size 512
+    --moe-ffn-hidden-size 512 --swiglu --disable-bias-linear --normalization RMSNorm
+    --position-embedding-type rope --num-experts 8 --moe-layer-freq [0,1]*2 --moe-router-topk 2
+    --moe-token-dispatcher-type alltoall --moe-grouped-gemm --moe-permute-fusion
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+    --moe-shared-expert-intermediate-size 512 --micro-batch-size 4 --global-batch-size 16
+    --train-iters 30 --lr 1e-3 --lr-warmup-iters 2 --log-interval 1 --eval-iters 1
+    --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 1024
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --no-gradient-accumulation-fusion --num-workers 0 --distributed-timeout-minutes 2
+""".split()
+
+EP2 = "--expert-model-parallel-size 2"
+
+# Read once by a process: ranks that were started with them.
+ONE_QUEUE = (("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
+EXACT = (
+    ("NVTE_ALLOW_NONEXACT_ALGO", "0"),
+    ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    ("NVIDIA_TF32_OVERRIDE", "0"),
+)
+
+
+@functools.cache
+def trained(*flags: str, world_size: int = 1):
+    """A run with FLAGS and these, which several tests compare others with."""
+    run = run_pretrain([*FLAGS, *flags], world_size)
+    assert run.status == 0, run.output[-2000:]
+    return run
 
 
 @pytest.mark.parametrize("norm", ["own", "shared"])
 def test_transformer_engine_trains_in_bf16_on_one_gpu(norm):
-    run = run_pretrain([*FLAGS, "--scmoe-router-norm", norm], 1)
-    assert run.status == 0, run.output[-2000:]
+    run = trained("--scmoe-router-norm", norm)
     assert run.losses[30] < run.losses[1] - 1.0
 
 
 def test_selective_recompute_trains():
     flags = "--recompute-granularity selective --recompute-modules layernorm moe_act".split()
-    plain = run_pretrain([*FLAGS, "--scmoe-router-norm", "shared"], 1)
-    recomputed = run_pretrain([*FLAGS, "--scmoe-router-norm", "shared", *flags], 1)
-    assert recomputed.status == 0, recomputed.output[-2000:]
+    plain = trained("--scmoe-router-norm", "shared")
+    recomputed = trained("--scmoe-router-norm", "shared", *flags)
     assert recomputed.losses[1] == plain.losses[1]
     assert recomputed.losses[30] == pytest.approx(plain.losses[30], abs=0.1)
 
@@ -119,35 +76,30 @@ def test_selective_recompute_trains():
 def test_distributed_optimizer_with_its_overlaps_trains_over_nccl():
     flags = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]
     flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    overlapped = run_pretrain([*FLAGS, *flags], 2)
-    serial = run_pretrain([*FLAGS, *flags, "--no-scmoe-overlap"], 2)
-    assert overlapped.status == serial.status == 0, overlapped.output[-2000:]
+    overlapped = trained(*flags, world_size=2)
+    serial = trained(*flags, "--no-scmoe-overlap", world_size=2)
     assert overlapped.losses[30] < overlapped.losses[1] - 1.0
     assert overlapped.losses[1] == serial.losses[1]
 
 
 @requires_multi_gpu
-def test_tensor_and_context_parallel_train():
-    for flags in (
-        [
-            "--tensor-model-parallel-size",
-            "2",
-            "--sequence-parallel",
-            "--expert-tensor-parallel-size",
-            "1",
-        ],
-        ["--context-parallel-size", "2"],
-    ):
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-        run = run_pretrain([*FLAGS, *flags, "--expert-model-parallel-size", "2"], 2)
-        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
-        assert run.status == 0, run.output[-2000:]
-        assert run.losses[30] < run.losses[1] - 1.0
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+        "--context-parallel-size 2",
+    ],
+)
+def test_tensor_and_context_parallel_train(layout):
+    flags = [*FLAGS, *layout.split(), *EP2.split()]
+    run = run_pretrain(flags, 2, environment=ONE_QUEUE)
+    assert run.status == 0, run.output[-2000:]
+    assert run.losses[30] < run.losses[1] - 1.0
 
 
 @requires_multi_gpu
 def test_overlap_on_and_off_are_bit_identical():
-    for digests in run_distributed(_train_all, 2, backend="nccl"):
+    for digests in run_distributed(_train_all, 2, backend="nccl", environment=EXACT):
         for (tap, slot, chunks), (overlapped, serial, again) in digests.items():
             assert serial == again, "the kernels themselves are not deterministic"
             assert overlapped == serial, (tap, slot, chunks)
@@ -164,15 +116,12 @@ def test_overlap_on_and_off_are_bit_identical():
     ],
 )
 def test_captured_blocks_train_bit_identically(tap, modules):
-    flags = [*FLAGS, "--scmoe-tap", tap, "--te-rng-tracker", "--train-iters", "10"]
+    flags = ["--scmoe-tap", tap, "--te-rng-tracker", "--train-iters", "10"]
     graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
-    eager, captured = run_pretrain(flags, 1), run_pretrain([*flags, *graphs], 1)
-    assert captured.status == 0, captured.output[-2000:]
-    assert captured.losses == eager.losses
+    assert trained(*flags, *graphs).losses == trained(*flags).losses
 
 
 ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_preprocess"
-EP2 = "--expert-model-parallel-size 2"
 
 
 @requires_multi_gpu
@@ -192,19 +141,10 @@ EP2 = "--expert-model-parallel-size 2"
     ],
 )
 def test_captured_blocks_train_bit_identically_on_two_gpus(modules, flags):
-    flags = [
-        *FLAGS,
-        "--te-rng-tracker",
-        "--train-iters",
-        "10",
-        "--eval-interval",
-        "4",
-        *flags.split(),
-    ]
+    flags = ["--te-rng-tracker", "--train-iters", "10", "--eval-interval", "4", *flags.split()]
     graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
-    eager, captured = run_pretrain(flags, 2), run_pretrain([*flags, *graphs], 2)
-    assert captured.status == 0, captured.output[-2000:]
-    assert captured.losses == eager.losses
+    captured = trained(*flags, *graphs, world_size=2)
+    assert captured.losses == trained(*flags, world_size=2).losses
 
 
 @requires_multi_gpu
@@ -233,8 +173,7 @@ def _build(scmoe: ScMoEConfig, **changes):
 
 
 def make_deterministic() -> None:
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    """On ranks of the set EXACT."""
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -278,15 +217,19 @@ def train(scmoe, steps: int = 20) -> list[str]:
 
 
 def _trace() -> dict:
-    return {
-        name: _hidden_shares(ScMoEConfig(tap="pos2", overlap=overlap))
-        for name, overlap in (("overlapped", True), ("serial", False))
-    }
+    small = models.SEQUENCE, models.MICRO_BATCH
+    models.SEQUENCE, models.MICRO_BATCH = 4096, 4
+    try:
+        return {
+            name: _hidden_shares(ScMoEConfig(tap="pos2", overlap=overlap))
+            for name, overlap in (("overlapped", True), ("serial", False))
+        }
+    finally:
+        models.SEQUENCE, models.MICRO_BATCH = small
 
 
 def _hidden_shares(scmoe) -> dict:
     """The share of all-to-all kernel time during which a compute kernel ran, by direction."""
-    models.SEQUENCE, models.MICRO_BATCH = 4096, 4
     model = _build(
         scmoe,
         hidden_size=2048,

@@ -1,12 +1,10 @@
 """LongCat-Flash on a GPU: Transformer Engine's norms and projections, fused permutation, bf16."""
 
-import os
-
 import torch
 
 from megatron_scmoe.checkpoints.longcat import megatron_flags
 from tests import longcat
-from tests.gpu.test_gpu import FLAGS, pytestmark  # noqa: F401  (skips this module too)
+from tests.gpu.test_gpu import EXACT, FLAGS, pytestmark  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed, run_pretrain
 
 # Sizes that Transformer Engine's kernels take.
@@ -25,7 +23,7 @@ CONFIG = dict(
 
 
 def test_logits_are_those_of_transformers(tmp_path):
-    [difference] = run_distributed(_difference, 1, str(tmp_path), backend="nccl")
+    [difference] = run_distributed(_difference, 1, str(tmp_path), backend="nccl", environment=EXACT)
     assert difference < 1e-4  # fp32
 
 
@@ -34,7 +32,6 @@ def _difference(folder: str) -> float:
 
     from tests import models
 
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when cuBLAS is first used
     theirs = longcat.build("zero experts", Path(folder, "longcat"), **CONFIG).cuda()
     checkpoint = longcat.import_folder(Path(folder, "longcat"), Path(folder, "megatron"))
     ours = longcat.build_megatron(

@@ -1,0 +1,84 @@
+"""Ranks that serve many tests: each run is as in fresh processes, and a failure harms only its own."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from tests import harness
+from tests.distributed.test_bad_input import MODEL
+from tests.resident import RankFailure, ResidentRanks
+
+EP2 = [*MODEL, "--mock-data", "--expert-model-parallel-size", "2"]
+
+
+@pytest.fixture
+def ranks():
+    ranks = ResidentRanks(harness._context, 2)
+    yield ranks
+    ranks.close()
+
+
+def pretrain(ranks, log, flags, world_size=2) -> harness.Run:
+    task = (world_size, harness._free_port(), flags, str(log))
+    statuses = ranks.call(harness._status_of_pretrain, world_size, 120, *task)
+    return harness.Run(max(statuses), log.read_text())
+
+
+def test_runs_in_a_row_are_those_of_fresh_ranks(ranks, tmp_path):
+    fresh = harness.run_pretrain(EP2, 2)
+    refused = pretrain(ranks, tmp_path / "0", [*EP2, "--scmoe-expert-slot", "9"])
+    assert refused.status == 2
+    first = pretrain(ranks, tmp_path / "1", EP2)
+    pretrain(ranks, tmp_path / "2", [*MODEL, "--mock-data"], world_size=1)
+    again = pretrain(ranks, tmp_path / "3", EP2)
+    assert fresh.status == first.status == again.status == 0, first.output
+    assert len(fresh.losses) == 5
+    assert fresh.losses == first.losses == again.losses
+
+
+def answer(rank, question):
+    return rank, question, os.getpid()
+
+
+def raise_on_first(rank):
+    assert rank == 1, "this is the first"
+    return rank
+
+
+def hang_or_die(rank):
+    if rank == 1:
+        os._exit(3)
+    time.sleep(1000)
+
+
+def wait_for_the_other(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    if rank == 1:
+        raise ValueError("left alone")
+    torch.distributed.barrier()
+
+
+def test_a_task_runs_on_every_rank_and_the_processes_stay(ranks):
+    [(first, _, pid), (second, _, _)] = ranks.call(answer, 2, 60, "a")
+    assert (first, second) == (0, 1)
+    assert ranks.call(answer, 1, 60, "b") == [(0, "b", pid)]
+
+
+def test_a_failure_is_told_with_its_rank_and_traceback(ranks):
+    pid = ranks.call(answer, 1, 60, "")[0][2]
+    with pytest.raises(RankFailure, match=r"rank 0:\nTraceback(.|\n)*this is the first"):
+        ranks.call(raise_on_first, 2, 60)
+    assert ranks.call(answer, 1, 60, "")[0][2] == pid
+
+
+def test_a_set_with_a_dead_or_waiting_rank_is_started_anew(ranks, tmp_path):
+    ranks.PATIENCE_S = 1
+    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] died or were still at work"):
+        ranks.call(hang_or_die, 2, 60)
+    with pytest.raises(RankFailure, match="left alone"):
+        ranks.call(wait_for_the_other, 2, 60, str(tmp_path))
+    assert [rank for rank, _, _ in ranks.call(answer, 2, 60, "")] == [0, 1]

@@ -75,9 +75,8 @@ class ResidentRanks:
     def _start(self) -> None:
         for rank in range(self._size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(rank, theirs, self._environment), daemon=True
-            )
+            # No daemon: saving a checkpoint starts a process. It ends when the connection closes.
+            process = self._context.Process(target=_serve, args=(rank, theirs, self._environment))
             process.start()
             theirs.close()
             self._ranks.append((process, ours))

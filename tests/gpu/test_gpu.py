@@ -190,7 +190,7 @@ def _train_all() -> dict:
     }
 
 
-def train(scmoe, steps: int = 20) -> list[str]:
+def train(scmoe, steps: int = 6) -> list[str]:
     model = _build(
         scmoe,
         hidden_size=128,

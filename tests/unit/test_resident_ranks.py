@@ -31,11 +31,13 @@ def test_runs_in_a_row_are_those_of_fresh_ranks(ranks, tmp_path):
     refused = pretrain(ranks, tmp_path / "0", [*EP2, "--scmoe-expert-slot", "9"])
     assert refused.status == 2
     first = pretrain(ranks, tmp_path / "1", EP2)
-    pretrain(ranks, tmp_path / "2", [*MODEL, "--mock-data"], world_size=1)
+    saving = [*MODEL, "--mock-data", "--save", str(tmp_path / "saved")]
+    saved = pretrain(ranks, tmp_path / "2", saving, world_size=1)
     again = pretrain(ranks, tmp_path / "3", EP2)
-    assert fresh.status == first.status == again.status == 0, first.output
+    assert fresh.status == first.status == saved.status == again.status == 0, first.output
     assert len(fresh.losses) == 5
     assert fresh.losses == first.losses == again.losses
+    assert (tmp_path / "saved" / "iter_0000005").is_dir()
 
 
 def answer(rank, question):

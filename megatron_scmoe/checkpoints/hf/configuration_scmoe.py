@@ -43,6 +43,8 @@ class ScMoEConfig(PreTrainedConfig):
         attention_scale: multiplies the attention's logits; None for 1 / sqrt(head_dim).
         position_embedding: rope, learned_absolute or none.
         attention_dropout, hidden_dropout: while training only.
+        output_router_logits: give the routers' logits, and add their auxiliary loss to the loss.
+        router_aux_loss_coef: multiplies it; Megatron's --moe-aux-loss-coeff.
     """
 
     model_type = "scmoe"
@@ -89,6 +91,8 @@ class ScMoEConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     initializer_range: float = 0.02
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None

@@ -1,6 +1,7 @@
 """Configuration of a ScMoE GPT for transformers; goes with modeling_scmoe.py."""
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 TAPS = ("pos1", "pos2", "pos3")
 COMBINES = ("add", "cg1", "cg2")
@@ -8,6 +9,8 @@ ROUTER_NORMS = ("own", "shared")
 NORMS = ("RMSNorm", "LayerNorm")
 POSITIONS = ("rope", "learned_absolute", "none")
 SCORES = ("softmax", "sigmoid")
+ROUTER_DTYPES = (None, "float32", "float64")
+ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class ScMoEConfig(PreTrainedConfig):
@@ -48,7 +51,7 @@ class ScMoEConfig(PreTrainedConfig):
     """
 
     model_type = "scmoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds it to a list)
 
     vocab_size: int = 32000
     unpadded_vocab_size: int | None = None
@@ -117,9 +120,28 @@ class ScMoEConfig(PreTrainedConfig):
             ("norm_type", NORMS),
             ("position_embedding", POSITIONS),
             ("router_score_function", SCORES),
+            ("router_dtype", ROUTER_DTYPES),
+            ("hidden_act", tuple(ACT2FN)),
+            ("num_experts_per_tok", range(1, self.num_experts + 1)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {accepted}")
+        rope = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.position_embedding == "rope" and rope not in ROPES:
+            raise ValueError(f"rope_parameters.rope_type={rope!r}: accepted are {ROPES}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads}: accepted are divisors of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.router_expert_bias and self.router_score_function != "sigmoid":
+            raise ValueError("router_expert_bias=True needs router_score_function='sigmoid'")
+        groups, best = self.router_num_groups, self.router_group_topk
+        if best and not (groups and self.num_experts % groups == 0 and best <= groups):
+            raise ValueError(
+                f"router_num_groups={groups}, router_group_topk={best}: accepted are a divisor of "
+                f"num_experts={self.num_experts} and at most so many of these groups"
+            )
         layers = self.num_hidden_layers
         every = self.moe_layers == [1] * layers
         if not every and (layers % 2 or self.moe_layers != [0, 1] * (layers // 2)):

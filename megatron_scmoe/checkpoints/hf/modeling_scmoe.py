@@ -371,9 +371,9 @@ class ScMoEPreTrainedModel(PreTrainedModel):
     config: ScMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ScMoEBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("expert_bias",)
+    _no_split_modules = ["ScMoEBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -570,3 +570,9 @@ def _share_of_step(labels: torch.Tensor, num_items_in_batch=None, **_) -> torch.
     if num_items_in_batch is None:
         return 1.0
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+# What save_pretrained writes has this code beside it, for AutoModel and trust_remote_code.
+ScMoEConfig.register_for_auto_class()
+ScMoEModel.register_for_auto_class("AutoModel")
+ScMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")

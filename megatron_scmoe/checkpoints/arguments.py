@@ -181,3 +181,7 @@ def _derive(args: argparse.Namespace, dtype: torch.dtype, vocab_rows: int) -> No
     args.iteration = 0
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        value = getattr(args, name)
+        if isinstance(value, list) and len(value) == 1:
+            setattr(args, name, value[0])

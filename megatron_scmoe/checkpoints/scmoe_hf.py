@@ -88,6 +88,7 @@ def flags_from_config(config: Mapping[str, Any]) -> list[str]:
         ("--moe-router-num-groups", c.router_num_groups),
         ("--moe-router-group-topk", c.router_group_topk),
         ("--moe-router-dtype", _flag_of(_ROUTER_DTYPES, "router_dtype", c.router_dtype)),
+        ("--moe-aux-loss-coeff", c.router_aux_loss_coef),
     ):
         flags += [] if value is None else [flag, str(value)]
     for flag, is_given in (
@@ -210,8 +211,18 @@ def _config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> 
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         initializer_range=args.init_method_std,
+        router_aux_loss_coef=_aux_loss_coefficient(args),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
     ).to_dict()
+
+
+def _aux_loss_coefficient(args: argparse.Namespace) -> float:
+    """Of Megatron's auxiliary losses the one that the model in transformers has, ``aux_loss``."""
+    kinds = getattr(args, "moe_router_load_balancing_type", "aux_loss")
+    coefficients = getattr(args, "moe_aux_loss_coeff", 0.0)
+    if not isinstance(kinds, list):
+        kinds, coefficients = [kinds], [coefficients]
+    return float(dict(zip(kinds, coefficients)).get("aux_loss", 0.0))
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:

@@ -1,6 +1,7 @@
 """Configuration of a ScMoE GPT for transformers; goes with modeling_scmoe.py."""
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 TAPS = ("pos1", "pos2", "pos3")
 COMBINES = ("add", "cg1", "cg2")
@@ -8,6 +9,8 @@ ROUTER_NORMS = ("own", "shared")
 NORMS = ("RMSNorm", "LayerNorm")
 POSITIONS = ("rope", "learned_absolute", "none")
 SCORES = ("softmax", "sigmoid")
+ROUTER_DTYPES = (None, "float32", "float64")
+ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class ScMoEConfig(PreTrainedConfig):
@@ -43,10 +46,12 @@ class ScMoEConfig(PreTrainedConfig):
         attention_scale: multiplies the attention's logits; None for 1 / sqrt(head_dim).
         position_embedding: rope, learned_absolute or none.
         attention_dropout, hidden_dropout: while training only.
+        output_router_logits: give the routers' logits, and add their auxiliary loss to the loss.
+        router_aux_loss_coef: multiplies it; Megatron's --moe-aux-loss-coeff.
     """
 
     model_type = "scmoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds it to a list)
 
     vocab_size: int = 32000
     unpadded_vocab_size: int | None = None
@@ -89,6 +94,8 @@ class ScMoEConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     initializer_range: float = 0.02
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -113,9 +120,28 @@ class ScMoEConfig(PreTrainedConfig):
             ("norm_type", NORMS),
             ("position_embedding", POSITIONS),
             ("router_score_function", SCORES),
+            ("router_dtype", ROUTER_DTYPES),
+            ("hidden_act", tuple(ACT2FN)),
+            ("num_experts_per_tok", range(1, self.num_experts + 1)),
         ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {accepted}")
+        rope = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.position_embedding == "rope" and rope not in ROPES:
+            raise ValueError(f"rope_parameters.rope_type={rope!r}: accepted are {ROPES}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads}: accepted are divisors of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.router_expert_bias and self.router_score_function != "sigmoid":
+            raise ValueError("router_expert_bias=True needs router_score_function='sigmoid'")
+        groups, best = self.router_num_groups, self.router_group_topk
+        if best and not (groups and self.num_experts % groups == 0 and best <= groups):
+            raise ValueError(
+                f"router_num_groups={groups}, router_group_topk={best}: accepted are a divisor of "
+                f"num_experts={self.num_experts} and at most so many of these groups"
+            )
         layers = self.num_hidden_layers
         every = self.moe_layers == [1] * layers
         if not every and (layers % 2 or self.moe_layers != [0, 1] * (layers // 2)):

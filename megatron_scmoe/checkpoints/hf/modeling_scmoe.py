@@ -11,6 +11,9 @@ Blocks come in pairs, l with a dense MLP and l+1 with a mixture of experts:
 
 With experts in every block, the tap (pos1) is the block's own input.
 
+Tools replace, wrap or offload modules one by one (peft, accelerate, quantisers). Every weight is
+therefore used in the forward of its own module and nowhere else.
+
 Shapes: b batch, s sequence, h hidden, n = b*s tokens, e experts, k experts a token.
 """
 
@@ -24,17 +27,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import can_return_tuple, is_torchdynamo_exporting
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_scmoe import ScMoEConfig
 
 
 class ScMoENorm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension."""
+    """RMSNorm or LayerNorm over the last dimension, computed in fp32 and cast back."""
 
     def __init__(self, config: ScMoEConfig, size: int):
         super().__init__()
@@ -45,10 +48,14 @@ class ScMoENorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight + self.offset if self.offset else self.weight
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(dtype) + self.offset
         if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+            normed = F.rms_norm(x.to(dtype), weight.shape, weight, self.eps)
+        else:
+            bias = self.bias.to(dtype)
+            normed = F.layer_norm(x.to(dtype), weight.shape, weight, bias, self.eps)
+        return normed.to(x.dtype)
 
 
 class ScMoERotaryEmbedding(nn.Module):
@@ -58,24 +65,27 @@ class ScMoERotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
-        """position_ids: [b, s] -> cosines and sines, each [b, 1, s, rotated dimensions]."""
-        angles = position_ids[..., None].float() * self._inverse_frequencies(x.device)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids: [b, s] -> cosines and sines, each [b, 1, s, rotated dimensions] in fp32."""
+        frequencies, scale = self._frequencies(position_ids.device)
+        angles = position_ids[:, None, :, None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * scale, angles.sin() * scale
 
-    def _inverse_frequencies(self, device) -> torch.Tensor:
+    def _frequencies(self, device) -> tuple[torch.Tensor, float]:
+        """Computed anew each time: a buffer would lose bits in a model of low precision."""
         parameters = self.config.rope_parameters
         if parameters["rope_type"] != "default":
-            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)[0]
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
         size = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        return 1.0 / parameters["rope_theta"] ** exponents
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on the first dimensions of x: [b, heads, s, head_dim]; component i pairs with i + d/2."""
     size = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned, kept = x[..., :size], x[..., size:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
@@ -165,20 +175,18 @@ class ScMoEMLP(nn.Module):
         self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [..., h] -> [..., h], times ``share`` ([..., 1]) if given."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., h] -> [..., h]."""
         up = self.up_proj(x)
         inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up
-        if share is None:
-            return self.down_proj(inner)
-        output = F.linear((inner * share).to(x.dtype), self.down_proj.weight)
-        if self.down_proj.bias is not None:
-            output = output + (self.down_proj.bias * share).to(x.dtype)
-        return output
+        return self.down_proj(inner)
 
 
 class ScMoERouter(nn.Module):
-    """Which k experts a token goes to, and with what weights."""
+    """Which k experts a token goes to, and with what weights.
+
+    No ``nn.Linear``, so that what is done to all of these (adapters, quantisation) leaves it alone.
+    """
 
     def __init__(self, config: ScMoEConfig):
         super().__init__()
@@ -191,12 +199,18 @@ class ScMoERouter(nn.Module):
             else None
         )
 
+    def _apply(self, fn, recurse=True):
+        """Cast and move all but the expert bias, whose last bits decide: it is only moved."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = nn.Buffer(bias.to(self.expert_bias.device))
+        return self
+
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens: [n, h] -> logits [n, e], weights [n, k] in fp32, experts [n, k]."""
         config = self.config
-        dtype = getattr(torch, config.router_dtype) if config.router_dtype else tokens.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        logits = F.linear(tokens.to(dtype), self.weight.to(dtype), bias)
+        logits = self._logits(tokens)
         if config.router_score_function == "sigmoid":
             scores = torch.sigmoid(logits.float())
             ranking = scores if self.expert_bias is None else scores + self.expert_bias.float()
@@ -214,6 +228,15 @@ class ScMoERouter(nn.Module):
         if config.router_scaling_factor:
             weights = weights * config.router_scaling_factor
         return logits, weights.to(logits.dtype).float(), experts
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, h] -> [n, e] in ``router_dtype``, whatever autocast says; else in the model's dtype."""
+        if self.config.router_dtype is None:
+            return F.linear(tokens, self.weight, self.bias)
+        dtype = getattr(torch, self.config.router_dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.to(dtype), self.weight.to(dtype), bias)
 
     def _choose(self, ranking: torch.Tensor) -> torch.Tensor:
         """[n, e] -> the k best experts of the best groups, [n, k]."""
@@ -248,32 +271,52 @@ class ScMoEMoE(nn.Module):
         self.tap_norm = ScMoENorm(config, hidden) if config.router_norm == "own" else None
         self.post_norm = ScMoENorm(config, hidden) if config.post_norm else None
 
-    def forward(self, x: torch.Tensor | None, tap: torch.Tensor) -> torch.Tensor:
-        """x: what the shared expert reads, tap: what is routed, [b, s, h] -> [b, s, h]."""
+    def forward(
+        self, x: torch.Tensor | None, tap: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, tap: what the shared expert reads and what is routed, both [b, s, h].
+
+        Returns the joined output [b, s, h] and the router's logits [n, e].
+        """
         if self.tap_norm is not None:
             tap = self.tap_norm(tap)
-        output = self.route(tap.flatten(0, 1)).view_as(tap)
+        logits, weights, experts = self.router(tap.flatten(0, 1))
+        output = self.compute_experts(tap.flatten(0, 1), weights, experts).view_as(tap)
         if self.shared_expert is not None:
-            shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                output = output + shared * torch.sigmoid(self.shared_expert_gate(x))
-            elif self.combine_gate is not None:
-                shares = torch.softmax(self.combine_gate(x), dim=-1, dtype=torch.float32)
-                shares = shares.to(x.dtype)
-                output = shares[..., :1] * shared + shares[..., 1:] * output
-            else:
-                output = output + shared
-        return output if self.post_norm is None else self.post_norm(output)
+            output = self._join(x, self.shared_expert(x), output)
+        return output if self.post_norm is None else self.post_norm(output), logits
 
-    def route(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [n, h] -> sum_i G_i E_i, [n, h]."""
-        _, weights, experts = self.router(tokens)
-        output = torch.zeros_like(tokens)
+    def compute_experts(
+        self, tokens: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    ) -> torch.Tensor:
+        """tokens: [n, h], weights and experts: [n, k] -> sum_i G_i E_i, [n, h]; the sum in fp32.
+
+        Megatron weighs what goes into an expert's last layer, and its bias. The layer is linear, so
+        weighing what comes out gives the same, and leaves the layer to whatever stands for it.
+        """
+        output = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
         for i, expert in enumerate(self.experts):
-            token, choice = (experts == i).nonzero(as_tuple=True)
-            if len(token):
-                output.index_add_(0, token, expert(tokens[token], weights[token, choice, None]))
-        return output
+            chosen = experts == i
+            if is_torchdynamo_exporting():  # a graph has no shapes that hang on data: all tokens
+                share = (weights * chosen).sum(dim=-1, keepdim=True)
+                output = output + expert(tokens) * share
+                continue
+            token, choice = chosen.nonzero(as_tuple=True)
+            # Without tokens it runs all the same where gradients are wanted: they are zero then, not
+            # missing, which data-parallel wrappers wait for.
+            if len(token) or torch.is_grad_enabled():
+                share = weights[token, choice, None]
+                output.index_add_(0, token, expert(tokens[token]) * share)
+        return output.to(tokens.dtype)
+
+    def _join(self, x: torch.Tensor, shared: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        if self.shared_expert_gate is not None:
+            return routed + shared * torch.sigmoid(self.shared_expert_gate(x))
+        if self.combine_gate is not None:
+            shares = torch.softmax(self.combine_gate(x), dim=-1, dtype=torch.float32)
+            shares = shares.to(x.dtype)
+            return shares[..., :1] * shared + shares[..., 1:] * routed
+        return routed + shared
 
 
 class ScMoEBlock(GradientCheckpointingLayer):
@@ -281,6 +324,7 @@ class ScMoEBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ScMoEConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.is_moe = bool(config.moe_layers[layer_idx])
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = ScMoENorm(config, config.hidden_size)
@@ -296,15 +340,25 @@ class ScMoEBlock(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, tap: torch.Tensor | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states, tap: [b, s, h] -> the block's output and H^MH, both [b, s, h]."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states: [b, s, h] -> the block's output [b, s, h], a tap, the router's logits [n, e].
+
+        A dense block gives the tap [b, s, h] that the next block takes, a block with experts the
+        logits. Without a tap the experts read the block's input.
+        """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         after_attention = hidden_states + self._drop(attended)
         x = None
         if self.post_attention_layernorm is not None:
             x = self.post_attention_layernorm(after_attention)
-        output = self.mlp(x, tap) if self.is_moe else self.mlp(x)
-        return after_attention + self._drop(output), after_attention
+        if self.is_moe:
+            mlp, logits = self.mlp(x, hidden_states if tap is None else tap)
+            return after_attention + self._drop(mlp), None, logits
+        output = after_attention + self._drop(self.mlp(x))
+        tap = {"pos1": output, "pos2": after_attention, "pos3": hidden_states}[self.config.tap]
+        if self.config.router_norm == "shared":
+            tap = self.post_attention_layernorm(tap)
+        return output, tap, None
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, p=self.hidden_dropout, training=self.training)
@@ -317,14 +371,20 @@ class ScMoEPreTrainedModel(PreTrainedModel):
     config: ScMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ScMoEBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("expert_bias",)
+    _no_split_modules = ["ScMoEBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": ScMoEBlock, "attentions": ScMoEAttention}  # noqa: RUF012
+    # Logits are recorded as an output of the block, not of the router: a block that is checkpointed
+    # runs its modules without gradients first.
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": ScMoEBlock,
+        "attentions": ScMoEAttention,
+        "router_logits": OutputRecorder(ScMoEBlock, index=2),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -366,7 +426,7 @@ class ScMoEModel(ScMoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """input_ids: [b, s] -> the last hidden state [b, s, h], and the cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -388,12 +448,11 @@ class ScMoEModel(ScMoEPreTrainedModel):
         if self.embed_positions is not None:
             h = h + self.embed_positions(position_ids)
         h = F.dropout(h, p=self.config.hidden_dropout, training=self.training)
-        rotations = None if self.rotary_emb is None else self.rotary_emb(h, position_ids)
+        rotations = None if self.rotary_emb is None else self.rotary_emb(position_ids)
 
-        preceding = None  # the dense block before, its input and its H^MH
+        tap = None
         for block in self.layers:
-            tap = self._tap(h, preceding) if block.is_moe else None
-            output, after_attention = block(
+            h, tap, _ = block(
                 h,
                 tap,
                 attention_mask=mask,
@@ -401,23 +460,10 @@ class ScMoEModel(ScMoEPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            preceding = (block, h, after_attention)
-            h = output
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(h),
             past_key_values=past_key_values if use_cache else None,
         )
-
-    def _tap(self, h: torch.Tensor, preceding) -> torch.Tensor:
-        """What is routed in the block whose input is h; through the norm if that is shared."""
-        if self.config.tap == "pos1":
-            tap = h
-        else:
-            _, block_input, after_attention = preceding
-            tap = after_attention if self.config.tap == "pos2" else block_input
-        if self.config.router_norm == "shared":
-            return preceding[0].post_attention_layernorm(tap)
-        return tap
 
 
 class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
@@ -442,13 +488,18 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """input_ids: [b, s] -> logits [b, s, v], and the mean cross entropy if labels are given.
 
-        The loss leaves out the router's auxiliary losses.
+        With ``output_router_logits``, here or in the configuration, the output has the routers'
+        logits too, [n, e] for each block with experts, and ``aux_loss``, see
+        :func:`load_balancing_loss`; the loss then has ``router_aux_loss_coef`` times it added.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -456,17 +507,72 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if aux_loss is not None:
+                share = _share_of_step(labels, **kwargs)
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    config: ScMoEConfig,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Megatron's auxiliary loss: for each block e * sum_i f_i P_i, summed over the blocks.
+
+    f_i is the share of choices that fell on expert i, P_i its mean score; a balanced block gives 1.
+    (Mixtral's in transformers averages f and P over the blocks first, and does not divide by k.)
+
+    Args:
+        router_logits: [n, e] for each block with experts.
+        attention_mask: [b, s or more], 0 for tokens that do not count; others are not read.
+    """
+    of_blocks = []
+    for logits in router_logits:
+        if config.router_score_function == "sigmoid":
+            scores = torch.sigmoid(logits.float())
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        else:
+            scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
+        choices = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            length = len(logits) // len(attention_mask)
+            counts = attention_mask[:, -length:].reshape(-1, 1).to(scores)
+            scores, choices = scores * counts, choices * counts
+        f = choices.sum(dim=0) / choices.sum()
+        p = scores.sum(dim=0) / scores.sum()
+        of_blocks.append(config.num_experts * (f * p).sum())
+    return torch.stack([loss.to(of_blocks[0].device) for loss in of_blocks]).sum()
+
+
+def _share_of_step(labels: torch.Tensor, num_items_in_batch=None, **_) -> torch.Tensor | float:
+    """How much of an optimizer's step these labels are: 1, but for gradient accumulation in Trainer."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+# What save_pretrained writes has this code beside it, for AutoModel and trust_remote_code.
+ScMoEConfig.register_for_auto_class()
+ScMoEModel.register_for_auto_class("AutoModel")
+ScMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -51,10 +51,26 @@ def adding_args(saved: SavedRun | None = None, given: argparse.Namespace | None 
     """
     free, fixed = {}, {}
     if saved is not None and saved.args is not None and given.use_checkpoint_args:
-        changed = _changed(given)
+        free_too = changed(given)
         for name, value in model_arguments(saved.args).items():
-            (free if name in FREE or name in changed else fixed)[name] = value
+            (free if name in FREE or name in free_too else fixed)[name] = value
     return partial(add_args, defaults=free, fixed=fixed)
+
+
+def changed(args: argparse.Namespace) -> set[str]:
+    """What ``--scmoe-changed`` names, by the arguments' names."""
+    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model"}
+    names = set()
+    for word in args.scmoe_changed or ():
+        name = name_of_flag(word)
+        if name not in accepted:
+            raise ScMoEConfigError(
+                f"--scmoe-changed {word}",
+                "it is no setting of the model",
+                "flags without the dashes in front: rotary-base, moe-router-topk, scmoe-tap, ...",
+            )
+        names.add(name)
+    return names
 
 
 def add_args(parser, *, defaults: dict[str, Any], fixed: dict[str, Any]):
@@ -95,7 +111,6 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
     Raises:
         ScMoEConfigError: at all settings of the model that differ, by flag, saved and given value.
     """
-    changed = _changed(args)
     before = saved.args
     if before is None:
         print_rank_0(
@@ -115,7 +130,7 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
             "--scmoe-* flags; they are taken to be those of this run"
         )
-    names = [name for name in differences(args, before) if name not in changed]
+    names = [name for name in differences(args, before) if name not in changed(args)]
     if names:
         mine = ", ".join(in_flags(name, getattr(args, name)) for name in names)
         theirs = ", ".join(in_flags(name, getattr(before, name, None)) for name in names)
@@ -173,7 +188,7 @@ def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> 
     """
     before = saved.args
     rows = getattr(before, "padded_vocab_size", None)
-    if not rows or {"vocab_size", "tokenizer_type", "tokenizer_model"} & _changed(args):
+    if not rows or {"vocab_size", "tokenizer_type", "tokenizer_model"} & changed(args):
         return
     known = getattr(before, "vocab_size", None)
     unit = getattr(before, "make_vocab_size_divisible_by", 1)
@@ -187,22 +202,6 @@ def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> 
             f"{saved.path} was trained with {was}an embedding of {rows} rows",
             "its tokenizer, or --scmoe-changed tokenizer-type for another one on purpose",
         )
-
-
-def _changed(args: argparse.Namespace) -> set[str]:
-    """What ``--scmoe-changed`` names, by the arguments' names."""
-    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model"}
-    names = set()
-    for word in args.scmoe_changed or ():
-        name = name_of_flag(word)
-        if name not in accepted:
-            raise ScMoEConfigError(
-                f"--scmoe-changed {word}",
-                "it is no setting of the model",
-                "flags without the dashes in front: rotary-base, moe-router-topk, scmoe-tap, ...",
-            )
-        names.add(name)
-    return names
 
 
 _ROPE = ("rope", "yarn", "mrope")

@@ -28,8 +28,8 @@ from megatron_scmoe import (
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import in_words
-from megatron_scmoe.spec import build_block_spec, resolve_schedule
-from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
+from megatron_scmoe.spec import build_block_spec, describe
+from megatron_scmoe.validation import ScMoEConfigError, validate
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -67,7 +67,7 @@ def main() -> None:
                 tuning.choose_slot, scmoe=scmoe, micro_batch=args.micro_batch_size, sequence=tokens
             )
         )
-    print_rank_0(_describe(scmoe))
+    print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -248,12 +248,6 @@ def _block_spec(model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig
     return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
-def _describe(scmoe: ScMoEConfig) -> str:
-    schedule = resolve_schedule(scmoe)
-    partner = "a pair of blocks" if needs_dense_partner(scmoe) else "each MoE block"
-    return f"> {scmoe}\n> schedule of {partner}:\n{schedule}"
-
-
 _FOREIGN = {
     "spec": ("--spec", "this entry point builds the ScMoE spec itself"),
     "yaml_cfg": ("--yaml-cfg", "settings come from flags"),
@@ -278,5 +272,5 @@ _FOREIGN = {
 def _refuse_foreign_settings(args) -> None:
     """Refuse flags of Megatron's parser that this entry point would otherwise ignore."""
     for name, (flag, reason) in _FOREIGN.items():
-        if getattr(args, name, None):
+        if getattr(args, name):
             raise ScMoEConfigError(flag, reason, "leave the flag out")

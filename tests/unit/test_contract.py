@@ -58,15 +58,14 @@ def names_read(file: Path) -> set[str]:
     variables = {"args", "given", "view", "settings", "trial"}
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in variables:
-                found.add(node.attr)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in variables:
+            found.add(node.attr)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
             subject, name, *_ = node.args
             is_ours = getattr(subject, "id", "") in {*variables, "saved", "before"}
             if is_ours and isinstance(name, ast.Constant):
                 found.add(name.value)
-    return found
+    return found - set(dir(dict))
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)

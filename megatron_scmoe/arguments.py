@@ -1,11 +1,15 @@
 """Command-line flags ``--scmoe-*``, generated from :class:`~megatron_scmoe.config.ScMoEConfig`."""
 
 import argparse
+import functools
 import os
 import shlex
+import sys
 from dataclasses import fields
+from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
+from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.config import ScMoEConfig
 
@@ -13,14 +17,15 @@ ENVIRONMENT_VARIABLE = "SCMOE_ARGS"
 """Where ``--spec megatron_scmoe.spec scmoe_spec`` finds the flags under a foreign entry point, whose
 parser does not know them. Example: ``SCMOE_ARGS='--scmoe-tap pos3 --no-scmoe-overlap'``."""
 
-_PREFIX = "scmoe_"
+PREFIX = "scmoe_"
+"""How the names of ScMoE's fields begin among Megatron's arguments, in a checkpoint too."""
 
 
 class _ScMoEArgumentGroup(ArgumentGroupFactory):
     """Megatron's dataclass-to-flags factory, with the prefix ``scmoe``."""
 
     def _format_arg_name(self, config_attr_name, prefix=None):
-        return super()._format_arg_name(_PREFIX + config_attr_name, prefix)
+        return super()._format_arg_name(PREFIX + config_attr_name, prefix)
 
     def _extract_type(self, config_type):
         try:
@@ -30,7 +35,7 @@ class _ScMoEArgumentGroup(ArgumentGroupFactory):
 
     def _build_argparse_kwargs_from_field(self, attribute):
         kwargs = super()._build_argparse_kwargs_from_field(attribute)
-        kwargs["dest"] = _PREFIX + attribute.name
+        kwargs["dest"] = PREFIX + attribute.name
         if "choices" not in kwargs and "action" not in kwargs:
             kwargs["metavar"] = "N"
         return kwargs
@@ -44,7 +49,12 @@ def add_scmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def scmoe_config_from_args(args: argparse.Namespace) -> ScMoEConfig:
     """The configuration given by parsed ``--scmoe-*`` flags."""
-    return ScMoEConfig(**{f.name: getattr(args, _PREFIX + f.name) for f in fields(ScMoEConfig)})
+    return ScMoEConfig(**{f.name: getattr(args, PREFIX + f.name) for f in fields(ScMoEConfig)})
+
+
+def scmoe_arguments(scmoe: ScMoEConfig) -> dict[str, Any]:
+    """The other way: a configuration by the names that parsed flags have."""
+    return {PREFIX + f.name: getattr(scmoe, f.name) for f in fields(ScMoEConfig)}
 
 
 def scmoe_config_from_environment() -> ScMoEConfig:
@@ -54,5 +64,71 @@ def scmoe_config_from_environment() -> ScMoEConfig:
         SystemExit: status 2 and one line if the variable holds anything but ``--scmoe-*`` flags.
     """
     parser = argparse.ArgumentParser(prog=f"${ENVIRONMENT_VARIABLE}", usage="", allow_abbrev=False)
-    words = shlex.split(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    return scmoe_config_from_args(add_scmoe_args(parser).parse_args(words))
+    return scmoe_config_from_args(add_scmoe_args(parser).parse_args(_words_of_environment()))
+
+
+def given_in_environment() -> dict[str, Any]:
+    """What ``$SCMOE_ARGS`` says and leaves to no default, by the names of parsed flags."""
+    parser = add_scmoe_args(argparse.ArgumentParser(allow_abbrev=False))
+    return _given(parser, _words_of_environment())
+
+
+def given_on_command_line() -> dict[str, Any]:
+    """Megatron's arguments and ``scmoe_*`` that the command line says, and leaves to no default."""
+    return _given(_parser(), sys.argv[1:])
+
+
+def defaults() -> dict[str, Any]:
+    """What Megatron's arguments and ``scmoe_*`` are where no flag is given."""
+    return vars(_parser().parse_args([]))
+
+
+def in_flags(name: str, value: Any) -> str:
+    """How an argument is given on a command line: ``--scmoe-tap pos3``, ``no --swiglu``.
+
+    Args:
+        name: of the parsed argument, which may differ from its flag's.
+        value: of the argument.
+    """
+    action, flag = _action(name), flag_of(name)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return flag if value else f"--no-{flag[2:]}"
+    if value is None or (action is not None and action.nargs == 0 and value != action.const):
+        return f"no {flag}"
+    if action is not None and action.nargs == 0:
+        return flag
+    is_list = action is not None and action.nargs and isinstance(value, list | tuple)
+    return " ".join([flag, *(str(v).replace(" ", "") for v in (value if is_list else [value]))])
+
+
+def flag_of(name: str) -> str:
+    """The flag of a parsed argument: ``--norm-epsilon`` of ``layernorm_epsilon``."""
+    action = _action(name)
+    flags = [] if action is None else [f for f in action.option_strings if f.startswith("--")]
+    return flags[0] if flags else f"--{name.replace('_', '-')}"
+
+
+def name_of_flag(word: str) -> str | None:
+    """The parsed argument of a flag without its dashes: ``scmoe_tap`` of ``scmoe-tap``; or None."""
+    action = _parser()._option_string_actions.get(f"--{word}")
+    return None if action is None else action.dest
+
+
+def _words_of_environment() -> list[str]:
+    return shlex.split(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    return add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def _action(name: str) -> argparse.Action | None:
+    return next((action for action in _parser()._actions if action.dest == name), None)
+
+
+def _given(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """argparse sets no default where the namespace has a value already."""
+    unset = argparse.Namespace(**{name: parser for name in vars(parser.parse_args([]))})
+    found, _ = parser.parse_known_args(words, namespace=unset)
+    return {name: value for name, value in vars(found).items() if value is not parser}

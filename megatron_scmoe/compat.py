@@ -17,7 +17,7 @@ from megatron.training.checkpointing import (
 from megatron.training.utils import warn_rank_0
 from torch.optim.adam import adam
 
-from megatron_scmoe import cpu
+from megatron_scmoe import cpu, optimizer_state
 
 
 def leave_out_missing_fusions(args) -> None:
@@ -113,8 +113,9 @@ def has_local_norm_keys_at(path: str) -> bool:
 
 
 def apply(args) -> None:
-    """Close the gaps that need a change in Megatron itself; all but the first on the CPU only."""
+    """Close the gaps that need a change in Megatron itself; all but the first two on the CPU only."""
     _use_built_dataset_helper()
+    optimizer_state.load_on_any_layout()
     if cpu.is_enabled():
         _use_adam_with_group_steps()
         if not args.async_save:

@@ -106,8 +106,13 @@ class ScMoEConfig:
     mla_norm_epsilon: float | None = None
     """Epsilon of the norms of MLA's latents, 1e-6 in LongCat-Flash. Default: --norm-epsilon."""
 
+    changed: list[str] | None = None
+    """Settings of the model in which this run departs on purpose from the checkpoint that it loads,
+    by their flags without dashes in front: rotary-base moe-router-topk. What else differs is refused
+    (docs/checkpoints.md). Default: none."""
 
-OF_THE_RUN = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied")
+
+OF_THE_RUN = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied", "changed")
 """Fields that say how a model is computed, not what it computes: another run need not share them."""
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}

@@ -132,6 +132,19 @@ def find_checkpoint(
     return path
 
 
+def named_checkpoint(args) -> tuple[str, str] | None:
+    """The flag that names the checkpoint to load, and its folder; None if training begins anew."""
+    flag, folder = "--load", args.load
+    if args.pretrained_checkpoint is not None and not (folder and _has_tracker(folder)):
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if folder is None or "://" in folder:
+        return None
+    nothing_yet = not (_has_tracker(folder) or args.ckpt_step)
+    if flag == "--load" and nothing_yet and not args.exit_on_missing_checkpoint:
+        return None  # a first start; Megatron says so and begins at random
+    return flag, folder
+
+
 def is_iteration(folder: str) -> bool:
     """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
     marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
@@ -366,15 +379,8 @@ def _check_checkpoint(args) -> None:
     """Check that the checkpoint to load, if there is one, is complete."""
     if args.non_persistent_ckpt_type is not None:
         return  # there are two, and which is newer is only known to Megatron
-    flag, folder = "--load", args.load
-    if args.pretrained_checkpoint is not None and not (folder and _has_tracker(folder)):
-        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
-    if folder is None or "://" in folder:
-        return
-    nothing_yet = not (_has_tracker(folder) or args.ckpt_step)
-    if flag == "--load" and nothing_yet and not args.exit_on_missing_checkpoint:
-        return  # a first start; Megatron says so and begins at random
-    find_checkpoint(flag, folder, args.ckpt_step or None, args.ckpt_format)
+    if named := named_checkpoint(args):
+        find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
 
 
 def _has_tracker(folder: str) -> bool:

@@ -10,6 +10,7 @@ The second sum needs no expert: :class:`ZeroExpertOutput` adds it where the toke
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
@@ -52,6 +53,7 @@ class ScMoERouter(TopKRouter):
         if scmoe.expert_bias != "none":
             view.moe_router_enable_expert_bias = True
         super().__init__(view, pg_collection, is_mtp_layer)
+        self._model_config = config  # of the whole model, unlike self.config
         self.num_routed_experts = config.num_moe_experts
         self.bias_rule = scmoe.expert_bias
         self.active_experts = scmoe.active_experts or (
@@ -76,6 +78,8 @@ class ScMoERouter(TopKRouter):
             Weights [s*b, N] (0 where not chosen), chosen experts [s*b, N] (bool; up to K a row), and
             what the zero experts give, None if there are none.
         """
+        if self.enable_expert_bias and self.training:
+            move_biases_with(self._model_config)  # a foreign loop may have set its own since
         probs, chosen = super().forward(input, padding_mask)
         real = self.num_routed_experts
         if real == self.num_experts:
@@ -141,6 +145,29 @@ def finalize_model_grads(model: list[torch.nn.Module], *args, **kwargs) -> None:
     update_expert_biases(module for chunk in model for module in chunk.modules())
 
 
+def move_biases_with(config: TransformerConfig) -> None:
+    """Have the biases move once a step, behind whatever ``config.finalize_model_grads_func`` is.
+
+    Megatron's schedules call that function after the last backward of a step; its training loop keeps
+    what it finds there. A foreign loop may set its own later: a router in training calls this again.
+    """
+    finalize = config.finalize_model_grads_func
+    if finalize is not finalize_model_grads and not isinstance(finalize, _ThenMoveBiases):
+        config.finalize_model_grads_func = _ThenMoveBiases(finalize)
+
+
+@dataclass(frozen=True)
+class _ThenMoveBiases:
+    """Another function of that kind (None: nothing), then the update of the biases."""
+
+    finalize: Callable | None
+
+    def __call__(self, model: list[torch.nn.Module], *args, **kwargs) -> None:
+        if self.finalize is not None:
+            self.finalize(model, *args, **kwargs)
+        update_expert_biases(module for chunk in model for module in chunk.modules())
+
+
 @torch.no_grad()
 def update_expert_biases(modules: Iterable[torch.nn.Module]) -> None:
     """Move the bias of every router in training by the tokens of this global batch, and forget these.
@@ -163,6 +190,7 @@ def update_expert_biases(modules: Iterable[torch.nn.Module]) -> None:
     for router, tokens in zip(routers, counts):
         target = router.active_experts / (router.topk * router.num_routed_experts)
         step = bias_step(tokens, router.num_routed_experts, target, router.bias_rule)
+        step *= tokens.sum() > 0  # if not, they have moved in this step
         router.expert_bias += router.config.moe_router_bias_update_rate * step
         router.local_tokens_per_expert.zero_()
 

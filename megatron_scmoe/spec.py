@@ -20,15 +20,24 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.utils import print_rank_0
 
+from megatron_scmoe import compat, foreign
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.biases import BiasedExpertLinear, BiasedSharedExpert
+from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.latent_attention import use_latent_attention
 from megatron_scmoe.moe_layer import ScMoELayer
+from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.routed_path import RoutedPath
-from megatron_scmoe.router import ScMoERouter, finalize_model_grads, needs_own_router
+from megatron_scmoe.router import (
+    ScMoERouter,
+    finalize_model_grads,
+    move_biases_with,
+    needs_own_router,
+)
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
@@ -37,19 +46,34 @@ from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, val
 def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The entry for ``--spec``; the configuration comes from ``$SCMOE_ARGS``.
 
+    In a run of Megatron's (with its global arguments) it becomes part of the arguments, and so of
+    checkpoints; what cannot work ends the run with one line and status 2.
+
     Args:
         config: Megatron 0.19's ``GPTModelConfig``, or the ``TransformerConfig`` which older
             builders of a checkout pass.
         vp_stage: virtual pipeline stage, if any.
     """
-    scmoe = scmoe_config_from_environment()
-    if scmoe.expert_slot == "auto":
-        raise ScMoEConfigError(
-            "--scmoe-expert-slot auto under --spec",
-            "a foreign entry point does not measure at start-up",
-            "a number, or pretrain_gpt_scmoe.py",
-        )
-    return build_block_spec(getattr(config, "transformer", config), scmoe, vp_stage)
+    config = getattr(config, "transformer", config)
+    args = foreign.arguments()
+    if args is None:
+        return build_block_spec(config, scmoe_config_from_environment(), vp_stage)
+    try:
+        scmoe = foreign.settle(args)
+        keys = compat.has_local_norm_keys(args.load, args.ckpt_step)
+        block_spec = build_block_spec(config, scmoe, vp_stage, keys)
+    except (ScMoEConfigError, PreflightError, ConversionError) as error:
+        foreign.refuse(error)
+    if not vp_stage:
+        print_rank_0(describe(scmoe))
+    return block_spec
+
+
+def describe(scmoe: ScMoEConfig) -> str:
+    """Configuration and schedule, for the log."""
+    schedule = resolve_schedule(scmoe)
+    partner = "a pair of blocks" if needs_dense_partner(scmoe) else "each MoE block"
+    return f"> {scmoe}\n> schedule of {partner}:\n{schedule}"
 
 
 def build_block_spec(
@@ -71,8 +95,10 @@ def build_block_spec(
         ScMoEConfigError: if configuration and model do not go together.
     """
     validate(scmoe, config)
-    if scmoe.expert_bias != "none" and config.finalize_model_grads_func is None:
-        config.finalize_model_grads_func = finalize_model_grads  # Megatron's loop keeps it
+    if scmoe.expert_bias != "none":
+        if config.finalize_model_grads_func is None:
+            config.finalize_model_grads_func = finalize_model_grads  # Megatron's loop keeps it
+        move_biases_with(config)
     use_te = config.transformer_impl == "transformer_engine"
     stock = get_gpt_decoder_block_spec(
         config,
@@ -96,6 +122,8 @@ def build_block_spec(
                 submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
             specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
         elif needs_dense_partner(scmoe):
+            if path is None:
+                raise TypeError("no block that Megatron builds is known as a MoE")
             specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
         else:
             specs.append(ModuleSpec(module=spec.module, submodules=submodules))
@@ -128,8 +156,8 @@ class LocalNorm:
 
 
 def _is_moe(spec: ModuleSpec) -> bool:
-    """Whether Megatron's layer spec builds a MoE layer (in 0.19: a partial of it)."""
-    return getattr(spec.submodules.mlp, "func", None) is MoELayer
+    """Whether Megatron's layer spec builds a MoE layer; an MLP is a partial, in 0.19."""
+    return spec.submodules.mlp.func is MoELayer
 
 
 def _moe_block(

@@ -1,11 +1,10 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
-import os
 import time
 from functools import partial
 
 import torch
-from megatron.core import dist_checkpointing, mpu
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -14,18 +13,23 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_scmoe import command_line, compat, preflight, tuning
-from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
-from megatron_scmoe.checkpoints.arguments import model_arguments
-from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
+from megatron_scmoe import (
+    command_line,
+    compat,
+    optimizer_state,
+    preflight,
+    resuming,
+    saved_run,
+    tuning,
+)
+from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import in_words
-from megatron_scmoe.spec import build_block_spec, resolve_schedule
-from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
+from megatron_scmoe.spec import build_block_spec, describe
+from megatron_scmoe.validation import ScMoEConfigError, validate
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -63,7 +67,7 @@ def main() -> None:
                 tuning.choose_slot, scmoe=scmoe, micro_batch=args.micro_batch_size, sequence=tokens
             )
         )
-    print_rank_0(_describe(scmoe))
+    print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -83,53 +87,34 @@ def parse_settings():
         ScMoEConfigError: for settings that ScMoE cannot work with.
         PreflightError: for files and folders that cannot serve.
     """
-    add_args = add_scmoe_args
+    words = given_on_command_line()
+    given = parse_args(resuming.adding_args())
+    saved = saved_run.find(given)
+    add_args = resuming.adding_args(saved, given)
     given = parse_args(add_args)
-    complete = True  # of another format Megatron reads the arguments, later; main() validates then
-    if given.use_checkpoint_args:
-        saved = _arguments_of_checkpoint(given)
-        complete = saved is not None
-        add_args = partial(_add_args_with_defaults, saved or {})
-        given = parse_args(add_args)
+    complete = not given.use_checkpoint_args or saved is None or saved.args is not None
     scmoe = scmoe_config_from_args(given)
-    if complete:
+    if complete:  # if not, Megatron reads the arguments, later; main() validates then
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
     args = parse_and_validate_args(add_args)
+    if saved is not None:
+        resuming.check(args, saved)
+        resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
+        optimizer_state.check(args, saved)
+        optimizer_state.settle_schedule(args, saved)
+    args.spec = None  # the checkpoint's, of a run that built the same model under --spec
+    if args.non_persistent_ckpt_type == "local":
+        args.dist_ckpt_optim_fully_reshardable = False  # Megatron cannot
+    if args.use_checkpoint_args:
+        for line in resuming.overridden(
+            words, args, "it is the checkpoint's (--use-checkpoint-args)"
+        ):
+            print_rank_0(line)
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe
-
-
-def _arguments_of_checkpoint(given) -> dict | None:
-    """What the checkpoint to load says of its model; None if it is of a format Megatron alone reads.
-
-    Megatron's ``--use-checkpoint-args`` takes over some of it (not the norms' epsilon, the rope's
-    scaling, the router's groups), and knows nothing of ``--scmoe-*``.
-    """
-    for folder in (given.load, given.pretrained_checkpoint):
-        if folder is not None and os.path.isfile(get_checkpoint_tracker_filename(folder)):
-            step = given.ckpt_step
-            if step is not None:
-                folder = get_checkpoint_name(folder, step, return_base_dir=True)
-            path = find_iteration(folder)
-            if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-                return model_arguments(read_megatron(path).args)
-            if given.rank == 0:
-                print(
-                    f"WARNING: --use-checkpoint-args: {path} is no torch_dist checkpoint; flags "
-                    "that Megatron does not take from it, as --scmoe-*, are those of the command line",
-                    flush=True,
-                )
-            return None
-    return {}
-
-
-def _add_args_with_defaults(defaults, parser):
-    parser = add_scmoe_args(parser)
-    parser.set_defaults(**defaults)
-    return parser
 
 
 def fail(message: str) -> None:
@@ -263,12 +248,6 @@ def _block_spec(model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig
     return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
-def _describe(scmoe: ScMoEConfig) -> str:
-    schedule = resolve_schedule(scmoe)
-    partner = "a pair of blocks" if needs_dense_partner(scmoe) else "each MoE block"
-    return f"> {scmoe}\n> schedule of {partner}:\n{schedule}"
-
-
 _FOREIGN = {
     "spec": ("--spec", "this entry point builds the ScMoE spec itself"),
     "yaml_cfg": ("--yaml-cfg", "settings come from flags"),
@@ -293,5 +272,5 @@ _FOREIGN = {
 def _refuse_foreign_settings(args) -> None:
     """Refuse flags of Megatron's parser that this entry point would otherwise ignore."""
     for name, (flag, reason) in _FOREIGN.items():
-        if getattr(args, name, None):
+        if getattr(args, name):
             raise ScMoEConfigError(flag, reason, "leave the flag out")

@@ -5,19 +5,22 @@
 package ends in.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import ClassVar, get_args
 
 import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
+from megatron_scmoe.arguments import defaults
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, ScMoEConfig
 from megatron_scmoe.schedule import num_slots, slot_behind_second_attention
 
@@ -68,8 +71,19 @@ def moe_pattern(moe_layer_freq: int | list[int], num_layers: int) -> list[int]:
     return list(moe_layer_freq)
 
 
+@functools.cache
+def names_of_settings() -> frozenset[str]:
+    """What Megatron calls its settings: fields of its configurations, and arguments by their names."""
+    kinds = (TransformerConfig, MLATransformerConfig)
+    return frozenset(defaults()).union(f.name for kind in kinds for f in fields(kind))
+
+
 class _View:
-    """Settings by the names of ``TransformerConfig``, read from it or from parsed flags."""
+    """Settings by the names of ``TransformerConfig``, read from it or from parsed flags.
+
+    What only the other of the two has is None. A name that neither has is an error: Megatron has
+    renamed it, and a check of it would find nothing.
+    """
 
     _FLAG_NAMES: ClassVar[dict[str, str]] = {"num_moe_experts": "num_experts"}
 
@@ -77,10 +91,12 @@ class _View:
         self._settings = settings
 
     def __getattr__(self, name):
-        settings = self._settings
-        if hasattr(settings, name):
-            return getattr(settings, name)
-        return getattr(settings, self._FLAG_NAMES.get(name, name), None)
+        for known_as in (name, self._FLAG_NAMES.get(name, name)):
+            if hasattr(self._settings, known_as):
+                return getattr(self._settings, known_as)
+        if name not in names_of_settings():
+            raise AttributeError(f"Megatron-Core has no setting {name}")
+        return None
 
 
 def _check_blocks(scmoe: ScMoEConfig, view: _View) -> None:
@@ -671,7 +687,7 @@ def _check_local_implementation(scmoe: ScMoEConfig, view: _View) -> None:
     """What Megatron's local specs would fail on, deep inside, or ignore."""
     if view.transformer_impl != "local":
         return
-    if view.layernorm_zero_centered_gamma or view.apply_layernorm_1p:
+    if view.layernorm_zero_centered_gamma:
         raise ScMoEConfigError(
             "--apply-layernorm-1p with --transformer-impl local",
             "PyTorch's norms have no zero-centred scale",

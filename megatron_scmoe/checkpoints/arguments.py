@@ -1,6 +1,7 @@
 """Megatron's arguments of a model: the part that a checkpoint has to carry, and how to build them."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -8,7 +9,14 @@ from typing import Any
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe.arguments import (
+    ENVIRONMENT_VARIABLE,
+    PREFIX,
+    add_scmoe_args,
+    scmoe_arguments,
+    scmoe_config_from_args,
+    scmoe_config_from_environment,
+)
 from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
 from megatron_scmoe.validation import ScMoEConfigError, validate
@@ -29,6 +37,14 @@ MODEL_ARGUMENTS = (
     "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "no_rope_freq",
     "normalization",
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
@@ -42,6 +58,15 @@ MODEL_ARGUMENTS = (
     "openai_gelu",
     "glu_linear_offset",
     "activation_func_clamp_value",
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+    "use_mup",
+    "mup_width_mult",
+    "mup_base_hidden_size",
+    "mup_embedding_mult",
+    "mup_output_mult",
+    "mup_base_head_dim",
+    "mup_attn_scale_power",
     "softmax_type",
     "window_size",
     "window_attn_skip_freq",
@@ -75,6 +100,9 @@ MODEL_ARGUMENTS = (
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""
 
+SPEC = ["megatron_scmoe.spec", "scmoe_spec"]
+"""What ``--spec`` takes of this package, and a checkpoint trained so has as its argument."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of weights that Megatron trains, by what ``--dtype`` takes."""
 
@@ -89,6 +117,31 @@ LLAMA3_ROPE = {
 def model_arguments(args: argparse.Namespace) -> dict:
     """What of :data:`MODEL_ARGUMENTS` a checkpoint's arguments say."""
     return {name: getattr(args, name) for name in MODEL_ARGUMENTS if hasattr(args, name)}
+
+
+def is_scmoe(saved: argparse.Namespace) -> bool:
+    """Whether these arguments are those of a ScMoE model."""
+    return hasattr(saved, f"{PREFIX}tap") or built_by_spec(saved)
+
+
+def built_by_spec(saved: argparse.Namespace) -> bool:
+    """Whether ``--spec megatron_scmoe.spec scmoe_spec`` built the model of these arguments."""
+    return list(getattr(saved, "spec", None) or []) == SPEC
+
+
+def with_defaults(saved: argparse.Namespace) -> argparse.Namespace:
+    """A checkpoint's arguments with the fields of ScMoE that were added since it was written.
+
+    A checkpoint of ``--spec`` that an older version wrote has none of them: they are taken from
+    ``$SCMOE_ARGS``, if that is set.
+    """
+    if hasattr(saved, f"{PREFIX}tap"):
+        added = scmoe_arguments(ScMoEConfig())
+    elif built_by_spec(saved) and ENVIRONMENT_VARIABLE in os.environ:
+        added = scmoe_arguments(scmoe_config_from_environment())
+    else:
+        added = {}
+    return argparse.Namespace(**added | vars(saved))
 
 
 def arguments_from_flags(

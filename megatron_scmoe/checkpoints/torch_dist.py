@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tqdm import tqdm
 
+from megatron_scmoe.checkpoints.arguments import with_defaults
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
@@ -117,10 +118,11 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not _OTHER_STATE.match(key)
     }
+    saved = common.get("args")
     return MegatronCheckpoint(
         path=folder,
         iteration=int(common.get("iteration", 0)),
-        args=common.get("args"),
+        args=None if saved is None else with_defaults(saved),
         tensors=_normal_form(stored),
     )
 

@@ -1,0 +1,103 @@
+"""ScMoE under another entry point than its own: what ``--spec`` alone leaves undone.
+
+Such a script's parser knows no ``--scmoe-*``; they are in ``$SCMOE_ARGS``. Here they become Megatron's
+arguments, so that checkpoints hold them, and what the run loads is compared with it, as
+``pretrain_gpt_scmoe.py`` does both on its own.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import print_rank_0
+
+from megatron_scmoe import command_line, optimizer_state, resuming, saved_run
+from megatron_scmoe.arguments import (
+    ENVIRONMENT_VARIABLE,
+    PREFIX,
+    given_in_environment,
+    scmoe_arguments,
+    scmoe_config_from_args,
+    scmoe_config_from_environment,
+)
+from megatron_scmoe.checkpoints.arguments import SPEC
+from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
+from megatron_scmoe.saved_run import SavedRun
+from megatron_scmoe.validation import ScMoEConfigError
+
+WHERE = f"${ENVIRONMENT_VARIABLE} with "
+"""Before flags of ScMoE, in what is recommended."""
+
+
+def arguments() -> argparse.Namespace | None:
+    """Megatron's arguments of this run; None in a program that builds models without them."""
+    try:
+        return get_args()
+    except AssertionError:
+        return None
+
+
+def settle(args: argparse.Namespace) -> ScMoEConfig:
+    """The configuration of this run, which ``args`` hold from now on; what is loaded is judged by it.
+
+    Flags that the script's own parser took (``add_scmoe_args``) count as they are. With
+    ``--use-checkpoint-args`` what defines the model is the checkpoint's.
+
+    Raises:
+        ScMoEConfigError, PreflightError, ConversionError: if the run cannot go on from what it loads.
+    """
+    if _settled and _settled[0] is args:
+        return scmoe_config_from_args(args)
+    if not hasattr(args, f"{PREFIX}tap"):
+        scmoe = scmoe_config_from_environment()
+        vars(args).update(scmoe_arguments(scmoe))
+        if ENVIRONMENT_VARIABLE not in os.environ:
+            print_rank_0(
+                f"WARNING: ${ENVIRONMENT_VARIABLE} is not set: every --scmoe-* has its default "
+                f"({ENVIRONMENT_VARIABLE}='--scmoe-tap pos3 ...' gives others, '' says that they are "
+                "meant)"
+            )
+    if args.scmoe_expert_slot == "auto":
+        raise ScMoEConfigError(
+            "--scmoe-expert-slot auto under --spec",
+            "a foreign entry point does not measure at start-up",
+            "a number, or pretrain_gpt_scmoe.py",
+        )
+    saved = saved_run.find(args)
+    if saved is not None:
+        if args.use_checkpoint_args:
+            _restore(args, saved)
+        resuming.check(args, saved, WHERE)
+        resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
+        optimizer_state.check(args, saved)
+        optimizer_state.settle_schedule(args, saved)
+    optimizer_state.load_on_any_layout()
+    args.moe_shared_expert_gate = args.scmoe_combine == "cg1"
+    _settled[:] = [args]
+    return scmoe_config_from_args(args)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the script with one line."""
+    prog = Path(sys.argv[0]).name
+    command_line.end(f"{prog}: error: --spec {' '.join(SPEC)}: {error}", status=2)
+
+
+_settled: list[argparse.Namespace] = []
+"""The arguments that have been settled: the spec of each virtual stage asks for them."""
+
+
+def _restore(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Take over the fields of the model, and say which were given otherwise."""
+    changed = resuming.changed(args)
+    names = [PREFIX + f.name for f in fields(ScMoEConfig) if f.name not in OF_THE_RUN]
+    before = saved.args
+    found = {n: getattr(before, n) for n in names if hasattr(before, n) and n not in changed}
+    given = {name: value for name, value in given_in_environment().items() if name in found}
+    vars(args).update(found)
+    for line in resuming.overridden(given, args, "it is the checkpoint's (--use-checkpoint-args)"):
+        print_rank_0(line)

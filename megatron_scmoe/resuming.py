@@ -1,0 +1,245 @@
+"""A run compared with the checkpoint that it loads, before a process group or a model exists.
+
+Megatron compares few of the arguments that define a model. The others, and all of ScMoE's, would be
+those of the command line: the weights load, and another model goes on.
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from megatron.training.utils import print_rank_0
+
+from megatron_scmoe.arguments import (
+    PREFIX,
+    add_scmoe_args,
+    defaults,
+    flag_of,
+    in_flags,
+    name_of_flag,
+)
+from megatron_scmoe.checkpoints.arguments import (
+    MODEL_ARGUMENTS,
+    is_scmoe,
+    model_arguments,
+)
+from megatron_scmoe.saved_run import SavedRun
+from megatron_scmoe.validation import ScMoEConfigError, moe_pattern
+
+FREE = (
+    "vocab_size",  # of the tokenizer: see check_vocabulary
+    "padded_vocab_size",  # depends on the tensor-parallel size
+    "max_position_embeddings",  # compared where positions are learned
+    "moe_router_dtype",
+    "scmoe_active_experts",  # what the moving biases aim at
+)
+"""Arguments of the model that another run may change as it likes: dtypes and how it is trained."""
+
+COMPARED = (
+    *(name for name in MODEL_ARGUMENTS if name not in FREE),
+    "moe_router_load_balancing_type",
+)
+"""The arguments that have to be the checkpoint's, or named by ``--scmoe-changed``."""
+
+
+def adding_args(saved: SavedRun | None = None, given: argparse.Namespace | None = None):
+    """An ``extra_args_provider`` for Megatron's parser, of a run that loads ``saved``.
+
+    With ``--use-checkpoint-args`` what defines the model is the checkpoint's, whatever the command line
+    says; :func:`overridden` tells the user. Megatron does that for some of it alone (not for the norms'
+    epsilon, the rope's scaling, the router's groups), and knows nothing of ``--scmoe-*``.
+    """
+    free, fixed = {}, {}
+    if saved is not None and saved.args is not None and given.use_checkpoint_args:
+        free_too = changed(given)
+        for name, value in model_arguments(saved.args).items():
+            (free if name in FREE or name in free_too else fixed)[name] = value
+    return partial(add_args, defaults=free, fixed=fixed)
+
+
+def changed(args: argparse.Namespace) -> set[str]:
+    """What ``--scmoe-changed`` names, by the arguments' names."""
+    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model"}
+    names = set()
+    for word in args.scmoe_changed or ():
+        name = name_of_flag(word)
+        if name not in accepted:
+            raise ScMoEConfigError(
+                f"--scmoe-changed {word}",
+                "it is no setting of the model",
+                "flags without the dashes in front: rotary-base, moe-router-topk, scmoe-tap, ...",
+            )
+        names.add(name)
+    return names
+
+
+def add_args(parser, *, defaults: dict[str, Any], fixed: dict[str, Any]):
+    """Add the flags of a run; an ``extra_args_provider`` of Megatron's parser.
+
+    Args:
+        defaults: what holds where no flag is given.
+        fixed: what holds whatever flag is given.
+    """
+    parser = add_scmoe_args(parser)
+    parser.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="Save the state of the distributed optimizer as it lies in memory: without gathering "
+        "it, and for the same TP, PP and EP sizes only.",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **defaults)
+    parse = parser.parse_known_args
+
+    def parse_and_fix(*args, **kwargs):
+        found, rest = parse(*args, **kwargs)
+        vars(found).update(fixed)
+        return found, rest
+
+    parser.parse_known_args = parse_and_fix
+    return parser
+
+
+def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
+    """Refuse to go on from a checkpoint of another model.
+
+    Args:
+        args: of this run, validated by Megatron.
+        saved: what it loads.
+        where: before flags of ScMoE, in what is recommended: "$SCMOE_ARGS with ".
+
+    Raises:
+        ScMoEConfigError: at all settings of the model that differ, by flag, saved and given value.
+    """
+    before = saved.args
+    if before is None:
+        print_rank_0(
+            f"WARNING: {saved.given}: {saved.path} says nothing of its model that could be compared "
+            "with the flags"
+        )
+        return
+    if not is_scmoe(before):
+        raise ScMoEConfigError(
+            saved.given,
+            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
+            "a ScMoE model made of it: tools/convert.py upcycle --load "
+            f"{saved.given.split()[1]} --save FOLDER",
+        )
+    if not hasattr(before, f"{PREFIX}tap"):
+        print_rank_0(
+            f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
+            "--scmoe-* flags; they are taken to be those of this run"
+        )
+    names = [name for name in differences(args, before) if name not in changed(args)]
+    if names:
+        mine = ", ".join(in_flags(name, getattr(args, name)) for name in names)
+        theirs = ", ".join(in_flags(name, getattr(before, name, None)) for name in names)
+        words = " ".join(flag_of(name).removeprefix("--") for name in names)
+        raise ScMoEConfigError(
+            mine,
+            f"{saved.path} was trained with {theirs}",
+            f"{where}{theirs}; --use-checkpoint-args; or, for another model on purpose, "
+            f"--scmoe-changed {words}",
+        )
+
+
+def differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[str]:
+    """Names of the arguments in :data:`COMPARED` by which another model would go on.
+
+    An argument that Megatron or this package did not have yet when it was saved had the value that is
+    the default now. What the model does not use does not count.
+    """
+    standard = defaults()
+    older = argparse.Namespace(**{n: v for n, v in standard.items() if v is not None} | vars(saved))
+    names = [name for name in COMPARED if hasattr(older, name) and hasattr(args, name)]
+    if args.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
+    return [
+        name
+        for name in names
+        if _is_used(name, args) and _meaning(name, args) != _meaning(name, older)
+    ]
+
+
+def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> list[str]:
+    """A line for each argument that was given and has another value now.
+
+    Args:
+        given: what the command line says and leaves to no default.
+        args: what the run has.
+        reason: who decided.
+    """
+    return [
+        f"WARNING: {in_flags(name, value)} was given, and {in_flags(name, getattr(args, name))} "
+        f"is used: {reason}"
+        for name, value in given.items()
+        if getattr(args, name) != value
+    ]
+
+
+def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> None:
+    """Refuse a tokenizer of another size: Megatron cuts or fills up the embedding without a word.
+
+    Args:
+        tokens: of this run's tokenizer.
+
+    Raises:
+        ScMoEConfigError: if the checkpoint's embedding has fewer rows, or more than padding explains.
+    """
+    before = saved.args
+    rows = getattr(before, "padded_vocab_size", None)
+    if not rows or {"vocab_size", "tokenizer_type", "tokenizer_model"} & changed(args):
+        return
+    known = getattr(before, "vocab_size", None)
+    unit = getattr(before, "make_vocab_size_divisible_by", 1)
+    unit *= getattr(before, "tensor_model_parallel_size", 1)
+    has_flag_alone = known and getattr(before, "tokenizer_type", None) == "NullTokenizer"
+    explained = tokens == known or (not has_flag_alone and tokens + unit > rows)
+    if tokens > rows or not explained:
+        was = f"{known} tokens and " if known else ""
+        raise ScMoEConfigError(
+            f"a tokenizer of {tokens} tokens ({args.tokenizer_type} {args.tokenizer_model or ''})",
+            f"{saved.path} was trained with {was}an embedding of {rows} rows",
+            "its tokenizer, or --scmoe-changed tokenizer-type for another one on purpose",
+        )
+
+
+_ROPE = ("rope", "yarn", "mrope")
+_OF_MLA = {
+    "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
+    "rotary_scaling_factor", "mscale", "mscale_all_dim", "scmoe_mla_scale", "scmoe_mla_norm_epsilon",
+}  # fmt: skip
+
+
+def _is_used(name: str, args: argparse.Namespace) -> bool:
+    """Whether a model of these arguments computes anything with this one."""
+    if name in _OF_MLA:
+        return bool(args.multi_latent_attention)
+    if name.startswith("yarn_"):
+        return args.position_embedding_type == "yarn"
+    if name == "rope_scaling_factor":
+        return bool(args.use_rope_scaling)
+    if "rotary" in name or "rope" in name:
+        return bool(args.multi_latent_attention or args.position_embedding_type in _ROPE)
+    if name.startswith("mup_"):
+        return bool(args.use_mup)
+    if name == "openai_gelu":
+        return not args.swiglu
+    return name != "group_query_attention"  # the number of groups says it
+
+
+def _meaning(name: str, args: argparse.Namespace) -> Any:
+    """What an argument's value comes to, in one form for all ways to say it."""
+    value = getattr(args, name)
+    if name == "moe_layer_freq":
+        return moe_pattern(value, args.num_layers) if args.num_experts else None
+    if name == "num_query_groups":
+        return value if args.group_query_attention else args.num_attention_heads
+    if name == "scmoe_mla_norm_epsilon":
+        return args.layernorm_epsilon if value is None else value
+    if name == "scmoe_expert_bias":
+        return value != "none"  # the rule by which it moves is a matter of training
+    if name == "moe_router_load_balancing_type":  # these choose experts in their own way
+        kinds = value if isinstance(value, list) else [value]
+        return {"sinkhorn", "quantile_balancing"}.intersection(kinds)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,93 @@
+"""Names of Megatron's that this package reads exist in the installed Megatron.
+
+A check of a setting that Megatron has renamed would find nothing, and pass.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import megatron.core
+import megatron.training
+import pytest
+
+import megatron_scmoe
+from megatron_scmoe import loading, resuming, training, validation
+from megatron_scmoe.checkpoints import longcat, refusals, scmoe_hf, torch_dist
+from megatron_scmoe.checkpoints.arguments import MODEL_ARGUMENTS
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.validation import _View, names_of_settings, validate
+
+PACKAGE = Path(megatron_scmoe.__file__).parent
+SETTERS = (
+    *Path(megatron.training.__path__[0]).glob("*.py"),
+    Path(megatron.core.__path__[0]) / "tokenizers" / "utils" / "build_tokenizer.py",
+)
+
+TABLES = {
+    "refused settings": [row[0] for row in validation._REFUSED],
+    "refused with an own router": [row[0] for row in validation._NOT_WITH_OWN_ROUTER],
+    "model arguments": MODEL_ARGUMENTS,
+    "compared on load": resuming.COMPARED,
+    "free on load": resuming.FREE,
+    "foreign flags": training._FOREIGN,
+    "settings of a run": [*loading._OF_THE_RUN, *loading._WITHOUT_TE],
+    "layouts": torch_dist.LAYOUT,
+    "in no format": [row[0] for row in refusals.IN_NO_FORMAT],
+    "not in scmoe's format": [row[0] for row in scmoe_hf._REFUSED],
+    "not in LongCat's format": longcat._FIXED_ARGUMENTS,
+}
+
+
+def derived() -> set[str]:
+    """Arguments that no flag has: Megatron sets them while it validates."""
+    pattern = re.compile(r"\bargs\.(\w+) *=[^=]")
+    return {name for file in SETTERS for name in pattern.findall(file.read_text())}
+
+
+KNOWN = names_of_settings() | derived()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_names_in_a_table_exist(table):
+    assert [name for name in TABLES[table] if name not in KNOWN] == []
+
+
+def names_read(file: Path) -> set[str]:
+    """What is read of a variable that is called as Megatron's arguments or settings are here."""
+    variables = {"args", "given", "view", "settings", "trial"}
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in variables:
+            found.add(node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            subject, name, *_ = node.args
+            is_ours = getattr(subject, "id", "") in {*variables, "saved", "before"}
+            if is_ours and isinstance(name, ast.Constant):
+                found.add(name.value)
+    return found - set(dir(dict))
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
+def test_names_that_are_read_exist(file):
+    assert sorted(names_read(file) - KNOWN) == []
+
+
+def test_a_name_that_neither_has_is_an_error():
+    view = _View(validation_settings())
+    assert view.num_moe_experts == 4 and view.fp8 is None
+    with pytest.raises(AttributeError, match="Megatron-Core has no setting apply_layernorm_1p"):
+        _ = view.apply_layernorm_1p
+
+
+def test_a_renamed_setting_is_an_error_not_a_pass(monkeypatch):
+    row = ("mtp_layers", bool, "--mtp-num-layers", "no block to tap", "leave the flag out")
+    monkeypatch.setattr(validation, "_REFUSED", (row,))
+    with pytest.raises(AttributeError, match="mtp_layers"):
+        validate(ScMoEConfig(), validation_settings())
+
+
+def validation_settings():
+    from tests import models
+
+    return models.transformer_config()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LongcatFlashConfig
 
 from megatron_scmoe.checkpoints.formats import Format, Tensors
 from megatron_scmoe.checkpoints.lazy import (
@@ -120,7 +121,7 @@ def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str
     Args:
         args: the arguments in a checkpoint, of Megatron and ``scmoe_*``.
         tokens: how many tokens exist.
-        rows: rows of the embedding, Megatron's padding included; they are the vocabulary.
+        rows: rows of the embedding that are written; more than the tokens with Megatron's padding.
 
     Raises:
         ConversionError: if the model is no LongCat-Flash; it names the flag.
@@ -215,6 +216,7 @@ def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
 
 FORMAT = Format(
     model_type=MODEL_TYPE,
+    config_class=LongcatFlashConfig,
     config=longcat_config,
     to_hf=to_longcat,
     flags=megatron_flags,

@@ -37,7 +37,7 @@ def config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> d
     Args:
         args: the arguments in a checkpoint.
         tokens: how many tokens exist.
-        rows: rows of the embedding, Megatron's padding included.
+        rows: rows of the embedding that are written; more than the tokens with Megatron's padding.
 
     Raises:
         ConversionError: if the modelling code cannot express it; it names the flag.
@@ -132,6 +132,7 @@ _FOLDER = Path(hf.__file__).parent
 
 FORMAT = Format(
     model_type=MODEL_TYPE,
+    config_class=ScMoEConfig,
     config=config_from_arguments,
     to_hf=to_hf,
     flags=flags_from_config,
@@ -275,7 +276,7 @@ def _config(config: Mapping[str, Any]) -> ScMoEConfig:
     try:
         return ScMoEConfig.from_dict(dict(config))
     except (ValueError, TypeError) as error:
-        raise ConversionError(f"config.json: {error}") from error
+        raise ConversionError(f"config.json: {' '.join(str(error).split())}") from error
 
 
 # --- tensors --------------------------------------------------------------------------------------

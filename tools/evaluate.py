@@ -120,6 +120,7 @@ def evaluate_checkpoint(args: Namespace):
 
     from megatron_scmoe import evaluation, loading
     from megatron_scmoe.checkpoints.arguments import DTYPES
+    from megatron_scmoe.checkpoints.vocabulary import count_tokens
 
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
     kind = checkpoint.args.tokenizer_type
@@ -128,10 +129,10 @@ def evaluate_checkpoint(args: Namespace):
             f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
             "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
         )
-    vocab_size = checkpoint.args.vocab_size
+    rows, vocab_size = checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size
     if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
         tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
-        vocab_size = vocab_size or tokenizer.vocab_size
+        vocab_size = count_tokens(rows, vocab_size, tokenizer.vocab_size)
     sequences = read_sequences(
         args,
         lambda text: np.array(tokenizer.tokenize(text), dtype=np.int64),
@@ -234,8 +235,8 @@ def describe(report) -> str:
     )
     if report.padded_loss is not None:
         text += (
-            f"\nloss {report.padded_loss:.6f} with the entries that pad the vocabulary in the "
-            "softmax, as in training"
+            f"\nloss {report.padded_loss:.6f} with the rows that pad the vocabulary in the softmax, "
+            "as training logs it"
         )
     return text
 

@@ -4,8 +4,8 @@ Where both differ, the import does what transformers does on loading, so that bo
 says so in a note; what transformers would fill with random numbers is refused.
 """
 
+import inspect
 import math
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
     Raises:
         ConversionError: it names the field, and what is accepted.
     """
-    for name, expected in typing.get_type_hints(kind).items():
+    for name, expected in inspect.get_annotations(kind).items():
         value = config.get(name)
         if name.startswith("_") or value is None:  # None is the class's to judge
             continue
@@ -64,7 +64,7 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
             ) from error
         if isinstance(value, float) and not math.isfinite(value):
             raise ConversionError(f"config.json: {name} is {value}; accepted: a finite number")
-        if name.endswith(_SIZES) and isinstance(value, int) and value < 1:
+        if name.endswith(_SIZES) and type(value) is int and value < 1:
             raise ConversionError(f"config.json: {name} is {value}; accepted: 1 or more")
 
 
@@ -74,7 +74,7 @@ _SIZES = (
     "_heads",
     "_dim",
     "_rank",
-    "_embeddings",
+    "position_embeddings",
     "_experts",
     "_topk",
     "_per_tok",

@@ -103,7 +103,7 @@ def tokenizer_flags(
         path = path / SENTENCEPIECE_FILE
     if path.is_file():
         kind, entries = "SentencePieceTokenizer", _load(path).get_piece_size()
-    elif any((path / name).is_file() for name in _FILES):
+    elif has_tokenizer(path):
         kind, entries = "HuggingFaceTokenizer", _hugging_face(path).tokens
     elif given is not None:
         raise ConversionError(f"--tokenizer {given}: no tokenizer is there; accepted: PATH or none")
@@ -114,6 +114,11 @@ def tokenizer_flags(
             f"{path}: its tokenizer has {entries} entries, the embedding {rows} rows"
         )
     return ["--tokenizer-type", kind, "--tokenizer-model", str(path)], entries
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of Hugging Face."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 _FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json", "tokenizer_config.json")

@@ -67,7 +67,13 @@ def read_hugging_face(
             tensors that are missing, left over or of another shape than config.json says.
     """
     folder = Path(folder)
-    padding = padding or Padding()
+    with naming(folder):
+        return _read(folder, dtype, tokenizer, padding or Padding())
+
+
+def _read(
+    folder: Path, dtype: torch.dtype | None, tokenizer: str | None, padding: Padding
+) -> DenseModel:
     fields = read_config(folder)
     check_folder(folder, fields)
     config = _read_config(folder, fields)
@@ -138,8 +144,7 @@ class _Weights:
         self._drop_buffers(config)
         if not self.left:
             raise ConversionError(f"{folder}: its files hold no weights")
-        with naming(folder):
-            check_weights(self.left)
+        check_weights(self.left)
         self.dtype = dtype or main_dtype(self.left)
         if self.dtype not in DTYPES.values():
             raise ConversionError(f"{folder}: weights of {self.dtype}; accepted: with --dtype")
@@ -156,8 +161,7 @@ class _Weights:
 
     def take_ends(self, name: str, is_tied: bool, *shape: int) -> dict[str, LazyTensor]:
         """The embedding and, if it is not tied to it, the output layer, by Megatron's keys."""
-        with naming(self.folder):
-            is_tied, self.left, notes = settle_head(is_tied, self.left, self.prefix + name)
+        is_tied, self.left, notes = settle_head(is_tied, self.left, self.prefix + name)
         self.notes += notes
         ends = {EMBEDDING: self.take(name, *shape)}
         return ends if is_tied else ends | {OUTPUT_LAYER: self._pop(HEAD, shape)}

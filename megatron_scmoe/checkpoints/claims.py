@@ -39,6 +39,14 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_dropouts(config: Mapping[str, Any]) -> None:
+    """Refuse probabilities that are none, by field."""
+    for name, value in config.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith(("_dropout", "_pdrop")) and is_number and not 0 <= value <= 1:
+            raise ConversionError(f"config.json: {name} is {value}; accepted: 0 to 1")
+
+
 def check_types(config: Mapping[str, Any], kind: type) -> None:
     """Refuse fields whose values are not of the type that a configuration class declares.
 
@@ -49,6 +57,7 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
     Raises:
         ConversionError: it names the field, and what is accepted.
     """
+    check_dropouts(config)
     for name, expected in inspect.get_annotations(kind).items():
         value = config.get(name)
         if name.startswith("_") or value is None:  # None is the class's to judge

@@ -14,6 +14,7 @@ import torch
 from megatron_scmoe.checkpoints.arguments import DTYPES, rope_flags
 from megatron_scmoe.checkpoints.claims import (
     HEAD,
+    check_dropouts,
     check_folder,
     note_on_dtype,
     notes_on_ids,
@@ -76,6 +77,7 @@ def _read(
 ) -> DenseModel:
     fields = read_config(folder)
     check_folder(folder, fields)
+    check_dropouts(fields)
     config = _read_config(folder, fields)
     flags, take_model = _FAMILIES[config.model_type]
     setting_flags = flags(config)  # settings are judged before weights
@@ -109,7 +111,7 @@ def _read_config(folder: Path, fields: dict):
     """config.json as transformers understands it, whatever version wrote it; runs no code of it."""
     file = folder / "config.json"
     kind = fields.get("model_type")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ConversionError(
             f"{file}: model_type is {kind}; accepted: {', '.join(sorted(_FAMILIES))}"
         )

@@ -59,7 +59,7 @@ def find_format(model_type: str | None) -> Format:
     Raises:
         ConversionError: if there is none.
     """
-    if model_type not in _MODULES:
+    if not isinstance(model_type, str) or model_type not in _MODULES:
         raise ConversionError(
             f"model_type {model_type}; accepted: {', '.join(NAMES)} (dense models: upcycle)"
         )

@@ -65,7 +65,7 @@ class LongCatShape:
         given = {**_OPTIONAL, **config}
         sizes = {}
         for name in LongCatShape.__dataclass_fields__:
-            if name not in given:
+            if name not in given or (given[name] is None and name not in _MAY_BE_NULL):
                 raise ConversionError(f"config.json: no {name}")
             sizes[name] = given[name]
         sizes["zero_expert_num"] = sizes["zero_expert_num"] or 0
@@ -353,6 +353,7 @@ def _unused(shape: LongCatShape) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 _OPTIONAL = {"zero_expert_num": 0, "router_bias": False, "tie_word_embeddings": False}
+_MAY_BE_NULL = ("q_lora_rank", *_OPTIONAL)
 
 _FIXED_FIELDS: dict[str, tuple] = {
     "model_type": (MODEL_TYPE,),

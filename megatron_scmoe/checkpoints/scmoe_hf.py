@@ -26,6 +26,7 @@ from megatron_scmoe.checkpoints.lazy import (
     stack,
 )
 from megatron_scmoe.checkpoints.refusals import IN_NO_FORMAT, Refusal, one_of, refuse
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.validation import moe_pattern
 
 MODEL_TYPE = ScMoEConfig.model_type
@@ -275,8 +276,8 @@ def _flag_of(names: Mapping[str | None, Any], field: str, value) -> str | None:
 def _config(config: Mapping[str, Any]) -> ScMoEConfig:
     try:
         return ScMoEConfig.from_dict(dict(config))
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"config.json: {' '.join(str(error).split())}") from error
+    except Exception as error:  # transformers' part of it raises what it likes
+        raise ConversionError(f"config.json: {in_words(error)}") from error
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
     python tools/convert.py upcycle --input llama/ --save checkpoints/ --num-experts 8 --topk 2
     python tools/convert.py inspect checkpoints/ --keys
 
-It needs no GPU, and memory for the largest shard. A folder appears when it is complete; see
+It needs no GPU, and memory for the largest shard. A folder appears when it is complete. Rows that pad
+Megatron's vocabulary are left out on the way to Hugging Face, and added on the way back; see
 docs/checkpoints.md.
 """
 

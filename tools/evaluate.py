@@ -9,8 +9,9 @@ takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any
 any, or a Hugging Face folder. A text, or a one-dimensional array of ids, is cut into sequences, and
 each token predicts the next; a last sequence that is short is filled up with id 0, whose logits are
 written but which is no part of the loss. A two-dimensional array is taken as its rows, the last token
-of each predicting nothing. Logits are float32 [sequences, length, vocabulary], without the entries
-that pad Megatron's vocabulary.
+of each predicting nothing. Rows that pad Megatron's vocabulary are no tokens: the loss leaves them out
+of the softmax, and the logits, float32 [sequences, length, tokens], are without them. The loss that
+training logs has them in it; where there are any, a second line gives that one.
 """
 
 import os

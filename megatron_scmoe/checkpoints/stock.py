@@ -48,8 +48,7 @@ def read_stock(
         )
     if EMBEDDING not in checkpoint.tensors:
         raise ConversionError(f"{checkpoint.path}: tensor {EMBEDDING} is missing")
-    defaults = vars(add_megatron_arguments(argparse.ArgumentParser()).parse_args([]))
-    args = argparse.Namespace(**defaults | vars(checkpoint.args))  # older ones have fewer
+    args = with_defaults(checkpoint.args)
     vars(args).update(dict.fromkeys(LAYOUT, 1), sequence_parallel=False)
     with naming(checkpoint.path):
         tensors = _settle_head(args, checkpoint.tensors)
@@ -63,6 +62,12 @@ def read_stock(
             args.make_vocab_size_divisible_by = padding.multiple
             tensors = set_rows(tensors, args.padded_vocab_size)
     return args, tensors
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Saved arguments, and the defaults of those that an older Megatron did not have."""
+    defaults = vars(add_megatron_arguments(argparse.ArgumentParser()).parse_args([]))
+    return argparse.Namespace(**defaults | vars(args))
 
 
 def _settle_head(args: argparse.Namespace, tensors: dict[str, LazyTensor]):

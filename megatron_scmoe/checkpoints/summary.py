@@ -12,6 +12,7 @@ from megatron_scmoe.checkpoints.formats import NAMES, Tensors, find_format
 from megatron_scmoe.checkpoints.kinds import ACCEPTED, what_is
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
+from megatron_scmoe.checkpoints.stock import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 
@@ -81,6 +82,7 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
         rows.append(("arguments", "none were saved with it"))
         total = sum(tensor.shape.numel() for tensor in tensors.values())
         return [*rows, ("parameters", f"{total:,}"), ("dtypes", _dtypes(tensors))], tensors
+    args = with_defaults(args)
     total, active = count_parameters(tensors, args)
     sizes = {
         "blocks": args.num_layers,

@@ -127,6 +127,18 @@ def test_inspect_says_that_weights_are_missing(folder, tmp_path):
     assert "no weights of a model, but an optimizer's" in refusal("inspect", tmp_path / "given")
 
 
+def test_inspect_describes_what_an_older_megatron_saved(folder, tmp_path, capsys):
+    """With fewer arguments than this one has."""
+    checkpoint = read_megatron(folder.parent / "checkpoint")
+    kept = {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts"}
+    for name in vars(checkpoint.args).keys() - kept - {"moe_router_topk"}:
+        delattr(checkpoint.args, name)
+    (tmp_path / "old").mkdir()
+    write_megatron(tmp_path / "old", checkpoint.args, checkpoint.tensors)
+    convert("inspect", tmp_path / "old")
+    assert "stock MoE GPT" in capsys.readouterr().out
+
+
 def test_inspect_describes_links_and_names_with_spaces(folder, tmp_path, capsys):
     (tmp_path / "a link").symlink_to(folder)
     convert("inspect", tmp_path / "a link", "--keys")

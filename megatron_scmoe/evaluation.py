@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_scmoe import cpu
+from megatron_scmoe.checkpoints.tokenizers import has_tokenizer
+from megatron_scmoe.checkpoints.vocabulary import count_tokens
 from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 
@@ -70,9 +72,9 @@ class Sequences:
 class Report:
     """The outcome.
 
-    ``loss`` is the mean cross entropy in nats of ``tokens`` labels, with the vocabulary's entries in
-    the softmax. ``padded_loss`` has the entries that pad Megatron's vocabulary in it as well, as the
-    loss of training does; None if there are none.
+    ``loss`` is the mean cross entropy in nats of ``tokens`` labels, over the tokens of the vocabulary.
+    ``padded_loss`` has the rows that pad Megatron's vocabulary in the softmax as well, as the loss that
+    training logs; None if there are none.
     """
 
     loss: float
@@ -182,10 +184,17 @@ class HuggingFaceModel:
         with self._errors():
             self.config = AutoConfig.from_pretrained(folder, **self.trust).get_text_config()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of logits of a token."""
-        return self.config.vocab_size
+        """How many of a token's logits are those of tokens; an export may hold padding as well."""
+        from transformers import AutoTokenizer
+
+        rows, declared = self.config.vocab_size, getattr(self.config, "unpadded_vocab_size", None)
+        entries = None
+        if declared and has_tokenizer(Path(self.folder)):  # to which tokens may have been added
+            with self._errors():
+                entries = len(AutoTokenizer.from_pretrained(self.folder, **self.trust))
+        return count_tokens(rows, declared, entries)
 
     @property
     def max_length(self) -> int:
@@ -235,21 +244,28 @@ class HuggingFaceModel:
         self._check_tensors(loaded)
         device = "cpu" if cpu.is_enabled() else "cuda"
         model = model.to(device).eval()
-        loss, count = 0.0, 0
+        losses, count = [0.0, 0.0], 0  # over the tokens, and over the padding rows too
         target = _logits_file(logits_out, shape) if logits_out else nullcontext()
         with target as file, tqdm(total=shape[0], unit=" seq", disable=None) as bar:
             for batch in _batches(sequences, micro_batch, 1):
                 tokens = torch.from_numpy(batch.tokens[: batch.count]).to(device)
                 labels = torch.from_numpy(batch.labels[: batch.count]).to(device)
                 logits = model(tokens).logits.float()
-                loss += torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
-                ).item()
+                for index, size in enumerate((self.vocab_size, None)):
+                    losses[index] += torch.nn.functional.cross_entropy(
+                        logits[..., :size].flatten(0, 1),
+                        labels.flatten(),
+                        ignore_index=NO_LABEL,
+                        reduction="sum",
+                    ).item()
                 count += int((labels != NO_LABEL).sum())
                 if file is not None:
-                    file[batch.start : batch.start + batch.count] = logits.cpu().numpy()
+                    file[batch.start : batch.start + batch.count] = (
+                        logits[..., : self.vocab_size].cpu().numpy()
+                    )
                 bar.update(batch.count)
-        return Report(loss / count, count, shape[0])
+        padded = losses[1] / count if self.vocab_size != self.config.vocab_size else None
+        return Report(losses[0] / count, count, shape[0], padded)
 
     def _check_tensors(self, loaded: dict) -> None:
         """Refuse weights that transformers would leave at random, or leave out, with a warning.

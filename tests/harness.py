@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -35,9 +36,13 @@ MAX_GPUS = 4
 """A test uses no more."""
 
 
-@functools.cache
-def gpu_ranks(*environment: tuple[str, str]) -> ResidentRanks:
+def gpu_ranks(environment: Mapping[str, str] | None = None) -> ResidentRanks:
     """The resident ranks on the GPUs here that were started with these variables."""
+    return _gpu_ranks(tuple(sorted((environment or {}).items())))
+
+
+@functools.cache
+def _gpu_ranks(environment: tuple[tuple[str, str], ...]) -> ResidentRanks:
     import torch
 
     ranks = ResidentRanks(_context, min(torch.cuda.device_count(), MAX_GPUS), dict(environment))
@@ -46,14 +51,19 @@ def gpu_ranks(*environment: tuple[str, str]) -> ResidentRanks:
 
 
 def run_distributed(
-    function, world_size: int, *args, backend: str = "gloo", environment=(), **kwargs
+    function,
+    world_size: int,
+    *args,
+    backend: str = "gloo",
+    environment: Mapping[str, str] | None = None,
+    **kwargs,
 ) -> list:
     """Call ``function(*args, **kwargs)`` on ``world_size`` ranks with a process group.
 
     Args:
         function: importable by name; ``torch.distributed`` is initialised when it is called.
         world_size: number of ranks.
-        environment: pairs of name and value that hold from the start of the ranks; on GPUs.
+        environment: variables of the ranks, on GPUs from their start.
 
     Returns:
         What each rank returned, by rank.
@@ -62,10 +72,9 @@ def run_distributed(
         RankFailure: if a rank raised, died or was still running after ``TIMEOUT_S``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        task = (folder, backend, world_size, function, args, kwargs)
+        task = (folder, backend, world_size, environment, function, args, kwargs)
         if not cpu.is_enabled():
-            ranks = gpu_ranks(*environment)
-            return ranks.call(_in_process_group, world_size, TIMEOUT_S, *task)
+            return gpu_ranks(environment).call(_in_process_group, world_size, TIMEOUT_S, *task)
         return _run(world_size, _send_result, task)
 
 
@@ -101,7 +110,10 @@ class Run:
 
 
 def run_pretrain(
-    flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S, environment=()
+    flags: list[str],
+    world_size: int = 1,
+    timeout_s: float = TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
 
@@ -110,11 +122,12 @@ def run_pretrain(
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        task = (world_size, _free_port(), flags, str(log))
+        task = (world_size, _free_port(), flags, str(log), environment)
         if not cpu.is_enabled():
-            ranks = gpu_ranks(*environment)
             try:
-                statuses = ranks.call(_status_of_pretrain, world_size, timeout_s, *task)
+                statuses = gpu_ranks(environment).call(
+                    _status_of_pretrain, world_size, timeout_s, *task
+                )
             except RankFailure as failure:
                 output = log.read_text() if log.exists() else ""
                 raise RankFailure(f"{failure}\n{output[-4000:]}") from None
@@ -129,15 +142,18 @@ def run_pretrain(
         return Run(status, log.read_text() if log.exists() else "")
 
 
-def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> None:
-    os._exit(_status_of_pretrain(rank, world_size, port, flags, log))
+def _pretrain(rank: int, *task) -> None:
+    os._exit(_status_of_pretrain(rank, *task))
 
 
-def _status_of_pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> int:
+def _status_of_pretrain(
+    rank: int, world_size: int, port: int, flags: list[str], log: str, environment=None
+) -> int:
     """Run the script in this process, its output appended to ``log``; the status it ends with."""
     with _output_to(log):
         _set_rank(rank, world_size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= environment or {}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
         from megatron_scmoe import command_line, training
@@ -178,10 +194,11 @@ def _set_rank(rank: int, world_size: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
 
 
-def _in_process_group(rank, folder, backend, world_size, function, args, kwargs):
+def _in_process_group(rank, folder, backend, world_size, environment, function, args, kwargs):
     import torch
 
     _set_rank(rank, world_size)
+    os.environ |= environment or {}
     if backend == "nccl":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(

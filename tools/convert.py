@@ -5,7 +5,8 @@
     python tools/convert.py upcycle --input llama/ --save checkpoints/ --num-experts 8 --topk 2
     python tools/convert.py inspect checkpoints/ --keys
 
-It needs no GPU, and memory for the largest shard. A folder appears when it is complete; see
+It needs no GPU, and memory for the largest shard. A folder appears when it is complete. Rows that pad
+Megatron's vocabulary are left out on the way to Hugging Face, and added on the way back; see
 docs/checkpoints.md.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from corpus import quiet_imports
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
+from megatron_scmoe.command_line import OneLineParser, UsageError, positive, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_megatron_to_hf(commands: _SubParsersAction) -> None:
-    from megatron_scmoe.checkpoints.convert import parse_dtype
     from megatron_scmoe.checkpoints.formats import NAMES
 
     parser = commands.add_parser("megatron-to-hf", help="write a model folder for transformers")
@@ -48,18 +48,14 @@ def add_megatron_to_hf(commands: _SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--format", choices=NAMES, default="scmoe", help="model_type to write")
     parser.add_argument(
-        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
-        help="cast the weights (default: as they are)",
-    )  # fmt: skip
-    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE",
         help="of a safetensors file, and of the memory used",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", metavar="PATH",
-        help="SentencePiece model or folder instead of the checkpoint's tokenizer; none: leave it out",
+        "--keep-padding", action="store_true",
+        help="write the rows too that pad Megatron's vocabulary and are no tokens",
     )  # fmt: skip
-    add_force(parser)
+    add_shared(parser, "the checkpoint's")
     parser.set_defaults(run=run_megatron_to_hf)
 
 
@@ -73,35 +69,36 @@ def run_megatron_to_hf(args: Namespace) -> list[str]:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         tokenizer=args.tokenizer,
+        keep_padding=args.keep_padding,
         force=args.force,
     )
 
 
 def add_hf_to_megatron(commands: _SubParsersAction) -> None:
-    from megatron_scmoe.checkpoints.convert import parse_dtype
-
     parser = commands.add_parser("hf-to-megatron", help="write a checkpoint for --load")
     parser.add_argument(
         "--input", type=Path, required=True, metavar="DIR",
         help="model folder; its config.json says what it is",
     )  # fmt: skip
-    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder to make")
-    parser.add_argument(
-        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
-        help="cast the weights (default: as they are)",
-    )  # fmt: skip
-    add_force(parser)
+    add_save(parser)
+    add_shared(parser, "the folder's")
     parser.set_defaults(run=run_hf_to_megatron)
 
 
 def run_hf_to_megatron(args: Namespace) -> list[str]:
     from megatron_scmoe.checkpoints.convert import hf_to_megatron
 
-    return hf_to_megatron(args.input, args.save, dtype=args.dtype, force=args.force)
+    return hf_to_megatron(
+        args.input,
+        args.save,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        padding=padding(args),
+        force=args.force,
+    )
 
 
 def add_upcycle(commands: _SubParsersAction) -> None:
-    from megatron_scmoe.checkpoints.convert import parse_dtype
     from megatron_scmoe.checkpoints.upcycle import INITS, Upcycling
 
     parser = commands.add_parser("upcycle", help="make a ScMoE checkpoint of a dense or MoE model")
@@ -109,7 +106,7 @@ def add_upcycle(commands: _SubParsersAction) -> None:
         "--input", type=Path, required=True, metavar="DIR_OR_CKPT",
         help="folder of a Llama, Mistral, Qwen2, Qwen3 or GPT-2 model, or a stock Megatron checkpoint",
     )  # fmt: skip
-    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder to make")
+    add_save(parser)
     parser.add_argument(
         "--num-experts", type=int, metavar="N", help="routed experts of a MoE block"
     )
@@ -147,24 +144,21 @@ def add_upcycle(commands: _SubParsersAction) -> None:
     parser.add_argument(
         "--seed", type=count, default=Upcycling.seed, metavar="N", help="of the inits"
     )
-    parser.add_argument(
-        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
-        help="cast a Hugging Face model's weights (default: as they are)",
-    )  # fmt: skip
-    add_force(parser)
+    add_shared(parser, "the source's")
     parser.set_defaults(run=run_upcycle)
 
 
 def run_upcycle(args: Namespace) -> list[str]:
     from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 
+    args.padding = padding(args)
     how = {field.name: getattr(args, field.name) for field in fields(Upcycling)}
     return upcycle(args.input, args.save, Upcycling(**how), args.force)
 
 
 def add_inspect(commands: _SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint or a model folder is")
-    parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR")
+    parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR", help="what is looked into")
     parser.add_argument("--keys", action="store_true", help="list every tensor")
     parser.set_defaults(run=run_inspect)
 
@@ -173,6 +167,45 @@ def run_inspect(args: Namespace) -> list[str]:
     from megatron_scmoe.checkpoints.summary import describe
 
     return describe(args.path, args.keys)
+
+
+def add_save(parser: OneLineParser) -> None:
+    """Flags of all that write a Megatron checkpoint; :func:`padding` reads those of the vocabulary."""
+    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder to make")
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=positive, metavar="N",
+        help="pad the vocabulary with rows of zeros to a multiple of it (default: 128, Megatron's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target-tensor-parallel", type=positive, metavar="N",
+        help="the largest --tensor-model-parallel-size that will load it, which multiplies that "
+        "(default: 1)",
+    )  # fmt: skip
+
+
+def padding(args: Namespace):
+    """What the flags say of the vocabulary's rows; None if they were not given."""
+    from megatron_scmoe.checkpoints.vocabulary import Padding
+
+    given = (args.make_vocab_size_divisible_by, args.target_tensor_parallel)
+    if given == (None, None):
+        return None
+    return Padding(given[0] or Padding.multiple, given[1] or Padding.tensor_parallel)
+
+
+def add_shared(parser: OneLineParser, whose: str) -> None:
+    """Flags of all that write; ``whose`` tokenizer --tokenizer replaces."""
+    from megatron_scmoe.checkpoints.convert import parse_dtype
+
+    parser.add_argument(
+        "--dtype", type=parse_dtype, metavar="{fp32,bf16,fp16}",
+        help="cast the weights (default: as they are)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="PATH",
+        help=f"SentencePiece model or folder instead of {whose} tokenizer; none: leave it out",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
 
 COMMANDS = [add_megatron_to_hf, add_hf_to_megatron, add_upcycle, add_inspect]
@@ -184,10 +217,6 @@ def count(text: str) -> int:
     if not text.isdigit():
         raise ArgumentTypeError(f"{text}: accepted: 0 or more")
     return int(text)
-
-
-def add_force(parser: OneLineParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
 
 if __name__ == "__main__":

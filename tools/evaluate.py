@@ -9,8 +9,9 @@ takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any
 any, or a Hugging Face folder. A text, or a one-dimensional array of ids, is cut into sequences, and
 each token predicts the next; a last sequence that is short is filled up with id 0, whose logits are
 written but which is no part of the loss. A two-dimensional array is taken as its rows, the last token
-of each predicting nothing. Logits are float32 [sequences, length, vocabulary], without the entries
-that pad Megatron's vocabulary.
+of each predicting nothing. Rows that pad Megatron's vocabulary are no tokens: the loss leaves them out
+of the softmax, and the logits, float32 [sequences, length, tokens], are without them. The loss that
+training logs has them in it; where there are any, a second line gives that one.
 """
 
 import os
@@ -120,6 +121,7 @@ def evaluate_checkpoint(args: Namespace):
 
     from megatron_scmoe import evaluation, loading
     from megatron_scmoe.checkpoints.arguments import DTYPES
+    from megatron_scmoe.checkpoints.vocabulary import count_tokens
 
     checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
     kind = checkpoint.args.tokenizer_type
@@ -128,10 +130,10 @@ def evaluate_checkpoint(args: Namespace):
             f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
             "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
         )
-    vocab_size = checkpoint.args.vocab_size
+    rows, vocab_size = checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size
     if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
         tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
-        vocab_size = vocab_size or tokenizer.vocab_size
+        vocab_size = count_tokens(rows, vocab_size, tokenizer.vocab_size)
     sequences = read_sequences(
         args,
         lambda text: np.array(tokenizer.tokenize(text), dtype=np.int64),
@@ -234,8 +236,8 @@ def describe(report) -> str:
     )
     if report.padded_loss is not None:
         text += (
-            f"\nloss {report.padded_loss:.6f} with the entries that pad the vocabulary in the "
-            "softmax, as in training"
+            f"\nloss {report.padded_loss:.6f} with the rows that pad the vocabulary in the softmax, "
+            "as training logs it"
         )
     return text
 

@@ -5,31 +5,45 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags, check_dtype
+from megatron_scmoe.checkpoints.claims import (
+    check_folder,
+    check_types,
+    note_on_dtype,
+    notes_on_ids,
+    settle_head,
+)
 from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.formats import Tensors, find_format
 from megatron_scmoe.checkpoints.lazy import (
     ConversionError,
     check_weights,
+    main_dtype,
     naming,
     total_bytes,
 )
 from megatron_scmoe.checkpoints.model_card import model_card
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
+    read_generation_config,
     read_safetensors,
     write_safetensors,
 )
-from megatron_scmoe.checkpoints.tokenizers import find_tokenizer, generation_config, tokenizer_flags
+from megatron_scmoe.checkpoints.tokenizers import (
+    NONE,
+    TokenizerFiles,
+    find_tokenizer,
+    generation_config,
+    tokenizer_flags,
+)
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, Padding, count_tokens, set_rows
 
-EMBEDDING = "embedding.word_embeddings.weight"
 KEPT_IN_FP32 = (".expert_bias", ".e_score_correction_bias")
 """Ends of the names of tensors that no dtype casts: choices of experts hang on their last bits."""
 
@@ -41,6 +55,7 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     tokenizer: str | None = None,
+    keep_padding: bool = False,
     force: bool = False,
 ) -> list[str]:
     """Write a Megatron checkpoint as a folder that transformers loads.
@@ -52,6 +67,7 @@ def megatron_to_hf(
         dtype: cast the weights; None leaves them as they are.
         max_shard_size: of a safetensors file, and of the memory used.
         tokenizer: instead of the checkpoint's: a SentencePiece model, a folder, or "none".
+        keep_padding: write the rows that pad Megatron's vocabulary too; they are no tokens.
         force: replace ``output`` if it is a checkpoint.
 
     Returns:
@@ -69,15 +85,13 @@ def megatron_to_hf(
         raise ConversionError(f"{checkpoint.path}: tensor {EMBEDDING} is missing")
     rows = checkpoint.tensors[EMBEDDING].shape[0]
     files = find_tokenizer(args, tokenizer)
-    tokens = rows if files.tokens is None else files.tokens
-    if tokens > rows:
-        raise ConversionError(
-            f"{files.description}: it has {tokens} tokens, the checkpoint's embedding {rows} rows"
-        )
+    tokens = _count_tokens(args, rows, files, tokenizer)
+    kept = rows if keep_padding else tokens
     with naming(checkpoint.path):
-        config = form.config(args, tokens, rows)
-        tensors = cast(form.to_hf(config, checkpoint.tensors), dtype)
-    config["dtype"] = _dtype_name(_main_dtype(tensors))
+        config = form.config(args, tokens, kept)
+        tensors = cast(form.to_hf(config, set_rows(checkpoint.tensors, kept)), dtype)
+    check_dtype(main_dtype(tensors))
+    config["dtype"] = str(main_dtype(tensors)).removeprefix("torch.")
     for name in ("bos", "eos", "pad"):
         config[f"{name}_token_id"] = getattr(files, name)
     with new_folder(output, total_bytes(tensors), force, sources=[load]) as folder:
@@ -85,7 +99,7 @@ def megatron_to_hf(
         for file in form.code:
             shutil.copyfile(file, folder / file.name)
         _write_json(folder / "config.json", config)
-        (folder / "generation_config.json").write_text(generation_config(files, tokens, rows))
+        (folder / "generation_config.json").write_text(generation_config(files))
         card = model_card(config, checkpoint, tensors, files.description, Path(output).name)
         (folder / "README.md").write_text(card)
         write_safetensors(folder, tensors, max_shard_size)
@@ -93,6 +107,7 @@ def megatron_to_hf(
         f"{checkpoint.path} -> {output}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {config['dtype']}; "
         f"{files.description}",
+        *_note_on_padding(tokens, rows, keep_padding),
     ]
 
 
@@ -100,6 +115,8 @@ def hf_to_megatron(
     source: str | os.PathLike,
     save: str | os.PathLike,
     dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
+    padding: Padding | None = None,
     force: bool = False,
 ) -> list[str]:
     """Write a Hugging Face folder as a Megatron checkpoint, which loads on every layout.
@@ -108,6 +125,8 @@ def hf_to_megatron(
         source: the folder; its ``model_type`` says how to read it. No code in it is run.
         save: the folder to make, for ``--load``.
         dtype: cast the weights; None leaves them as they are.
+        tokenizer: instead of the folder's: a SentencePiece model, a folder, or "none".
+        padding: of the vocabulary, by rows of zeros; None for Megatron's default.
         force: replace ``save`` if it is a checkpoint.
 
     Returns:
@@ -117,40 +136,66 @@ def hf_to_megatron(
         ConversionError: if it cannot be done; nothing is written then.
     """
     source = Path(source).expanduser()
+    padding = padding or Padding()
     config = read_config(source)
-    with naming(source), _naming_types(source):
+    with naming(source):
         form = find_format(config.get("model_type"))
+        check_folder(source, config)
+        check_types(config, form.config_class)
+        settings = form.flags(config)  # settings are judged before weights
         found = read_safetensors(source)
         check_weights(found)
+        is_tied, found, notes = settle_head(
+            bool(config.get("tie_word_embeddings")), found, form.embedding
+        )
+        if is_tied != bool(config.get("tie_word_embeddings")):
+            config = config | {"tie_word_embeddings": is_tied}
+            settings = form.flags(config)
         tensors = cast(form.to_megatron(config, found), dtype)
         left_out = form.left_out(config, found)
-        rows = tensors[EMBEDDING].shape[0]
-        tokens = config.get("unpadded_vocab_size") or rows
-        flags = [*form.flags(config), *tokenizer_flags(source, tokens, rows)]
-        args = arguments_from_flags(flags, _main_dtype(tensors), rows)
+        size = tensors[EMBEDDING].shape[0]
+        name_flags, entries = tokenizer_flags(source, size, given=tokenizer)
+        tokens = count_tokens(size, config.get("unpadded_vocab_size"), entries)
+        rows = padding.rows(size)
+        tensors = set_rows(tensors, rows)
+        flags = [*settings, *name_flags, *padding.flags, "--vocab-size", str(tokens)]
+        args = arguments_from_flags(flags, main_dtype(tensors), rows)
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors)
     return [
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
+        f"vocabulary: {tokens} tokens, padded to {rows} rows",
+        *notes,
+        *note_on_dtype(config, args.params_dtype, dtype is not None),
+        *notes_on_ids(config, read_generation_config(source), size),
         *(f"left out, the model does not use it: {name}" for name in left_out[:3]),
         *([f"... and {len(left_out) - 3} more such tensors"] if len(left_out) > 3 else []),
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args ...",
     ]
 
 
-@contextlib.contextmanager
-def _naming_types(source: Path) -> Iterator[None]:
-    """A field of config.json with a value of another type fails wherever it is computed with."""
-    try:
-        yield
-    except ConversionError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
+def _count_tokens(
+    args: argparse.Namespace, rows: int, files: TokenizerFiles, given: str | None
+) -> int:
+    """How many of a checkpoint's rows are tokens."""
+    entries = files.tokens
+    if given == NONE:  # the checkpoint's tokenizer still says it, if it is there
+        with contextlib.suppress(ConversionError):
+            entries = find_tokenizer(args).tokens
+    if entries is not None and entries > rows:
         raise ConversionError(
-            f"{source / 'config.json'}: a field has no value of its type ({reason})"
-        ) from error
+            f"{files.description}: it has {entries} tokens, the checkpoint's embedding {rows} rows"
+        )
+    return count_tokens(rows, getattr(args, "vocab_size", None), entries)
+
+
+def _note_on_padding(tokens: int, rows: int, keep: bool) -> list[str]:
+    if tokens == rows:
+        return []
+    if keep:
+        return [f"vocabulary: {tokens} tokens; ids from {tokens} to {rows - 1} pad it"]
+    return [f"vocabulary: {tokens} tokens; {rows - tokens} rows that padded it are left out"]
 
 
 def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
@@ -168,20 +213,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _main_dtype(tensors: Tensors) -> torch.dtype:
-    """The dtype of most bytes."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    dtype = max(sizes, key=sizes.__getitem__)
-    check_dtype(dtype)
-    return dtype
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

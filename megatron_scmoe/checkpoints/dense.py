@@ -4,16 +4,24 @@ Families: Llama, Mistral, Qwen2, Qwen3 and GPT-2. What Megatron-Core 0.19.2 cann
 transformers does is refused with the name of the field in config.json.
 """
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from megatron_scmoe.checkpoints.arguments import DTYPES, rope_flags
-from megatron_scmoe.checkpoints.safetensors_folder import read_config
+from megatron_scmoe.checkpoints.claims import (
+    HEAD,
+    check_dropouts,
+    check_folder,
+    note_on_dtype,
+    notes_on_ids,
+    settle_head,
+)
+from megatron_scmoe.checkpoints.lazy import main_dtype
+from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_generation_config
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
     LazyTensor,
@@ -23,9 +31,7 @@ from megatron_scmoe.checkpoints.store import (
     read_safetensors,
 )
 from megatron_scmoe.checkpoints.tokenizers import tokenizer_flags
-
-VOCAB_MULTIPLE = 128
-"""Megatron's default of --make-vocab-size-divisible-by."""
+from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, OUTPUT_LAYER, Padding, set_rows
 
 
 @dataclass(frozen=True)
@@ -34,51 +40,78 @@ class DenseModel:
 
     ``flags`` are the model's flags of the pretraining script, but for ``dtype``; ``tensors`` its
     weights by the keys of a checkpoint, one key a layer; ``vocab_rows`` counts the embedding's rows,
-    padding included.
+    padding included; ``notes`` say, each in a line, where config.json and tensors differ.
     """
 
     flags: list[str]
     tensors: dict[str, LazyTensor]
     dtype: torch.dtype
     vocab_rows: int
+    notes: list[str] = field(default_factory=list)
 
 
-def read_hugging_face(folder: str | os.PathLike, dtype: torch.dtype | None = None) -> DenseModel:
+def read_hugging_face(
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
+    padding: Padding | None = None,
+) -> DenseModel:
     """A dense model from a Hugging Face folder with safetensors files.
 
     Args:
-        dtype: of the weights; None for that of the embeddings in the files.
+        dtype: of the weights; None for that of most bytes in the files.
+        tokenizer: instead of the folder's: a SentencePiece model, a folder, or "none".
+        padding: of the vocabulary; None for Megatron's default.
 
     Raises:
         ConversionError: for another architecture or a setting that Megatron does not have, and for
             tensors that are missing, left over or of another shape than config.json says.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    with naming(folder):
+        return _read(folder, dtype, tokenizer, padding or Padding())
+
+
+def _read(
+    folder: Path, dtype: torch.dtype | None, tokenizer: str | None, padding: Padding
+) -> DenseModel:
+    fields = read_config(folder)
+    check_folder(folder, fields)
+    check_dropouts(fields)
+    config = _read_config(folder, fields)
     flags, take_model = _FAMILIES[config.model_type]
-    weights = _Weights(folder, config, dtype)
     setting_flags = flags(config)  # settings are judged before weights
-    tensors = take_model(weights, config)
-    weights.check_left_over()
     size = config.vocab_size
-    rows = padded_vocab_size(size)
+    rows = padding.rows(size)
+    name_flags, _ = tokenizer_flags(folder, size, sentencepiece_first=False, given=tokenizer)
+    weights = _Weights(folder, config, dtype)
+    tensors = set_rows(take_model(weights, config), rows)
+    weights.check_left_over()
+    if OUTPUT_LAYER in tensors:
+        setting_flags.append("--untie-embeddings-and-output-weights")
     return DenseModel(
         [
             *setting_flags,
-            *tokenizer_flags(folder, size, size, sentencepiece_first=False),
+            *name_flags,
+            *padding.flags,
             *("--vocab-size", str(size), "--padded-vocab-size", str(rows)),
         ],
         tensors,
         weights.dtype,
         rows,
+        [
+            *weights.notes,
+            *note_on_dtype(fields, weights.dtype, dtype is not None),
+            *notes_on_ids(fields, read_generation_config(folder), size),
+        ],
     )
 
 
-def _read_config(folder: Path):
+def _read_config(folder: Path, fields: dict):
     """config.json as transformers understands it, whatever version wrote it; runs no code of it."""
     file = folder / "config.json"
-    kind = read_config(folder).get("model_type")
-    if kind not in _FAMILIES:
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ConversionError(
             f"{file}: model_type is {kind}; accepted: {', '.join(sorted(_FAMILIES))}"
         )
@@ -92,32 +125,48 @@ def _read_config(folder: Path):
 
 
 class _Weights:
-    """The tensors of a folder, each taken once, by name and shape."""
+    """The tensors of a folder, each taken once, by name and shape.
+
+    ``notes`` say where the files are not what config.json says.
+    """
 
     def __init__(self, folder: Path, config, dtype: torch.dtype | None):
         self.folder = folder
         self.prefix = {"gpt2": "transformer."}.get(config.model_type, "model.")
+        self.notes: list[str] = []
         self.left = {}
         for name, tensor in read_safetensors(folder).items():
-            if name != "lm_head.weight" and not name.startswith(self.prefix):
+            if name != HEAD and not name.startswith(self.prefix):
                 name = self.prefix + name  # files of a model without its head
-            if not name.endswith(_BUFFERS):
-                self.left[name] = tensor
-        with naming(folder):
-            check_weights(self.left)
-        self.dtype = dtype or self._dtype_of_embedding()
-        self.given: dict[str, LazyTensor] = {}
+            if name in self.left:
+                raise ConversionError(
+                    f"{folder}: the tensor {name} is there with and without prefix"
+                )
+            self.left[name] = tensor
+        self._drop_buffers(config)
+        if not self.left:
+            raise ConversionError(f"{folder}: its files hold no weights")
+        check_weights(self.left)
+        self.dtype = dtype or main_dtype(self.left)
+        if self.dtype not in DTYPES.values():
+            raise ConversionError(f"{folder}: weights of {self.dtype}; accepted: with --dtype")
+        others = {t.dtype for t in self.left.values()} - {self.dtype}
+        if others and dtype is None:
+            names = " and ".join(str(d).removeprefix("torch.") for d in sorted(others, key=str))
+            self.notes.append(
+                f"cast to {str(self.dtype).removeprefix('torch.')}: tensors of {names}"
+            )
 
     def take(self, name: str, *shape: int) -> LazyTensor:
         """The tensor ``name``, without the prefix; of the given shape."""
         return self._pop(self.prefix + name, shape)
 
-    def take_head(self, embedding: LazyTensor, is_tied: bool) -> LazyTensor | None:
-        """The output layer; None if it is tied to the embedding (a copy in the files is dropped)."""
-        if is_tied:
-            self.left.pop("lm_head.weight", None)
-            return None
-        return self._pop("lm_head.weight", tuple(embedding.shape))
+    def take_ends(self, name: str, is_tied: bool, *shape: int) -> dict[str, LazyTensor]:
+        """The embedding and, if it is not tied to it, the output layer, by Megatron's keys."""
+        is_tied, self.left, notes = settle_head(is_tied, self.left, self.prefix + name)
+        self.notes += notes
+        ends = {EMBEDDING: self.take(name, *shape)}
+        return ends if is_tied else ends | {OUTPUT_LAYER: self._pop(HEAD, shape)}
 
     def check_left_over(self) -> None:
         """Refuse tensors that no part of the model has taken."""
@@ -139,18 +188,31 @@ class _Weights:
             )
         return tensor.cast(self.dtype)
 
-    def _dtype_of_embedding(self) -> torch.dtype:
-        for name in ("embed_tokens.weight", "wte.weight"):
-            if self.prefix + name in self.left:
-                dtype = self.left[self.prefix + name].dtype
-                if dtype in DTYPES.values():
-                    return dtype
-                raise ConversionError(f"{self.folder}: {name} is {dtype}; accepted: with --dtype")
-        raise ConversionError(f"{self.folder}: there is no tensor {self.prefix}embed_tokens.weight")
+    def _drop_buffers(self, config) -> None:
+        """Leave out what older files hold beside weights, and compare the rope's."""
+        for name in [name for name in self.left if name.endswith(_BUFFERS)]:
+            tensor = self.left.pop(name)
+            if name.endswith(_ROPE_BUFFER) and not _is_rope_of(config, tensor):
+                self.notes.append(
+                    f"not used, as in transformers: {name}, which is another rope than that of "
+                    "rope_parameters in config.json"
+                )
 
 
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_ROPE_BUFFER = ".rotary_emb.inv_freq"
+_BUFFERS = (_ROPE_BUFFER, ".attn.bias", ".attn.masked_bias")
 """What older files hold beside weights."""
+
+
+def _is_rope_of(config, inverse_frequencies: LazyTensor) -> bool:
+    """Whether a buffer in the files is what transformers computes from config.json."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    found, limits = inverse_frequencies.load(), torch.finfo(inverse_frequencies.dtype)
+    return expected.shape == found.shape and torch.allclose(
+        found.float(), expected, rtol=max(1e-4, 2 * limits.eps), atol=limits.smallest_normal
+    )
 
 
 def _llama_flags(config) -> list[str]:
@@ -294,42 +356,23 @@ def interleave_qkv(
     return concatenate([part for group in parts for part in group])
 
 
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding in the checkpoint."""
-    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def pad_vocabulary(tensor: LazyTensor) -> LazyTensor:
-    """A [vocabulary, hidden] tensor with rows of zeros up to Megatron's padded size."""
-    missing = padded_vocab_size(tensor.shape[0]) - tensor.shape[0]
-    if not missing:
-        return tensor
-    return concatenate([tensor, LazyTensor.full((missing, tensor.shape[1]), 0.0, tensor.dtype)])
-
-
 def _take_ends(weights: _Weights, config, embedding: str, norm: dict) -> dict[str, LazyTensor]:
     """Embedding, final norm and output layer."""
-    words = weights.take(embedding, config.vocab_size, config.hidden_size)
-    tensors = {"embedding.word_embeddings.weight": pad_vocabulary(words)}
+    tensors = weights.take_ends(
+        embedding, config.tie_word_embeddings, config.vocab_size, config.hidden_size
+    )
     for name, kind in norm.items():
         tensors[f"decoder.final_layernorm.{kind}"] = weights.take(name, config.hidden_size)
-    head = weights.take_head(words, config.tie_word_embeddings)
-    if head is not None:
-        tensors["output_layer.weight"] = pad_vocabulary(head)
     return tensors
 
 
 def _common_flags(config) -> list:
     positions = config.max_position_embeddings
-    flags = [
+    return [
         *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),
         *("--num-attention-heads", config.num_attention_heads),
         *("--seq-length", min(positions, 4096), "--max-position-embeddings", positions),
-        *("--make-vocab-size-divisible-by", VOCAB_MULTIPLE),
     ]
-    if not config.tie_word_embeddings:
-        flags.append("--untie-embeddings-and-output-weights")
-    return flags
 
 
 def _window_flags(config) -> list:

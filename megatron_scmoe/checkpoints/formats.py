@@ -30,21 +30,25 @@ class Format:
 
     Args:
         model_type: as in ``config.json``.
+        config_class: that of transformers, which declares the fields' types.
         config: gives ``config.json`` from Megatron's arguments, the number of tokens that exist and
-            the rows of the embedding.
+            the rows of the embedding that are written.
         to_hf: gives the tensors of the folder from ``config.json`` and Megatron's tensors.
         flags: gives the flags of ``pretrain_gpt_scmoe.py`` from ``config.json``.
         to_megatron: gives Megatron's tensors from ``config.json`` and those of the folder.
+        embedding: the name of the embedding's tensor in the folder.
         code: files that are copied beside the weights.
         left_out: gives the names of those tensors of the folder that the model does not use and
             ``to_megatron`` leaves out.
     """
 
     model_type: str
+    config_class: type
     config: Callable[[argparse.Namespace, int, int], dict[str, Any]]
     to_hf: Callable[[Mapping[str, Any], Tensors], Tensors]
     flags: Callable[[Mapping[str, Any]], list[str]]
     to_megatron: Callable[[Mapping[str, Any], Tensors], Tensors]
+    embedding: str = "model.embed_tokens.weight"
     code: tuple[Path, ...] = ()
     left_out: Callable[[Mapping[str, Any], Tensors], list[str]] = lambda config, tensors: []
 
@@ -55,7 +59,7 @@ def find_format(model_type: str | None) -> Format:
     Raises:
         ConversionError: if there is none.
     """
-    if model_type not in _MODULES:
+    if not isinstance(model_type, str) or model_type not in _MODULES:
         raise ConversionError(
             f"model_type {model_type}; accepted: {', '.join(NAMES)} (dense models: upcycle)"
         )

@@ -160,9 +160,35 @@ def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor((len(parts), *parts[0].shape), parts[0].dtype, read)
 
 
+def have_equal_values(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors of one shape hold the same values; read some rows at a time."""
+    if one.shape != other.shape:
+        return False
+    if not one.shape:
+        return torch.equal(one.load(), other.cast(one.dtype).load())
+    rows = max(1, _COMPARED_BYTES * one.shape[0] // max(one.nbytes, 1))
+    for start in range(0, one.shape[0], rows):
+        count = min(rows, one.shape[0] - start)
+        first, second = (tensor.narrow(0, start, count).load() for tensor in (one, other))
+        if not torch.equal(first, second.to(first.dtype)):
+            return False
+    return True
+
+
+_COMPARED_BYTES = 64 * 2**20
+
+
 def total_bytes(tensors: dict[str, LazyTensor]) -> int:
     """Size of all values in bytes."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """The dtype of most bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LongcatFlashConfig
 
 from megatron_scmoe.checkpoints.formats import Format, Tensors
 from megatron_scmoe.checkpoints.lazy import (
@@ -64,7 +65,7 @@ class LongCatShape:
         given = {**_OPTIONAL, **config}
         sizes = {}
         for name in LongCatShape.__dataclass_fields__:
-            if name not in given:
+            if name not in given or (given[name] is None and name not in _MAY_BE_NULL):
                 raise ConversionError(f"config.json: no {name}")
             sizes[name] = given[name]
         sizes["zero_expert_num"] = sizes["zero_expert_num"] or 0
@@ -120,7 +121,7 @@ def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str
     Args:
         args: the arguments in a checkpoint, of Megatron and ``scmoe_*``.
         tokens: how many tokens exist.
-        rows: rows of the embedding, Megatron's padding included; they are the vocabulary.
+        rows: rows of the embedding that are written; more than the tokens with Megatron's padding.
 
     Raises:
         ConversionError: if the model is no LongCat-Flash; it names the flag.
@@ -215,6 +216,7 @@ def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
 
 FORMAT = Format(
     model_type=MODEL_TYPE,
+    config_class=LongcatFlashConfig,
     config=longcat_config,
     to_hf=to_longcat,
     flags=megatron_flags,
@@ -351,6 +353,7 @@ def _unused(shape: LongCatShape) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 _OPTIONAL = {"zero_expert_num": 0, "router_bias": False, "tie_word_embeddings": False}
+_MAY_BE_NULL = ("q_lora_rank", *_OPTIONAL)
 
 _FIXED_FIELDS: dict[str, tuple] = {
     "model_type": (MODEL_TYPE,),

@@ -62,6 +62,7 @@ def model_card(
         "blocks": f"{args.num_layers}, hidden size {args.hidden_size}",
         "experts": f"{args.num_experts}, {args.moe_router_topk} for a token",
         "tap, combine": f"{args.scmoe_tap}, {args.scmoe_combine}",
+        "vocabulary": _vocabulary(config),
         "sequence length in training": args.seq_length,
         "training iterations": checkpoint.iteration,
         "dtype": config["dtype"],
@@ -74,3 +75,10 @@ def model_card(
         trust=", trust_remote_code=True" if own_code else "",
         code=_CODE if own_code else "",
     )
+
+
+def _vocabulary(config: Mapping[str, Any]) -> str:
+    rows, tokens = config["vocab_size"], config.get("unpadded_vocab_size")
+    if not tokens:
+        return f"{rows} tokens"
+    return f"{tokens} tokens; ids from {tokens} to {rows - 1} pad it, and sampling may choose them"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from megatron_scmoe.checkpoints.kinds import what_is
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -39,13 +40,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConversionError: if it is missing or no JSON object.
     """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise ConversionError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ConversionError(f"{folder / 'config.json'}: not a JSON object")
+    return config
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """``generation_config.json`` of a model folder; empty if there is none.
+
+    Raises:
+        ConversionError: if it is no JSON object.
+    """
+    file = folder / "generation_config.json"
+    config = _read_json(file) if file.exists() else {}
     if not isinstance(config, dict):
         raise ConversionError(f"{file}: not a JSON object")
     return config
@@ -63,6 +71,12 @@ def read_safetensors(folder: str | os.PathLike) -> dict[str, LazyTensor]:
     tensors = {}
     for name in sorted(set(where.values())):
         held = set(files.open(name).keys())
+        for key in sorted(held & where.keys()):
+            if where[key] != name:
+                raise ConversionError(
+                    f"{folder / name}: tensor {key} is in it, and {INDEX} says that it is in "
+                    f"{where[key]}"
+                )
         expected = {key for key, file in where.items() if file == name}
         for key in sorted(expected - held):
             raise ConversionError(f"{folder / name}: no tensor {key}, which {INDEX} says is there")
@@ -116,19 +130,38 @@ def write_safetensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """File name by tensor name."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise ConversionError(f"{folder}: neither {INDEX} nor {SINGLE}")
-        return dict.fromkeys(_open(folder / SINGLE).keys(), SINGLE)
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.exists():
+        if not single.exists():
+            raise ConversionError(
+                f"{folder}: neither {INDEX} nor {SINGLE}; it is {what_is(folder)}"
+            )
+        return dict.fromkeys(_open(single).keys(), SINGLE)
+    if single.exists():
+        raise ConversionError(
+            f"{folder}: both {INDEX} and {SINGLE}; accepted: one (transformers reads {SINGLE})"
+        )
+    content = _read_json(index)
     try:
-        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        where = dict(content["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{folder / INDEX}: not an index of safetensors files") from error
+        raise ConversionError(f"{index}: not an index of safetensors files") from error
+    if not where:
+        raise ConversionError(f"{index}: it names no tensors")
     for name in where.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ConversionError(f"{folder / INDEX}: {name} is not a file of this folder")
+            raise ConversionError(f"{index}: {name} is not a file of this folder")
     return where
 
 
@@ -166,3 +199,5 @@ def _open(file: Path):
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ConversionError(f"{file}: truncated, or no safetensors file ({error})") from error
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror or error}") from error

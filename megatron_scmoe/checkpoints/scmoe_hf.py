@@ -26,6 +26,7 @@ from megatron_scmoe.checkpoints.lazy import (
     stack,
 )
 from megatron_scmoe.checkpoints.refusals import IN_NO_FORMAT, Refusal, one_of, refuse
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.validation import moe_pattern
 
 MODEL_TYPE = ScMoEConfig.model_type
@@ -37,7 +38,7 @@ def config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> d
     Args:
         args: the arguments in a checkpoint.
         tokens: how many tokens exist.
-        rows: rows of the embedding, Megatron's padding included.
+        rows: rows of the embedding that are written; more than the tokens with Megatron's padding.
 
     Raises:
         ConversionError: if the modelling code cannot express it; it names the flag.
@@ -133,6 +134,7 @@ _FOLDER = Path(hf.__file__).parent
 
 FORMAT = Format(
     model_type=MODEL_TYPE,
+    config_class=ScMoEConfig,
     config=config_from_arguments,
     to_hf=to_hf,
     flags=flags_from_config,
@@ -285,8 +287,8 @@ def _flag_of(names: Mapping[str | None, Any], field: str, value) -> str | None:
 def _config(config: Mapping[str, Any]) -> ScMoEConfig:
     try:
         return ScMoEConfig.from_dict(dict(config))
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"config.json: {error}") from error
+    except Exception as error:  # transformers' part of it raises what it likes
+        raise ConversionError(f"config.json: {in_words(error)}") from error
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ from typing import Any
 
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.formats import NAMES, Tensors, find_format
+from megatron_scmoe.checkpoints.kinds import ACCEPTED, what_is
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
+from megatron_scmoe.checkpoints.stock import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 
 ROUTED = ".mlp.experts."
 BUFFERS = (
@@ -31,14 +34,12 @@ def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
         ConversionError: if it is neither, or damaged.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise ConversionError(f"{path}: no such folder")
     if (path / "config.json").is_file():
         rows, tensors = _describe_folder(path)
     elif (path / TRACKER).is_file() or (path / "metadata.json").is_file():
         rows, tensors = _describe_megatron(path)
     else:
-        raise ConversionError(f"{path}: neither a Megatron checkpoint nor a model folder")
+        raise ConversionError(f"{path}: {what_is(path)}; accepted: {ACCEPTED}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     if keys:
@@ -49,7 +50,11 @@ def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
 
 def count_parameters(tensors: Tensors, args: argparse.Namespace) -> tuple[int, int]:
     """All parameters of Megatron's tensors, and those that one token uses (with zero experts: on
-    average, if all experts are chosen alike)."""
+    average, if all experts are chosen alike). Rows that pad the vocabulary count where nobody says
+    how many tokens there are."""
+    if EMBEDDING in tensors:
+        declared = getattr(args, "vocab_size", None)
+        tensors = set_rows(tensors, count_tokens(tensors[EMBEDDING].shape[0], declared))
     sizes = {
         name: tensor.shape.numel() for name, tensor in tensors.items() if not name.endswith(BUFFERS)
     }
@@ -77,17 +82,20 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
         rows.append(("arguments", "none were saved with it"))
         total = sum(tensor.shape.numel() for tensor in tensors.values())
         return [*rows, ("parameters", f"{total:,}"), ("dtypes", _dtypes(tensors))], tensors
+    args = with_defaults(args)
     total, active = count_parameters(tensors, args)
     sizes = {
         "blocks": args.num_layers,
         "hidden": args.hidden_size,
         "heads": args.num_attention_heads,
         "ffn": args.ffn_hidden_size,
-        "embedding rows": args.padded_vocab_size,
+        "tokens": args.vocab_size,
+        "embedding rows": tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None,
         "positions": args.max_position_embeddings,
     }
     rows.append(("architecture", _architecture(args)))
-    rows.append(("sizes", ", ".join(f"{name} {value}" for name, value in sizes.items())))
+    known = {name: value for name, value in sizes.items() if value is not None}
+    rows.append(("sizes", ", ".join(f"{name} {value}" for name, value in known.items())))
     if args.num_experts:
         shared = args.moe_shared_expert_intermediate_size
         rows.append(
@@ -139,6 +147,7 @@ _SIZES = (
     "num_experts",
     "num_experts_per_tok",
     "vocab_size",
+    "unpadded_vocab_size",
     "max_position_embeddings",
     "tap",
     "combine",

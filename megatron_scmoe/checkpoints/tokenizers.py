@@ -81,32 +81,44 @@ def find_tokenizer(args: argparse.Namespace, given: str | None = None) -> Tokeni
 
 
 def tokenizer_flags(
-    folder: Path, tokens: int, rows: int, sentencepiece_first: bool = True
-) -> list[str]:
+    folder: Path, rows: int, sentencepiece_first: bool = True, given: str | None = None
+) -> tuple[list[str], int | None]:
     """Megatron's flags for the tokenizer in a Hugging Face folder; its NullTokenizer if it has none.
 
     Args:
-        tokens: how many tokens exist.
         rows: of the embedding in the folder.
         sentencepiece_first: take SentencePiece's own file where there is one beside the others.
+        given: what ``--tokenizer`` says instead: a SentencePiece model, a folder, or "none".
+
+    Returns:
+        The flags, without ``--vocab-size``, and how many entries the tokenizer has, if there is one.
 
     Raises:
         ConversionError: if it cannot be loaded, or has more entries than the embedding has rows.
     """
-    folder = folder.resolve()
-    if sentencepiece_first and (folder / SENTENCEPIECE_FILE).is_file():
-        kind, model = "SentencePieceTokenizer", folder / SENTENCEPIECE_FILE
-        entries = _load(model).get_piece_size()
-    elif any((folder / name).is_file() for name in _FILES):
-        kind, model = "HuggingFaceTokenizer", folder
-        entries = _hugging_face(folder).tokens
+    path = Path(folder if given is None else given).expanduser().resolve()
+    if given == NONE:
+        return ["--tokenizer-type", "NullTokenizer"], None
+    if path.is_dir() and sentencepiece_first and (path / SENTENCEPIECE_FILE).is_file():
+        path = path / SENTENCEPIECE_FILE
+    if path.is_file():
+        kind, entries = "SentencePieceTokenizer", _load(path).get_piece_size()
+    elif has_tokenizer(path):
+        kind, entries = "HuggingFaceTokenizer", _hugging_face(path).tokens
+    elif given is not None:
+        raise ConversionError(f"--tokenizer {given}: no tokenizer is there; accepted: PATH or none")
     else:
-        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(tokens)]
+        return ["--tokenizer-type", "NullTokenizer"], None
     if entries > rows:
         raise ConversionError(
-            f"{folder}: its tokenizer has {entries} entries, the embedding {rows} rows"
+            f"{path}: its tokenizer has {entries} entries, the embedding {rows} rows"
         )
-    return ["--tokenizer-type", kind, "--tokenizer-model", str(model)]
+    return ["--tokenizer-type", kind, "--tokenizer-model", str(path)], entries
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of Hugging Face."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 _FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json", "tokenizer_config.json")
@@ -231,14 +243,12 @@ def _decoder(spec) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
-def generation_config(tokenizer: TokenizerFiles, tokens: int, rows: int) -> str:
-    """``generation_config.json``: the special tokens, and padding of the vocabulary never sampled."""
+def generation_config(tokenizer: TokenizerFiles) -> str:
+    """``generation_config.json``: the special tokens."""
     fields = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    if tokens < rows:
-        given["suppress_tokens"] = list(range(tokens, rows))
     return json.dumps(given, indent=2) + "\n"

@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from megatron_scmoe.checkpoints.arguments import with_defaults
 from megatron_scmoe.checkpoints.folder import TRACKER
+from megatron_scmoe.checkpoints.kinds import what_is
 from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import in_words
@@ -104,8 +105,8 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         raise ConversionError(f"{folder}: its metadata.json is damaged ({_line(error)})") from error
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(
-            f"{folder}: no torch_dist checkpoint; accepted: a folder with {TRACKER}, or an iter_ "
-            "folder"
+            f"{folder}: no torch_dist checkpoint, but {what_is(folder)}; accepted: a folder with "
+            f"{TRACKER}, or an iter_ folder"
         )
     reader = _Reader(folder)
     metadata = reader.read_metadata()
@@ -118,7 +119,15 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not _OTHER_STATE.match(key)
     }
+<<<<<<< HEAD
     saved = common.get("args")
+=======
+    if not stored:
+        raise ConversionError(
+            f"{folder}: it holds no weights of a model"
+            + (", but an optimizer's state" if metadata.state_dict_metadata else "")
+        )
+>>>>>>> convert
     return MegatronCheckpoint(
         path=folder,
         iteration=int(common.get("iteration", 0)),

@@ -16,7 +16,6 @@ that ffn / F experts next to each other are a whole dense MLP.
 """
 
 import argparse
-import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -31,17 +30,20 @@ from megatron_scmoe import compat
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import arguments_from_flags
 from megatron_scmoe.checkpoints.dense import read_hugging_face
+from megatron_scmoe.checkpoints.gpt_shapes import check_tensors_of
+from megatron_scmoe.checkpoints.stock import read_stock
 from megatron_scmoe.checkpoints.store import (
     ConversionError,
     LazyTensor,
     concatenate,
+    naming,
     new_folder,
-    read_megatron,
     stack,
     total_bytes,
     write_megatron,
 )
-from megatron_scmoe.checkpoints.torch_dist import LAYOUT
+from megatron_scmoe.checkpoints.vocabulary import Padding
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.loading import settings_of_the_model
 from megatron_scmoe.validation import moe_pattern, validate
 
@@ -75,7 +77,11 @@ class Upcycling:
     """Factor on the routed experts' down-projections; above 0 the logits change."""
     seed: int = 1234
     dtype: torch.dtype | None = None
-    """Of a Hugging Face model's weights in the checkpoint; None as in the files."""
+    """Of the weights in the checkpoint; None as in the source."""
+    tokenizer: str | None = None
+    """Instead of the source's: a SentencePiece model, a folder, or "none"."""
+    padding: Padding | None = None
+    """Of the vocabulary; None for Megatron's default, and for a Megatron checkpoint what it has."""
 
 
 def upcycle(
@@ -97,30 +103,31 @@ def upcycle(
             a place that cannot be written; nothing is written then.
     """
     _check(how)
-    try:
-        args, tensors = _convert(Path(source).expanduser(), how)
-        _judge(args)
-    except (ValueError, AssertionError) as error:  # of this package, and Megatron's own
-        raise ConversionError(" ".join(str(error).split()) or "unusable settings") from error
+    source = Path(source).expanduser()
+    args, tensors, notes = _convert(source, how)
+    _judge(args)
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors, "upcycling")
     return [
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
+        f"vocabulary: {args.vocab_size or 'an unknown number of'} tokens, "
+        f"{args.padded_vocab_size} rows",
+        *notes,
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args "
         "--moe-token-dispatcher-type alltoall ...",
     ]
 
 
 def _convert(source: Path, how: Upcycling):
-    """Arguments and tensors of the ScMoE model."""
+    """Arguments and tensors of the ScMoE model, and notes on them."""
     if not (source / "config.json").is_file():
-        return _upcycle_megatron(source, how)
-    dense = read_hugging_face(source, how.dtype)
+        return *_upcycle_megatron(source, how), []
+    dense = read_hugging_face(source, how.dtype, how.tokenizer, how.padding)
     flags = [*dense.flags, *_moe_flags(how, _parse(dense.flags))]
     args = arguments_from_flags(flags, dense.dtype, dense.vocab_rows)
-    return args, _upcycle_dense(dense.tensors, args, how)
+    return args, _upcycle_dense(dense.tensors, args, how), dense.notes
 
 
 def _check(how: Upcycling) -> None:
@@ -142,37 +149,18 @@ def _check(how: Upcycling) -> None:
 
 def _upcycle_megatron(source: Path, how: Upcycling):
     """Arguments and tensors from a stock Megatron checkpoint."""
-    checkpoint = read_megatron(source)
-    args = copy.copy(checkpoint.args)
-    if args is None:
-        raise ConversionError(f"{checkpoint.path}: it holds no arguments")
-    if hasattr(args, "scmoe_tap"):
-        raise ConversionError(f"{checkpoint.path}: it is a ScMoE model already")
-    if getattr(args, "spec", None):
-        raise ConversionError(
-            f"{checkpoint.path}: built by --spec {' '.join(args.spec)}; accepted: Megatron's own GPT"
-        )
-    if how.dtype is not None:
-        raise ConversionError("--dtype: it goes with a Hugging Face model only")
+    args, tensors = read_stock(source, how.dtype, how.tokenizer, how.padding)
     is_moe = bool(args.num_experts)
+    with naming(source):
+        check_tensors_of(args, tensors)
     given = vars(_parse(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
     gained = ("scmoe_",) if is_moe else ("scmoe_", "moe_", "num_experts")
     vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
-    vars(args).update(dict.fromkeys(LAYOUT, 1), sequence_parallel=False)
-    _forget_missing_tokenizer(args)
     if compat.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
         args.openai_gelu, args.bias_gelu_fusion = True, False
     if is_moe:
-        return args, _upcycle_moe(checkpoint.tensors, args)
-    return args, _upcycle_dense(checkpoint.tensors, args, how)
-
-
-def _forget_missing_tokenizer(args) -> None:
-    """Name no tokenizer that is not there (any more); a name on Hugging Face's hub is no path."""
-    model = args.tokenizer_model
-    on_hub = args.tokenizer_type == "HuggingFaceTokenizer" and not os.path.isabs(model or "")
-    if model is not None and not on_hub and not os.path.exists(model):
-        args.tokenizer_model = None
+        return args, _upcycle_moe(tensors, args)
+    return args, _upcycle_dense(tensors, args, how)
 
 
 def _moe_flags(how: Upcycling, args) -> list[str]:
@@ -243,15 +231,24 @@ def _scmoe_flags(how: Upcycling, combine: str) -> list[str]:
 
 
 def _parse(flags: list[str]) -> argparse.Namespace:
-    return add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser())).parse_args(flags)
+    parser = argparse.ArgumentParser()
+    parser.error = _refuse
+    return add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
+
+
+def _refuse(message: str) -> None:
+    raise ConversionError(message)
 
 
 def _judge(args) -> None:
     """Have Megatron and this package judge the model, as training would; not its source's run."""
-    scmoe = scmoe_config_from_args(args)
     trial = settings_of_the_model(args)
-    validate(scmoe, trial)
-    validate(scmoe, compat.transformer_config(trial))
+    try:
+        scmoe = scmoe_config_from_args(args)
+        validate(scmoe, trial)
+        validate(scmoe, compat.transformer_config(trial))
+    except (ValueError, AssertionError) as error:  # of this package, and Megatron's own
+        raise ConversionError(in_words(error)) from error
 
 
 def _upcycle_dense(tensors: dict[str, LazyTensor], args, how: Upcycling) -> dict[str, LazyTensor]:

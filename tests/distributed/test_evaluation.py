@@ -147,6 +147,28 @@ def test_layouts_agree(data, trained, alone, tmp_path, layout):
     assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
 
 
+def test_rows_of_padding_are_left_out_on_every_rank():
+    """Of eight rows on two ranks, of which the second may hold no token at all."""
+    for cases in run_distributed(_losses_of_tokens, 2):
+        for losses, expected in cases:
+            np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def _losses_of_tokens():
+    models.init_parallel(tp=2)
+    cases = []
+    for tokens in (3, 4, 5, 8):
+        logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+        labels = torch.randint(tokens, (2, 5), generator=torch.Generator().manual_seed(4))
+        own = logits.chunk(2, dim=-1)[torch.distributed.get_rank()]
+        losses = evaluation._cross_entropy(own, labels, tokens)
+        expected = torch.nn.functional.cross_entropy(
+            logits[..., :tokens].flatten(0, 1), labels.flatten(), reduction="none"
+        )
+        cases.append((losses.flatten().numpy(), expected.numpy()))
+    return cases
+
+
 def kernel_flags(recipe: str) -> list[str]:
     """The flags of a recipe in examples/ that choose its kernels."""
     script = (
@@ -226,7 +248,7 @@ def test_text_for_a_model_without_a_tokenizer_needs_one(data, trained, tmp_path)
 def printed(*flags) -> str:
     with redirect_stdout(io.StringIO()) as stream:
         run_tool("evaluate", *flags)
-    return re.search(r"loss \S+ nats per token.*", stream.getvalue())[0]
+    return re.search(r"loss \S+ nats per token.*", stream.getvalue(), re.DOTALL)[0]
 
 
 def test_command_line_under_torchrun(data, trained, alone, tmp_path):
@@ -358,13 +380,21 @@ def test_space_for_logits_is_taken_at_once(tmp_path):
         assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 
 
-def test_exported_folder_has_the_loss_of_its_checkpoint(data, trained, alone, tmp_path):
-    run_tool("convert", "megatron-to-hf", "--load", trained[0], "--output", tmp_path / "model")
+@pytest.mark.parametrize("kept", [[], ["--keep-padding"]], ids=["", "with padding"])
+def test_exported_folder_has_the_loss_of_its_checkpoint(data, trained, alone, tmp_path, kept):
+    words = ("--load", trained[0], "--output", tmp_path / "model", *kept)
+    run_tool("convert", "megatron-to-hf", *words)
+    out = tmp_path / "logits.npy"
     flags = ["--hf", tmp_path / "model", "--text", data / "valid.txt", "--sequence-length", LENGTH]
-    line = printed(*flags, "--trust-remote-code")
-    loss = float(re.search(r"loss (\S+) nats", line)[1])
-    assert loss == pytest.approx(alone[0]["padded_loss"], abs=1e-5)
-    assert f"({ROWS * LENGTH} tokens in {ROWS} sequences)" in line
+    lines = printed(*flags, "--trust-remote-code", "--logits-out", out)
+    losses = [float(loss) for loss in re.findall(r"^loss (\S+)", lines, re.MULTILINE)]
+    expected = [alone[0]["loss"], alone[0]["padded_loss"]]
+    assert losses == pytest.approx(expected if kept else expected[:1], abs=1e-5)
+    assert ("with the rows that pad the vocabulary in the softmax, as training logs" in lines) == (
+        bool(kept)
+    )
+    assert f"({ROWS * LENGTH} tokens in {ROWS} sequences)" in lines
+    np.testing.assert_allclose(np.load(out), alone[1], atol=1e-4)
 
 
 def refusal(*flags) -> str:

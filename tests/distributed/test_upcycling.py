@@ -11,14 +11,21 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe import compat, evaluation, loading
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
-from megatron_scmoe.checkpoints.store import ConversionError, read_megatron
+from megatron_scmoe.checkpoints.store import (
+    ConversionError,
+    LazyTensor,
+    read_megatron,
+    write_megatron,
+)
 from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
+from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -282,7 +289,7 @@ def corpus(folders, tmp_path_factory):
     return folder
 
 
-def train(corpus, load, iterations: int, world_size: int, *flags):
+def train(corpus, load, iterations: int, world_size: int, *flags, environment=None):
     """Train an upcycled model on the corpus, with --use-checkpoint-args alone for the model."""
     run = run_pretrain(
         [
@@ -296,6 +303,7 @@ def train(corpus, load, iterations: int, world_size: int, *flags):
             *("--moe-token-dispatcher-type", "alltoall", "--load", str(load), *map(str, flags)),
         ],
         world_size,
+        environment=environment,
     )
     assert run.status == 0, run.output[-3000:]
     return run
@@ -358,6 +366,24 @@ def test_trains_from_the_loss_of_the_dense_model(corpus, tmp_path, capsys):
     assert (down.flatten(1).abs().sum(1) > 0).all()
     assert all(not torch.equal(down[0], other) for other in down[1:])
     assert not torch.equal(after["router.weight"], before["router.weight"])
+
+
+def test_an_odd_vocabulary_is_shared_by_ranks_in_training(corpus, tmp_path):
+    """301 tokens; the checkpoint's rows are those that Megatron counts for two ranks itself."""
+    save = tmp_path / "ckpt"
+    upcycle(corpus / "model", save, Upcycling(**EXPERTS, padding=Padding(100, 2)))
+    args = read_megatron(save).args
+    assert (args.vocab_size, args.padded_vocab_size) == (VOCAB, 400)
+    expected = train(corpus, save, 1, 1).losses[1]
+    layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+    layout += ("--expert-tensor-parallel-size", 1)
+    asked = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # for by Megatron
+    run = train(corpus, save, 1, 2, *layout, environment=asked)
+    assert run.losses[1] == pytest.approx(expected, abs=2e-6)
+    given = argparse.Namespace(
+        make_vocab_size_divisible_by=100, tensor_model_parallel_size=2, rank=1
+    )
+    assert vocab_size_with_padding(VOCAB, given) == 400
 
 
 STOCK = f"""
@@ -491,6 +517,112 @@ def test_stock_checkpoint_that_megatron_refuses(tmp_path):
     save_stock(tmp_path / "stock", [*STOCK, *SHARED], moe_expert_rank_capacity_factor=1.0)
     told = refusal(tmp_path / "stock", tmp_path / "ckpt", Upcycling())
     assert "moe_expert_rank_capacity_factor" in told
+
+
+def rebuild(source: Path, target: Path, change) -> Path:
+    """A checkpoint with arguments and tensors changed by a function of both."""
+    checkpoint = read_megatron(source)
+    change(checkpoint.args, checkpoint.tensors)
+    target.mkdir()
+    write_megatron(target, checkpoint.args, checkpoint.tensors)
+    return target
+
+
+def ones(*shape) -> LazyTensor:
+    return LazyTensor.full(shape, 1.0, torch.float32)
+
+
+QKV_BIAS = "decoder.layers.0.self_attention.linear_qkv.bias"
+CONTRADICTIONS = {
+    "tied, with another output layer": (
+        lambda args, t: setattr(args, "untie_embeddings_and_output_weights", False),
+        "tensor output_layer.weight differs from embedding.word_embeddings.weight, and the arguments "
+        "lack --untie-embeddings-and-output-weights",
+    ),
+    "not tied, without output layer": (
+        lambda args, t: t.pop(OUTPUT_LAYER),
+        "tensor output_layer.weight is missing, which the arguments ask for",
+    ),
+    "rows": (
+        lambda args, t: setattr(args, "padded_vocab_size", 512),
+        "the shape [384, 32], and [512",
+    ),
+    "width": (
+        lambda args, t: setattr(args, "hidden_size", 64),
+        "has the shape [384, 32], and [384, 64]",
+    ),
+    "heads": (lambda args, t: setattr(args, "num_attention_heads", 2), "linear_qkv.weight has the"),
+    "dense ffn": (
+        lambda args, t: setattr(args, "ffn_hidden_size", 64),
+        "linear_fc1.weight has the",
+    ),
+    "expert ffn": (
+        lambda args, t: setattr(args, "moe_ffn_hidden_size", 32),
+        "experts.experts.linear",
+    ),
+    "shared ffn": (
+        lambda args, t: setattr(args, "moe_shared_expert_intermediate_size", 8),
+        "shared_experts.linear_fc1.weight has the shape",
+    ),
+    "experts": (
+        lambda args, t: setattr(args, "num_experts", 8),
+        "router.weight has the shape [4, 32]",
+    ),
+    "fewer blocks": (
+        lambda args, t: vars(args).update(num_layers=2, moe_layer_freq=[0, 1]),
+        "block 2 is there, and --num-layers is 2",
+    ),
+    "more blocks": (
+        lambda args, t: vars(args).update(num_layers=6, moe_layer_freq=[0, 1] * 3),
+        "tensor decoder.layers.4.self_attention.linear_qkv.layer_norm_weight is missing",
+    ),
+    "a bias": (
+        lambda args, t: t.update({QKV_BIAS: ones(96)}),
+        f"tensor {QKV_BIAS} is there, which the arguments do not ask for",
+    ),
+    "no bias": (lambda args, t: setattr(args, "add_qkv_bias", True), f"{QKV_BIAS} is missing"),
+    "norms of queries": (
+        lambda args, t: setattr(args, "qk_layernorm", True),
+        "q_layernorm.weight is",
+    ),
+    "positions": (
+        lambda args, t: t.update({"embedding.position_embeddings.weight": ones(32, 32)}),
+        "embedding.position_embeddings.weight is there, which the arguments do not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_stock_checkpoint_whose_arguments_contradict_its_tensors(stock_moe, tmp_path, case):
+    change, told = CONTRADICTIONS[case]
+    source = rebuild(stock_moe / "stock", tmp_path / "changed", change)
+    said = refusal(source, tmp_path / "ckpt", Upcycling())
+    assert told in said and said.startswith(str(source))
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_stock_checkpoint_with_flags_of_all_commands(stock_moe, tmp_path):
+    """A tied one holds its output layer as well; --dtype, --tokenizer and padding work as elsewhere."""
+
+    def tie(args, tensors):
+        args.untie_embeddings_and_output_weights = False
+        tensors[OUTPUT_LAYER] = tensors["embedding.word_embeddings.weight"]
+
+    source = rebuild(stock_moe / "stock", tmp_path / "tied", tie)
+    how = Upcycling(dtype=torch.bfloat16, tokenizer="none", padding=Padding(64, 1))
+    upcycle(source, tmp_path / "ckpt", how)
+    checkpoint = read_megatron(tmp_path / "ckpt")
+    args = checkpoint.args
+    assert (args.tokenizer_type, args.vocab_size, args.padded_vocab_size) == (
+        "NullTokenizer",
+        301,
+        320,
+    )
+    assert OUTPUT_LAYER not in checkpoint.tensors
+    rows = checkpoint.tensors["embedding.word_embeddings.weight"].load()
+    before = read_megatron(source).tensors["embedding.word_embeddings.weight"].load()
+    assert torch.equal(rows, before[:320].bfloat16())
+    assert args.bf16 and {t.dtype for t in checkpoint.tensors.values()} == {torch.bfloat16}
 
 
 def test_stock_moe_checkpoint_with_gate_and_without_shared_expert(tokens, tmp_path):

@@ -10,6 +10,6 @@ from tests.gpu.test_gpu import EXACT, GPUS, ONE_QUEUE
 def _resident_ranks():
     if GPUS:
         harness.gpu_ranks()
-        harness.gpu_ranks(*EXACT)
+        harness.gpu_ranks(EXACT)
     if GPUS > 1:
-        harness.gpu_ranks(*ONE_QUEUE)
+        harness.gpu_ranks(ONE_QUEUE)

@@ -17,8 +17,8 @@ class ScMoEConfig(PreTrainedConfig):
     """A GPT with shortcut-connected mixtures of experts (ScMoE, arXiv 2404.05019).
 
     Args:
-        vocab_size: rows of the embedding; a padded vocabulary counts in full.
-        unpadded_vocab_size: tokens that exist; None if all do.
+        vocab_size: rows of the embedding.
+        unpadded_vocab_size: how many of the rows are tokens; None if all are. The others pad it.
         intermediate_size: of the dense MLPs.
         moe_intermediate_size: of a routed expert.
         shared_expert_intermediate_size: of the shared expert; None without one.

@@ -1,0 +1,77 @@
+"""The rows of the vocabulary: tokens, and the rows that Megatron adds so that ranks can share them.
+
+Padding rows stand behind the tokens. They are no tokens: exports leave them out, imports add them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, concatenate
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+"""Megatron's two tensors of the vocabulary, [rows, hidden]; a tied model has the first alone."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How many rows a checkpoint gets: a multiple of ``multiple * tensor_parallel``.
+
+    These are Megatron's ``--make-vocab-size-divisible-by``, with its default, and the largest
+    ``--tensor-model-parallel-size`` that is to load the checkpoint.
+    """
+
+    multiple: int = 128
+    tensor_parallel: int = 1
+
+    def rows(self, tokens: int) -> int:
+        """Rows for so many tokens, as Megatron counts them.
+
+        Raises:
+            ConversionError: if one of the three is below 1.
+        """
+        for flag, value in (
+            ("--make-vocab-size-divisible-by", self.multiple),
+            ("--target-tensor-parallel", self.tensor_parallel),
+            ("the vocabulary: tokens", tokens),
+        ):
+            if value < 1:
+                raise ConversionError(f"{flag} {value}: accepted: 1 or more")
+        return calculate_padded_vocab_size(
+            tokens, self.multiple, self.tensor_parallel, logging_enabled=False
+        )
+
+    @property
+    def flags(self) -> list[str]:
+        """The flag that says so to Megatron."""
+        return ["--make-vocab-size-divisible-by", str(self.multiple)]
+
+
+def count_tokens(rows: int, declared: int | None, entries: int | None = None) -> int:
+    """How many of the rows are tokens; all if nobody says.
+
+    Args:
+        rows: of the embedding.
+        declared: what config.json or Megatron's arguments say; left out if it is more than there are.
+        entries: of the tokenizer, None without one. Tokens added to it later count.
+    """
+    known = [n for n in (declared, entries) if n and n <= rows]
+    return max(known, default=rows)
+
+
+def set_rows(tensors: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTensor]:
+    """Megatron's tensors with so many rows of the vocabulary: cut, or padded with zeros."""
+    result = dict(tensors)
+    for name in (EMBEDDING, OUTPUT_LAYER):
+        if name in result:
+            result[name] = _set_rows(result[name], rows)
+    return result
+
+
+def _set_rows(tensor: LazyTensor, rows: int) -> LazyTensor:
+    missing = rows - tensor.shape[0]
+    if missing <= 0:
+        return tensor.narrow(0, 0, rows) if missing else tensor
+    return concatenate([tensor, LazyTensor.full((missing, tensor.shape[1]), 0.0, tensor.dtype)])

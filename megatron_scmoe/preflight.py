@@ -73,6 +73,7 @@ def check_files(args) -> None:
     if not args.use_checkpoint_args:  # they name another tokenizer
         _check_tokenizer(args)
     _check_checkpoint(args)
+    _check_vocabulary(args)
     for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
         if _value(args, flag) is not None:
             _check_writable(flag, _value(args, flag))
@@ -373,6 +374,17 @@ def _check_tokenizer(args) -> None:
     except Exception as error:  # its library may raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise PreflightError(given, f"it cannot be loaded ({reason})", accepted) from error
+
+
+def _check_vocabulary(args) -> None:
+    """Check that the ranks can share the rows of a vocabulary that a checkpoint or a flag fixes."""
+    rows, ranks = args.padded_vocab_size, args.tensor_model_parallel_size
+    if rows is not None and rows % ranks:
+        raise PreflightError(
+            f"--tensor-model-parallel-size {ranks}",
+            f"the vocabulary has {rows} rows, padding included",
+            f"a divisor of {rows}, or a checkpoint converted with --target-tensor-parallel {ranks}",
+        )
 
 
 def _check_checkpoint(args) -> None:

@@ -62,6 +62,8 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
         value = config.get(name)
         if name.startswith("_") or value is None:  # None is the class's to judge
             continue
+        if type(value) is int and expected in (float, float | None):
+            value = float(value)  # JSON has one kind of number
         try:
             type_validator(name, value, expected)
         except TypeError as error:

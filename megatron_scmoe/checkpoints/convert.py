@@ -85,7 +85,7 @@ def megatron_to_hf(
         raise ConversionError(f"{checkpoint.path}: tensor {EMBEDDING} is missing")
     rows = checkpoint.tensors[EMBEDDING].shape[0]
     files = find_tokenizer(args, tokenizer)
-    tokens = _count_tokens(args, rows, files, tokenizer)
+    tokens, is_known = _count_tokens(args, rows, files, tokenizer)
     kept = rows if keep_padding else tokens
     with naming(checkpoint.path):
         config = form.config(args, tokens, kept)
@@ -107,7 +107,7 @@ def megatron_to_hf(
         f"{checkpoint.path} -> {output}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {config['dtype']}; "
         f"{files.description}",
-        *_note_on_padding(tokens, rows, keep_padding),
+        *_note_on_padding(tokens if is_known else None, rows, keep_padding),
     ]
 
 
@@ -177,8 +177,8 @@ def hf_to_megatron(
 
 def _count_tokens(
     args: argparse.Namespace, rows: int, files: TokenizerFiles, given: str | None
-) -> int:
-    """How many of a checkpoint's rows are tokens."""
+) -> tuple[int, bool]:
+    """How many of a checkpoint's rows are tokens, and whether anything says so."""
     entries = files.tokens
     if given == NONE:  # the checkpoint's tokenizer still says it, if it is there
         with contextlib.suppress(ConversionError):
@@ -187,10 +187,16 @@ def _count_tokens(
         raise ConversionError(
             f"{files.description}: it has {entries} tokens, the checkpoint's embedding {rows} rows"
         )
-    return count_tokens(rows, getattr(args, "vocab_size", None), entries)
+    declared = getattr(args, "vocab_size", None)
+    return count_tokens(rows, declared, entries), bool(declared or entries)
 
 
-def _note_on_padding(tokens: int, rows: int, keep: bool) -> list[str]:
+def _note_on_padding(tokens: int | None, rows: int, keep: bool) -> list[str]:
+    if tokens is None:
+        return [
+            f"vocabulary: {rows} rows, with Megatron's padding if there is any: without a tokenizer "
+            "nothing says how many are tokens"
+        ]
     if tokens == rows:
         return []
     if keep:

@@ -26,7 +26,7 @@ def what_is(path: Path) -> str:
         return error.strerror or "unreadable"
     if not names:
         return "an empty folder"
-    if TRACKER in names:
+    if (path / TRACKER).is_file():
         return _what_tracker_names(path)
     for kind, patterns in _FOLDERS.items():
         if any(next(path.glob(pattern), None) is not None for pattern in patterns):
@@ -71,7 +71,7 @@ _FOLDERS = {
 
 def _what_tracker_names(path: Path) -> str:
     word = (path / TRACKER).read_text(errors="replace").strip()
-    folder = path / (word if word == "release" else f"iter_{word:0>7}")
+    folder = path / (word if word == "release" else f"iter_{word[:40]:0>7}")
     return (
         f"{folder.name} in it is {what_is(folder)}" if folder.is_dir() else "without its iteration"
     )

@@ -306,8 +306,13 @@ class _Rule:
 
 def _shapes(config: ScMoEConfig) -> dict[str, torch.Size]:
     """Shapes of the folder's tensors by name, from the modelling code."""
-    with torch.device("meta"):
-        model = ScMoEForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = ScMoEForCausalLM(config)
+    except RuntimeError as error:  # sizes that overflow
+        raise ConversionError(
+            f"config.json: no model has these sizes ({in_words(error)})"
+        ) from error
     state = model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]

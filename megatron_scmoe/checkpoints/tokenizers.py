@@ -72,7 +72,11 @@ def find_tokenizer(args: argparse.Namespace, given: str | None = None) -> Tokeni
         raise ConversionError(
             f"--tokenizer-type {kind}: it cannot be converted; give --tokenizer PATH or none"
         )
-    path = Path(given or named).expanduser()
+    if given is None and not named:
+        raise ConversionError(
+            f"the checkpoint's {kind} names no file; accepted: --tokenizer PATH or none"
+        )
+    path = Path(named if given is None else given).expanduser()
     if path.is_dir():
         return _hugging_face(path)
     if not path.is_file():

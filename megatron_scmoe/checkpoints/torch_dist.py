@@ -101,7 +101,7 @@ def read_megatron(path: str) -> MegatronCheckpoint:
     folder = find_iteration(path)
     try:
         config = maybe_load_config(str(folder)) if folder.is_dir() else None
-    except (ValueError, TypeError) as error:  # no JSON, or other fields
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or other fields
         raise ConversionError(f"{folder}: its metadata.json is damaged ({_line(error)})") from error
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(
@@ -146,7 +146,7 @@ def find_iteration(path: str | os.PathLike) -> Path:
     tracker = path / TRACKER
     if tracker.is_file():
         word = tracker.read_text(errors="replace").strip()
-        if word != "release" and not word.isdigit():
+        if word != "release" and not (word.isdecimal() and len(word) < 20):
             raise ConversionError(f"{tracker}: {word[:40]!r} is neither an iteration nor 'release'")
         name = word if word == "release" else f"iter_{int(word):07d}"
         if not (path / name).is_dir():

@@ -112,7 +112,7 @@ def upcycle(
     return [
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
-        f"vocabulary: {args.vocab_size or 'an unknown number of'} tokens, "
+        f"vocabulary: {args.vocab_size or 'an unknown number of'} tokens, padded to "
         f"{args.padded_vocab_size} rows",
         *notes,
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args "

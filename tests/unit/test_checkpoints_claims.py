@@ -188,6 +188,13 @@ NOTES = {
 }
 
 
+def test_json_has_one_kind_of_number(folders, tmp_path):
+    config = dict(attention_dropout=0, initializer_range=1)
+    folder = change(folders("scmoe"), tmp_path / "model", config=config)
+    args, _, _ = load_into_megatron(folder, tmp_path / "save")
+    assert (args.attention_dropout, args.init_method_std) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("case", NOTES)
 def test_what_is_imported_otherwise_than_written_is_said(folders, tmp_path, case):
     family, tensors, config, told = NOTES[case]

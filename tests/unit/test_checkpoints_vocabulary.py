@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.lazy import LazyTensor
-from megatron_scmoe.checkpoints.store import ConversionError, read_megatron
+from megatron_scmoe.checkpoints.store import ConversionError, read_megatron, write_megatron
 from megatron_scmoe.checkpoints.vocabulary import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -113,6 +113,18 @@ def test_what_an_export_says_of_its_rows(source, tmp_path, keep_padding):
 def test_tokens_are_counted_by_the_tokenizer_even_if_it_is_left_out(source, tmp_path, tokenizer):
     megatron_to_hf(source / "untied", tmp_path / "hf", tokenizer=tokenizer)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == TOKENS
+
+
+@pytest.mark.parametrize("model", ["gone", None])
+def test_an_export_says_that_nobody_counts_tokens(source, tmp_path, model):
+    checkpoint = read_megatron(source / "untied")
+    checkpoint.args.tokenizer_model = model
+    (tmp_path / "moved").mkdir()
+    write_megatron(tmp_path / "moved", checkpoint.args, checkpoint.tensors)
+    with pytest.raises(ConversionError, match="--tokenizer PATH or none"):
+        megatron_to_hf(tmp_path / "moved", tmp_path / "hf")
+    lines = megatron_to_hf(tmp_path / "moved", tmp_path / "hf", tokenizer="none")
+    assert lines[-1].startswith(f"vocabulary: {ROWS} rows, with Megatron's padding if there is any")
 
 
 def test_the_way_back_pads_for_any_layout(source, tmp_path):

@@ -210,6 +210,29 @@ def test_damaged_weights(folder, tmp_path, name):
     assert told in refusal("inspect", tmp_path / "model")
 
 
+TRACKERS = {
+    "empty": (lambda file: file.write_text(""), "'' is neither an iteration nor 'release'"),
+    "words": (lambda file: file.write_text("seven"), "'seven' is neither an iteration"),
+    "another": (lambda file: file.write_text("9"), "iter_0000009 is missing, which"),
+    "long": (lambda file: file.write_text("9" * 5000), "is neither an iteration nor 'release'"),
+    "a folder": (as_folder, "a folder of checkpoints without"),
+    "metadata": (
+        lambda file: (file.parent / "iter_0000007" / "metadata.json").write_text("[1]"),
+        "its metadata.json is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_damaged_folders_of_checkpoints(folder, tmp_path, name):
+    damage, told = TRACKERS[name]
+    shutil.copytree(folder.parent / "checkpoint", tmp_path / "copy")
+    damage(tmp_path / "copy" / TRACKER)
+    assert told in refusal("inspect", tmp_path / "copy")
+    words = ("--load", tmp_path / "copy", "--output", tmp_path / "out")
+    assert told in refusal("megatron-to-hf", *words)
+
+
 TARGETS = {
     "/proc/save": "/proc: ",
     "gone/save": "gone: no such folder",

@@ -266,6 +266,16 @@ class TestWhatNamesADataset:
         accepted("--data-path", tmp_path / "missing", rank=1)
 
 
+class TestVocabulary:
+    def test_ranks_that_cannot_share_its_rows(self, refused):
+        assert refused(
+            "--mock-data", "--padded-vocab-size", 301, "--tensor-model-parallel-size", 2
+        ) == (
+            "--tensor-model-parallel-size 2: the vocabulary has 301 rows, padding included; accepted: "
+            "a divisor of 301, or a checkpoint converted with --target-tensor-parallel 2"
+        )
+
+
 class TestTokenizer:
     def test_not_given(self, parse, data):
         args = parse("--data-path", data)

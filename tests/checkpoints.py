@@ -157,8 +157,8 @@ def save(args, folder: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 
 
-def megatron_logits(args, checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, v] of Megatron's model on this one rank, loaded by Megatron."""
+def load(args, checkpoint: Path) -> GPTModel:
+    """Megatron's model on this one rank, loaded by Megatron."""
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
     args.expert_model_parallel_size, args.sequence_parallel = 1, False
     models.init_parallel()
@@ -172,6 +172,11 @@ def megatron_logits(args, checkpoint: Path, tokens: torch.Tensor) -> torch.Tenso
         },
         strict=True,
     )
-    model.eval()
+    return model
+
+
+def megatron_logits(args, checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [b, s, v] of the same model."""
+    model = load(args, checkpoint).eval()
     with torch.no_grad():
         return models.forward(model, tokens)

@@ -168,11 +168,6 @@ def _config_from_arguments(args: argparse.Namespace, tokens: int, rows: int) -> 
     layers = args.num_layers
     return ScMoEConfig(
         architectures=[ScMoEForCausalLM.__name__],
-        auto_map={
-            "AutoConfig": "configuration_scmoe.ScMoEConfig",
-            "AutoModel": "modeling_scmoe.ScMoEModel",
-            "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
-        },
         vocab_size=rows,
         unpadded_vocab_size=tokens if tokens != rows else None,
         hidden_size=args.hidden_size,

@@ -158,7 +158,7 @@ def _sentencepiece(path: Path) -> TokenizerFiles:
     fast = fast_tokenizer(path)
 
     def save(folder: Path) -> None:
-        fast.save_pretrained(folder)
+        _save(fast, folder)
         shutil.copyfile(path, folder / SENTENCEPIECE_FILE)
 
     return _files(f"a fast tokenizer made of SentencePiece's {path.name}", fast, save)
@@ -172,7 +172,21 @@ def _hugging_face(path: Path) -> TokenizerFiles:
     except Exception as error:  # its library may raise anything
         line = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConversionError(f"tokenizer {path}: it cannot be loaded ({line})") from error
-    return _files(type(tokenizer).__name__, tokenizer, tokenizer.save_pretrained)
+    return _files(type(tokenizer).__name__, tokenizer, lambda folder: _save(tokenizer, folder))
+
+
+def _save(tokenizer, folder: Path) -> None:
+    """Write it so that stock classes of transformers 4 and 5 load it, without code of its own.
+
+    It was loaded without that code. Transformers 4 does not know version 5's TokenizersBackend.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("auto_map", None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _files(description: str, tokenizer, save) -> TokenizerFiles:

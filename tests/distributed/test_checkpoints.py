@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_scmoe.checkpoints import convert
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.store import ConversionError, read_megatron, read_safetensors
@@ -172,6 +173,26 @@ def test_attention_implementations_agree_and_training_works(saved, tmp_path):
     assert all(".experts." in name for name in without)  # only experts that got no token
 
 
+def test_training_goes_on_with_megatrons_gradients(saved, tmp_path, monkeypatch):
+    """The router's: of the cross entropy, and of the auxiliary loss with the exported coefficient."""
+    checkpoint = read_megatron(saved("1 rank", "pos2"))
+    args = checkpoint.args
+    args.moe_aux_loss_coeff = 0.5
+    monkeypatch.setattr(convert, "read_megatron", lambda path: checkpoint)
+    megatron_to_hf("checkpoint", tmp_path / "hf")
+    model = load(tmp_path / "hf", output_router_logits=True).train()
+    assert model.config.router_aux_loss_coef == 0.5
+    megatron = checkpoints.load(args, checkpoint.path).train()
+    labels = tokens().roll(-1, dims=1)
+    _, expected = models.loss_and_gradients(megatron, tokens(), labels)
+    model(tokens(), labels=labels, shift_labels=labels).loss.backward()
+    for layer in (1, 3):
+        gradient = expected[f"decoder.layers.{layer}.mlp.router.weight"]
+        assert gradient.abs().max() > 1e-2
+        actual = model.model.layers[layer].mlp.router.weight.grad
+        assert (actual - gradient).abs().max() <= 1e-5
+
+
 def test_a_folder_saved_by_transformers_converts_too(saved, tmp_path):
     source = saved("EP2", "GPT-2")
     megatron_to_hf(source, tmp_path / "hf")
@@ -246,8 +267,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("flag", REFUSED)
 def test_what_the_model_in_transformers_has_not_is_refused(saved, tmp_path, monkeypatch, flag):
-    from megatron_scmoe.checkpoints import convert
-
     checkpoint = read_megatron(saved("1 rank", "pos2"))
     vars(checkpoint.args).update(REFUSED[flag])
     monkeypatch.setattr(convert, "read_megatron", lambda path: checkpoint)

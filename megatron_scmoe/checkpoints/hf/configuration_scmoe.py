@@ -10,6 +10,12 @@ NORMS = ("RMSNorm", "LayerNorm")
 POSITIONS = ("rope", "learned_absolute", "none")
 SCORES = ("softmax", "sigmoid")
 ROUTER_DTYPES = (None, "float32", "float64")
+AUTO_MAP = {
+    "AutoConfig": "configuration_scmoe.ScMoEConfig",
+    "AutoModel": "modeling_scmoe.ScMoEModel",
+    "AutoModelForCausalLM": "modeling_scmoe.ScMoEForCausalLM",
+}
+"""Where transformers finds the classes, beside config.json."""
 ROPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -109,7 +115,7 @@ class ScMoEConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.moe_layers is None:
             self.moe_layers = [i % 2 for i in range(self.num_hidden_layers)]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self._check()
 
     def _check(self):

@@ -197,8 +197,8 @@ def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
     optimizers = chain.chained_optimizers
     kinds = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
     if isinstance(state_dict, dict) and all(type(each) in kinds for each in optimizers):
-        saved = [part for key, part in state_dict.items() if isinstance(key, int)] or [state_dict]
-        saved = [part for part in saved if _inner(part).get("param_groups")]
+        several = [part for key, part in state_dict.items() if isinstance(key, int)]
+        saved = [part for part in (state_dict, *several) if _is_of_the_checkpoint(part)]
         if saved:
             if len(optimizers) == 1:
                 parts = {0: state_dict}
@@ -213,6 +213,11 @@ def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
 def _inner(part: dict) -> dict:
     """The state of PyTorch's optimizer in that of Megatron's."""
     return part.get("optimizer", part)
+
+
+def _is_of_the_checkpoint(part: dict) -> bool:
+    """Whether it has parameter groups that were stored, not those of this layout: bare lists."""
+    return any("lr" in group for group in _inner(part).get("param_groups", ()))
 
 
 def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.checkpoints.arguments import built_by_spec
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.formats import NAMES, Tensors, find_format
 from megatron_scmoe.checkpoints.lazy import ConversionError, total_bytes
@@ -159,7 +160,8 @@ def _architecture(args: argparse.Namespace) -> str:
     if not args.num_experts:
         return "dense GPT"
     if not hasattr(args, "scmoe_tap"):
-        return "stock MoE GPT"
+        told = "ScMoE GPT of --spec in an older version, which saved no --scmoe-* ($SCMOE_ARGS gives them)"
+        return told if built_by_spec(args) else "stock MoE GPT"
     norm = f"router norm {args.scmoe_router_norm}"
     post = ", post norm" if args.scmoe_post_norm else ""
     return f"ScMoE GPT: tap {args.scmoe_tap}, combine {args.scmoe_combine}, {norm}{post}"

@@ -83,7 +83,9 @@ class TestSchedule:
         assert run.status == 0, run.output[-3000:]
         assert sorted(run.losses) == [5, 6, 7]
         assert "decay over 160 samples, not 80" in run.output
-        print(run.learning_rates)
+        # Four steps of 8 samples are done; from a peak of 1e-2 at 2 x 16 samples down to 0 at 160.
+        rates = {step: 1e-2 * (160 - 32 - 16 * (step - 4)) / 128 for step in (5, 6, 7)}
+        assert run.learning_rates == pytest.approx(rates)
 
     def test_another_learning_rate_only_if_asked(self, undisturbed):
         refused = self.resumed(undisturbed, "--train-iters", "6", "--lr", "5e-3")

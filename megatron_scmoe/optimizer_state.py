@@ -43,20 +43,14 @@ def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
 
 
 def check(args: argparse.Namespace, saved: SavedRun) -> None:
-    """Refuse a state of the optimizer that cannot be loaded into this run's.
+    """Refuse files, and a state of the optimizer, that cannot be loaded into this run's.
 
     Raises:
         ScMoEConfigError: it names what has to be otherwise.
     """
     before = saved.args
-    if before is None or not is_loaded(args, saved):
+    if before is None:
         return
-    if getattr(before, "optimizer", args.optimizer) != args.optimizer:
-        raise ScMoEConfigError(
-            f"--optimizer {args.optimizer}",
-            f"{saved.path} holds the state of {before.optimizer}",
-            f"--optimizer {before.optimizer}, or {_FRESH}",
-        )
     theirs = [in_flags(n, getattr(before, n)) for n in _SIZES if _differs(n, args, before)]
     mine = [in_flags(n, getattr(args, n)) for n in _SIZES if _differs(n, args, before)]
     if theirs and not saved.is_distributed:
@@ -64,6 +58,14 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             " ".join(mine),
             f"{saved.path} has a file for each rank of {' '.join(theirs)}",
             f"{' '.join(theirs)}; from these --ckpt-convert-format torch_dist converts it",
+        )
+    if not is_loaded(args, saved):
+        return
+    if getattr(before, "optimizer", args.optimizer) != args.optimizer:
+        raise ScMoEConfigError(
+            f"--optimizer {args.optimizer}",
+            f"{saved.path} holds the state of {before.optimizer}",
+            f"--optimizer {before.optimizer}, or {_FRESH}",
         )
     if not saved.is_distributed:
         return

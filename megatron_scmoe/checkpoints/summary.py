@@ -160,8 +160,11 @@ def _architecture(args: argparse.Namespace) -> str:
     if not args.num_experts:
         return "dense GPT"
     if not hasattr(args, "scmoe_tap"):
-        told = "ScMoE GPT of --spec in an older version, which saved no --scmoe-* ($SCMOE_ARGS gives them)"
-        return told if built_by_spec(args) else "stock MoE GPT"
+        if built_by_spec(args):
+            return (
+                "ScMoE GPT; an older version saved none of its --scmoe-* ($SCMOE_ARGS gives them)"
+            )
+        return "stock MoE GPT"
     norm = f"router norm {args.scmoe_router_norm}"
     post = ", post norm" if args.scmoe_post_norm else ""
     return f"ScMoE GPT: tap {args.scmoe_tap}, combine {args.scmoe_combine}, {norm}{post}"

@@ -107,3 +107,19 @@ def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_pa
     assert "Traceback" not in run.output
     assert run.error.startswith("--scmoe-tap pos3: ")
     assert "was trained with --scmoe-tap pos2" in run.error
+
+
+def test_what_is_given_beside_use_checkpoint_args_and_loses_is_named(undisturbed):
+    straight, folder = undisturbed("plain")
+    ranks, layout = LAYOUTS["1 rank"]
+    load = ["--load", str(folder), "--ckpt-step", "4", "--use-checkpoint-args"]
+    other = "--tokenizer-type HuggingFaceTokenizer --scmoe-tap pos1 --hidden-dropout 0.2".split()
+    run = run_pretrain([*FLAGS, *layout.split(), "--train-iters", "6", *load, *other], ranks)
+    assert run.status == 0, run.output[-3000:]
+    given = [line.split(" is used: ")[0] for line in run.output.splitlines() if "was given" in line]
+    assert sorted(given) == [
+        "WARNING: --hidden-dropout 0.2 was given, and --hidden-dropout 0.0",
+        "WARNING: --scmoe-tap pos1 was given, and --scmoe-tap pos2",
+        "WARNING: --tokenizer-type HuggingFaceTokenizer was given, and --tokenizer-type NullTokenizer",
+    ]
+    assert run.losses[5] == pytest.approx(straight.losses[5], abs=3e-5)

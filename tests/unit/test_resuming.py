@@ -1,6 +1,8 @@
 """A run that would go on with another model, optimizer or schedule is refused by flag."""
 
 import argparse
+import copy
+import functools
 import sys
 
 import pytest
@@ -27,10 +29,20 @@ def folder(tmp_path_factory):
     return path
 
 
+@functools.cache
+def _arguments(*flags: str) -> argparse.Namespace:
+    return checkpoints.arguments(KIND, *flags)
+
+
+def arguments_of(*flags: str) -> argparse.Namespace:
+    """Arguments of a run of this kind of model, to be changed."""
+    return copy.copy(_arguments(*flags))
+
+
 def run(folder, *flags: str, **changes) -> argparse.Namespace:
     """Arguments of a run of the same model that loads ``folder``, but for flags and values."""
-    args = checkpoints.arguments(KIND, "--load", str(folder), *flags)
-    vars(args).update(changes)
+    args = arguments_of(*flags)
+    vars(args).update({"load": str(folder), **changes})
     return args
 
 
@@ -150,7 +162,7 @@ def without(args: argparse.Namespace, *names: str) -> argparse.Namespace:
 
 
 def test_stock_checkpoint_is_refused_with_the_way_to_convert_it():
-    args = checkpoints.arguments(KIND)
+    args = arguments_of()
     stock = without(args, *(name for name in vars(args) if name.startswith("scmoe_")))
     with pytest.raises(ScMoEConfigError, match=r"tools/convert.py upcycle --load /run") as caught:
         resuming.check(args, of(stock))
@@ -158,11 +170,11 @@ def test_stock_checkpoint_is_refused_with_the_way_to_convert_it():
 
 
 def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
-    older = without(checkpoints.arguments(KIND), "scmoe_post_norm", "scmoe_zero_experts", "use_mup")
-    resuming.check(checkpoints.arguments(KIND), of(older))
+    older = without(arguments_of(), "scmoe_post_norm", "scmoe_zero_experts", "use_mup")
+    resuming.check(arguments_of(), of(older))
     for flag in ("--scmoe-post-norm", "--use-mup"):
         with pytest.raises(ScMoEConfigError, match=f"{flag}: .* was trained with no {flag}"):
-            resuming.check(checkpoints.arguments(KIND, flag), of(older))
+            resuming.check(arguments_of(flag), of(older))
     assert with_defaults(older).scmoe_zero_experts == 0
 
 
@@ -171,19 +183,19 @@ class TestSpecOfAnOlderVersion:
 
     @pytest.fixture
     def older(self):
-        args = checkpoints.arguments(KIND, "--spec", "megatron_scmoe.spec", "scmoe_spec")
+        args = arguments_of("--spec", "megatron_scmoe.spec", "scmoe_spec")
         return without(args, *(name for name in vars(args) if name.startswith("scmoe_")))
 
     def test_the_run_s_fields_are_taken_with_a_warning(self, older, monkeypatch, capsys):
         monkeypatch.delenv("SCMOE_ARGS", raising=False)
-        resuming.check(checkpoints.arguments(KIND), of(older))
+        resuming.check(arguments_of(), of(older))
         assert "WARNING: --load /run: an older version saved" in capsys.readouterr().out
 
     def test_the_environment_says_what_it_is(self, older, monkeypatch):
         monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos1")
         assert with_defaults(older).scmoe_tap == "pos1"
         with pytest.raises(ScMoEConfigError, match="--scmoe-tap pos3"):
-            resuming.check(checkpoints.arguments(KIND), of(older))
+            resuming.check(arguments_of(), of(older))
 
 
 def test_use_checkpoint_args_restores_the_model_and_says_what_was_given(folder, monkeypatch):
@@ -209,20 +221,20 @@ def test_converted_checkpoints_restore_what_they_say(folder):
 
 class TestVocabulary:
     def saved(self, **changes):
-        args = checkpoints.arguments(KIND)  # NullTokenizer of 64 tokens, 96 rows
+        args = arguments_of()  # NullTokenizer of 64 tokens, 96 rows
         vars(args).update(changes)
         return of(args)
 
     def test_the_same(self):
-        resuming.check_vocabulary(checkpoints.arguments(KIND), self.saved(), 64)
+        resuming.check_vocabulary(arguments_of(), self.saved(), 64)
 
     def test_another_padding(self):
         saved = self.saved(tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
-        resuming.check_vocabulary(checkpoints.arguments(KIND), saved, 90)
+        resuming.check_vocabulary(arguments_of(), saved, 90)
 
     @pytest.mark.parametrize("tokens", [97, 63])
     def test_another_number_of_tokens_is_refused(self, tokens):
-        args = checkpoints.arguments(KIND)
+        args = arguments_of()
         with pytest.raises(ScMoEConfigError, match=f"a tokenizer of {tokens} tokens .*of 96 rows"):
             resuming.check_vocabulary(args, self.saved(), tokens)
         args.scmoe_changed = ["tokenizer-type"]
@@ -231,12 +243,12 @@ class TestVocabulary:
     def test_a_much_smaller_one_is_refused(self):
         rows = dict(padded_vocab_size=1024, tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
         with pytest.raises(ScMoEConfigError, match="trained with an embedding of 1024 rows"):
-            resuming.check_vocabulary(checkpoints.arguments(KIND), self.saved(**rows), 500)
+            resuming.check_vocabulary(arguments_of(), self.saved(**rows), 500)
 
 
 class TestOptimizer:
     def run(self, **changes):
-        args = checkpoints.arguments(KIND)
+        args = arguments_of()
         args.lr, args.train_iters, args.global_batch_size, args.rank = 0.1, 10, 8, 0
         args.start_weight_decay = args.end_weight_decay = args.weight_decay
         vars(args).update(changes)
@@ -297,6 +309,17 @@ class TestOptimizer:
         flag = f"--{size}-model-parallel-size"
         assert message.startswith(f"{flag} 2: ") and f"accepted: {flag} 1" in message
         optimizer_state.check(self.run(**changes), self.saved("fully_reshardable"))
+
+    def test_files_of_ranks_need_their_ranks(self):
+        saved = SavedRun(
+            "--load /run", saved_run.Path("/run/iter_0000007"), {"args": self.run()}, False
+        )
+        for finetune in (False, True):
+            message = self.refusal(saved, tensor_model_parallel_size=2, finetune=finetune)
+            assert message.startswith(
+                "--tensor-model-parallel-size 2: /run/iter_0000007 has a file"
+            )
+            assert "--ckpt-convert-format torch_dist" in message
 
     def test_plain_and_distributed_are_told_apart(self):
         message = self.refusal(self.saved(), use_distributed_optimizer=True)

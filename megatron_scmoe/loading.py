@@ -19,16 +19,17 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.module import Float16Module
-from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe import compat, preflight
 from megatron_scmoe.arguments import (
-    add_scmoe_args,
+    ENVIRONMENT_VARIABLE,
+    PREFIX,
+    defaults,
     scmoe_config_from_args,
-    scmoe_config_from_environment,
 )
+from megatron_scmoe.checkpoints.arguments import built_by_spec, with_defaults
 from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
@@ -82,17 +83,24 @@ class Checkpoint:
             raise PreflightError(
                 self.given, f"{self.path} holds no arguments", "a checkpoint that training wrote"
             )
-        parser = add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-        defaults = vars(parser.parse_args([]))  # of what later versions have added
-        self.args = argparse.Namespace(**defaults | vars(self._common["args"]))
+        self._saved = with_defaults(self._common["args"])
+        self.args = argparse.Namespace(**defaults() | vars(self._saved))  # of later versions
 
     def scmoe(self, settings: argparse.Namespace) -> ScMoEConfig | None:
-        """The configuration of ScMoE in these settings; None for a stock Megatron model."""
-        saved = self._common["args"]
-        if hasattr(saved, "scmoe_tap"):
+        """The configuration of ScMoE in these settings; None for a stock Megatron model.
+
+        Raises:
+            PreflightError: if an older version saved a ScMoE model without saying which.
+        """
+        if hasattr(self._saved, f"{PREFIX}tap"):
             return scmoe_config_from_args(settings)
-        if (getattr(saved, "spec", None) or [""])[0] == "megatron_scmoe.spec":
-            return scmoe_config_from_environment()
+        if built_by_spec(self._saved):
+            raise PreflightError(
+                self.given,
+                f"an older version saved {self.path} under --spec without its --scmoe-* flags",
+                f"{ENVIRONMENT_VARIABLE}='--scmoe-tap ...' in the environment, with those flags "
+                "('' if there were none)",
+            )
         return None
 
     def check_length(self, length: int, layout: Layout) -> None:

@@ -43,20 +43,14 @@ def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
 
 
 def check(args: argparse.Namespace, saved: SavedRun) -> None:
-    """Refuse a state of the optimizer that cannot be loaded into this run's.
+    """Refuse files, and a state of the optimizer, that cannot be loaded into this run's.
 
     Raises:
         ScMoEConfigError: it names what has to be otherwise.
     """
     before = saved.args
-    if before is None or not is_loaded(args, saved):
+    if before is None:
         return
-    if getattr(before, "optimizer", args.optimizer) != args.optimizer:
-        raise ScMoEConfigError(
-            f"--optimizer {args.optimizer}",
-            f"{saved.path} holds the state of {before.optimizer}",
-            f"--optimizer {before.optimizer}, or {_FRESH}",
-        )
     theirs = [in_flags(n, getattr(before, n)) for n in _SIZES if _differs(n, args, before)]
     mine = [in_flags(n, getattr(args, n)) for n in _SIZES if _differs(n, args, before)]
     if theirs and not saved.is_distributed:
@@ -64,6 +58,14 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             " ".join(mine),
             f"{saved.path} has a file for each rank of {' '.join(theirs)}",
             f"{' '.join(theirs)}; from these --ckpt-convert-format torch_dist converts it",
+        )
+    if not is_loaded(args, saved):
+        return
+    if getattr(before, "optimizer", args.optimizer) != args.optimizer:
+        raise ScMoEConfigError(
+            f"--optimizer {args.optimizer}",
+            f"{saved.path} holds the state of {before.optimizer}",
+            f"--optimizer {before.optimizer}, or {_FRESH}",
         )
     if not saved.is_distributed:
         return
@@ -197,8 +199,8 @@ def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
     optimizers = chain.chained_optimizers
     kinds = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
     if isinstance(state_dict, dict) and all(type(each) in kinds for each in optimizers):
-        saved = [part for key, part in state_dict.items() if isinstance(key, int)] or [state_dict]
-        saved = [part for part in saved if _inner(part).get("param_groups")]
+        several = [part for key, part in state_dict.items() if isinstance(key, int)]
+        saved = [part for part in (state_dict, *several) if _is_of_the_checkpoint(part)]
         if saved:
             if len(optimizers) == 1:
                 parts = {0: state_dict}
@@ -213,6 +215,11 @@ def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
 def _inner(part: dict) -> dict:
     """The state of PyTorch's optimizer in that of Megatron's."""
     return part.get("optimizer", part)
+
+
+def _is_of_the_checkpoint(part: dict) -> bool:
+    """Whether it has parameter groups that were stored, not those of this layout: bare lists."""
+    return any("lr" in group for group in _inner(part).get("param_groups", ()))
 
 
 def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> None:

@@ -111,7 +111,7 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
     Raises:
         ScMoEConfigError: at all settings of the model that differ, by flag, saved and given value.
     """
-    before = saved.args
+    before, free_too = saved.args, changed(args)
     if before is None:
         print_rank_0(
             f"WARNING: {saved.given}: {saved.path} says nothing of its model that could be compared "
@@ -130,11 +130,11 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
             "--scmoe-* flags; they are taken to be those of this run"
         )
-    names = [name for name in differences(args, before) if name not in changed(args)]
-    if names:
-        mine = ", ".join(in_flags(name, getattr(args, name)) for name in names)
-        theirs = ", ".join(in_flags(name, getattr(before, name, None)) for name in names)
-        words = " ".join(flag_of(name).removeprefix("--") for name in names)
+    found = {n: value for n, value in differences(args, before).items() if n not in free_too}
+    if found:
+        mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
+        theirs = ", ".join(in_flags(name, value) for name, value in found.items())
+        words = " ".join(flag_of(name).removeprefix("--") for name in found)
         raise ScMoEConfigError(
             mine,
             f"{saved.path} was trained with {theirs}",
@@ -143,22 +143,26 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
         )
 
 
-def differences(args: argparse.Namespace, saved: argparse.Namespace) -> list[str]:
-    """Names of the arguments in :data:`COMPARED` by which another model would go on.
+def differences(args: argparse.Namespace, saved: argparse.Namespace) -> dict[str, Any]:
+    """The arguments in :data:`COMPARED` by which another model would go on, and their saved values.
 
     An argument that Megatron or this package did not have yet when it was saved had the value that is
     the default now. What the model does not use does not count.
     """
-    standard = defaults()
-    older = argparse.Namespace(**{n: v for n, v in standard.items() if v is not None} | vars(saved))
+    standard = {
+        name: value
+        for name, value in defaults().items()
+        if value is not None and not name.startswith(PREFIX)  # with_defaults knows these
+    }
+    older = argparse.Namespace(**standard | vars(saved))
     names = [name for name in COMPARED if hasattr(older, name) and hasattr(args, name)]
     if args.position_embedding_type == "learned_absolute":
         names.append("max_position_embeddings")
-    return [
-        name
+    return {
+        name: getattr(older, name)
         for name in names
         if _is_used(name, args) and _meaning(name, args) != _meaning(name, older)
-    ]
+    }
 
 
 def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> list[str]:

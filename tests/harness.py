@@ -98,6 +98,11 @@ class Run:
         """Gradient norm by iteration, as printed (3 decimals)."""
         return self._logged(r"grad norm: ([\d.]+)")
 
+    @property
+    def learning_rates(self) -> dict[int, float]:
+        """Learning rate by iteration, as printed (7 digits)."""
+        return self._logged(r"learning rate: ([\d.E+-]+)")
+
     def _logged(self, pattern: str) -> dict[int, float]:
         found = re.findall(r"iteration +(\d+)/.*?" + pattern, self.output)
         return {int(iteration): float(value) for iteration, value in found}

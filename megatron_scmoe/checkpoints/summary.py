@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.checkpoints.arguments import built_by_spec
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.formats import NAMES, Tensors, find_format
 from megatron_scmoe.checkpoints.kinds import ACCEPTED, what_is
@@ -168,6 +169,10 @@ def _architecture(args: argparse.Namespace) -> str:
     if not args.num_experts:
         return "dense GPT"
     if not hasattr(args, "scmoe_tap"):
+        if built_by_spec(args):
+            return (
+                "ScMoE GPT; an older version saved none of its --scmoe-* ($SCMOE_ARGS gives them)"
+            )
         return "stock MoE GPT"
     norm = f"router norm {args.scmoe_router_norm}"
     post = ", post norm" if args.scmoe_post_norm else ""

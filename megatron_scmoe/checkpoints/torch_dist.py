@@ -178,8 +178,10 @@ def only_safe_types() -> Iterator[None]:
     forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in forced}
     os.environ.update(forced)
+    # The context forgets at its end what it is given, even if Megatron had registered it before.
+    known = torch.serialization.get_safe_globals()
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals([kind for kind in SAFE_GLOBALS if kind not in known]):
             yield
     finally:
         for name, value in before.items():

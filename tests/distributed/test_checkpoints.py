@@ -226,18 +226,20 @@ def test_training_goes_on_from_a_converted_checkpoint(tmp_path):
     assert continued(of_training, tmp_path / "back", 1) == pytest.approx(expected, abs=2e-6)
 
 
-def test_arguments_of_another_format_are_left_to_megatron(tmp_path):
-    scmoe = "--scmoe-tap pos3 --scmoe-combine cg2 --ckpt-format torch --train-iters 4".split()
-    flags = [*TINY, *NO_DROPOUT, *scmoe, "--expert-model-parallel-size", "1"]
+def test_arguments_of_files_of_ranks_are_compared_and_restored(tmp_path):
+    form = "--ckpt-format torch --train-iters 4".split()
+    scmoe = "--scmoe-tap pos3 --scmoe-combine cg2".split()
+    flags = [*TINY, *NO_DROPOUT, *form, "--expert-model-parallel-size", "1"]
     stop = ["--save", str(tmp_path), "--save-interval", "2", "--exit-interval", "2"]
-    assert run_pretrain([*flags, *stop]).status == 0
+    assert run_pretrain([*flags, *scmoe, *stop]).status == 0
     load = ["--load", str(tmp_path)]
-    expected = run_pretrain([*flags, *load])
+    expected = run_pretrain([*flags, *scmoe, *load])
     assert sorted(expected.losses) == [3, 4], expected.output[-3000:]
-    tokens = ["--vocab-size", "128"]  # Megatron takes the tokenizer's type and not this
-    run = run_pretrain([*TRAINING, *scmoe, *tokens, *load, "--use-checkpoint-args"])
+    run = run_pretrain([*TRAINING, *form, *load, "--use-checkpoint-args"])
     assert run.losses == expected.losses, run.output[-3000:]
-    assert "iter_0000002 is no torch_dist checkpoint; flags that Megatron does" in run.output
+    refused = run_pretrain([*flags, *load])
+    assert refused.status == 2
+    assert refused.error.startswith("--scmoe-tap pos2, --scmoe-combine cg1: ")
 
 
 TRAINING = """

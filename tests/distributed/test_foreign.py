@@ -62,16 +62,14 @@ def test_exported_and_evaluated(trained, tmp_path):
 
 
 def test_biases_move_behind_a_finalize_function_of_the_script(tmp_path):
-    flags = [*FLAGS, "--expert-model-parallel-size", "1", "--exit-interval", "2"]
+    flags = [*FLAGS, "--expert-model-parallel-size", "1", "--exit-interval", "1"]
     biased = f"{SCMOE} --scmoe-expert-bias sign"
-    save = ["--save", str(tmp_path), "--save-interval", "2"]
+    save = ["--save", str(tmp_path), "--save-interval", "1"]
     run = stock.run([*flags, *save], 1, biased, stock.main_with_own_finalize)
     assert run.status == 0, run.output[-3000:]
-    assert run.output.count("> the script's own finalize function") == 2
+    assert run.output.count("> the script's own finalize function") == 1
     bias = read_megatron(tmp_path).tensors["decoder.layers.1.mlp.router.expert_bias"].load()
-    steps = bias / 0.01  # each of the two steps moved each bias up or down
-    assert torch.allclose(steps, steps.round(), atol=1e-4)
-    assert set(steps.abs().round().tolist()) <= {0, 2} and steps.any()
+    assert bias.any() and torch.allclose(bias.abs().unique(), torch.tensor([0.01]), atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["the same flags", "the checkpoint's"])
@@ -91,7 +89,8 @@ def test_resume(trained, tmp_path, way):
 @pytest.mark.parametrize("scmoe_args", [None, "--scmoe-tap pos2 --scmoe-combine cg2"])
 def test_resume_with_other_flags_is_refused(trained, scmoe_args):
     _, folder = trained
-    run = stock.run([*FLAGS, "--load", str(folder)], 1, scmoe_args)
+    flags = [*FLAGS, "--expert-model-parallel-size", "1", "--load", str(folder)]
+    run = stock.run(flags, 1, scmoe_args)
     assert run.status == 2
     assert "Traceback" not in run.output
     assert "--scmoe-tap pos2" in run.error.split(" was trained with ")[0]

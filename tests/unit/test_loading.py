@@ -157,3 +157,32 @@ def test_an_evil_extra_state_changes_no_weight(saved, copy):
     model = loading.build_model(loading.Checkpoint(str(copy)), loading.Layout())
     weight = read_megatron(copy).tensors[WEIGHT].load()
     assert torch.equal(model.get_parameter(WEIGHT), weight)
+
+
+class TestSpecOfAnOlderVersion:
+    """It saved ``--spec`` and none of ScMoE's fields: only $SCMOE_ARGS can say what the model is."""
+
+    @pytest.fixture
+    def older(self, copy):
+        args = read_megatron(copy).args
+        for name in [name for name in vars(args) if name.startswith("scmoe_")]:
+            delattr(args, name)
+        args.spec = ["megatron_scmoe.spec", "scmoe_spec"]
+        path = copy / "iter_0000007"
+        shutil.rmtree(path)
+        path.mkdir()
+        dist_checkpointing.save({"args": args}, str(path))
+        return str(copy)
+
+    def test_without_the_variable_it_is_refused(self, older, monkeypatch):
+        monkeypatch.delenv("SCMOE_ARGS", raising=False)
+        checkpoint = loading.Checkpoint(older)
+        with pytest.raises(
+            PreflightError, match=r"without its --scmoe-\* flags; accepted: SCMOE_A"
+        ):
+            checkpoint.scmoe(checkpoint.args)
+
+    def test_with_it_it_is_what_that_says(self, older, monkeypatch):
+        monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos1")
+        checkpoint = loading.Checkpoint(older)
+        assert checkpoint.scmoe(checkpoint.args).tap == "pos1"

@@ -1,0 +1,125 @@
+"""A run resumed on other ranks, or for longer, goes on as if it had never stopped."""
+
+import pytest
+
+from tests.distributed.test_training import NO_DROPOUT, TINY
+from tests.harness import run_pretrain
+
+FLAGS = [*TINY, *NO_DROPOUT, "--make-vocab-size-divisible-by", "64", "--save-interval", "2"]
+FLAGS[FLAGS.index("--num-layers") + 1] = "4"
+FLAGS[FLAGS.index("--moe-layer-freq") + 1] = "[0,1]*2"
+STEPS = 6
+LAYOUTS = {
+    "EP2": (2, "--expert-model-parallel-size 2"),
+    "1 rank": (1, "--expert-model-parallel-size 1"),
+    "PP2": (2, "--expert-model-parallel-size 1 --pipeline-model-parallel-size 2"),
+    "TP2": (2, "--expert-model-parallel-size 1 --tensor-model-parallel-size 2 --sequence-parallel"),
+}
+OPTIMIZERS = {"plain": [], "distributed, bf16": ["--use-distributed-optimizer", "--bf16"]}
+
+
+def train(layout: str, optimizer: str, *flags: str):
+    ranks, of_layout = LAYOUTS[layout]
+    words = [*FLAGS, "--train-iters", str(STEPS), *OPTIMIZERS[optimizer], *of_layout.split()]
+    run = run_pretrain([*words, *flags], ranks)
+    assert run.status == 0, run.output[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run of an optimizer at EP2, with the checkpoints of steps 2, 4 and 6."""
+    done = {}
+
+    def of(optimizer: str):
+        if optimizer not in done:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            done[optimizer] = train("EP2", optimizer, "--save", str(folder)), folder
+        return done[optimizer]
+
+    return of
+
+
+def assert_goes_on(run, straight, first: int, last: int = STEPS, within: float = 3e-5) -> None:
+    """The printed losses and norms of the gradients are those of the run that was not stopped.
+
+    But for the order of sums, which another layout changes: without the steps that Adam has counted,
+    or its moments, a loss would be off by 3e-2.
+    """
+    assert sorted(run.losses) == list(range(first, last + 1))
+    for step in range(first, last + 1):
+        assert run.grad_norms[step] == pytest.approx(straight.grad_norms[step], abs=1e-2)
+        if step != first + 1:  # Megatron's second line after a start is a mean of two steps
+            assert run.losses[step] == pytest.approx(straight.losses[step], abs=within)
+
+
+@pytest.mark.parametrize(
+    "optimizer, layout",
+    [("plain", "PP2"), ("distributed, bf16", "1 rank"), ("distributed, bf16", "TP2")],
+)
+def test_resume_on_another_layout(undisturbed, optimizer, layout):
+    straight, folder = undisturbed(optimizer)
+    run = train(layout, optimizer, "--load", str(folder), "--ckpt-step", "2")
+    assert_goes_on(run, straight, 3, within=3e-5 if optimizer == "plain" else 1e-3)
+
+
+def test_there_and_back(undisturbed, tmp_path):
+    straight, folder = undisturbed("plain")
+    there = ["--load", str(folder), "--ckpt-step", "2", "--save", str(tmp_path)]
+    assert_goes_on(train("1 rank", "plain", *there, "--exit-interval", "4"), straight, 3, 4)
+    back = train("EP2", "plain", "--load", str(tmp_path), "--save", str(tmp_path))
+    assert_goes_on(back, straight, 5)
+
+
+class TestSchedule:
+    def resumed(self, undisturbed, *flags: str):
+        _, folder = undisturbed("plain")
+        ranks, layout = LAYOUTS["1 rank"]
+        words = [*FLAGS, *layout.split(), "--load", str(folder), "--ckpt-step", "4"]
+        return run_pretrain([*words, *flags], ranks)
+
+    def test_more_steps_of_a_larger_batch(self, undisturbed):
+        run = self.resumed(undisturbed, "--train-iters", "7", "--global-batch-size", "16")
+        assert run.status == 0, run.output[-3000:]
+        assert sorted(run.losses) == [5, 6, 7]
+        assert "decay over 160 samples, not 80" in run.output
+        # Four steps of 8 samples are done; from a peak of 1e-2 at 2 x 16 samples down to 0 at 160.
+        rates = {step: 1e-2 * (160 - 32 - 16 * (step - 4)) / 128 for step in (5, 6, 7)}
+        assert run.learning_rates == pytest.approx(rates)
+
+    def test_another_learning_rate_only_if_asked(self, undisturbed):
+        refused = self.resumed(undisturbed, "--train-iters", "6", "--lr", "5e-3")
+        assert refused.status == 2
+        assert refused.error.startswith("--lr 0.005: ")
+        asked = ["--train-iters", "6", "--lr", "5e-3", "--override-opt-param-scheduler"]
+        run = self.resumed(undisturbed, *asked)
+        assert run.status == 0, run.output[-3000:]
+        straight, _ = undisturbed("plain")
+        assert run.losses[5] == pytest.approx(straight.losses[5], abs=3e-5)
+        for step, rate in run.learning_rates.items():
+            assert rate == pytest.approx(straight.learning_rates[step] / 2)
+
+
+def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_path):
+    _, folder = undisturbed("plain")
+    run = run_pretrain([*FLAGS, "--train-iters", "6", "--load", str(folder), "--scmoe-tap", "pos3"])
+    assert run.status == 2
+    assert "Traceback" not in run.output
+    assert run.error.startswith("--scmoe-tap pos3: ")
+    assert "was trained with --scmoe-tap pos2" in run.error
+
+
+def test_what_is_given_beside_use_checkpoint_args_and_loses_is_named(undisturbed):
+    straight, folder = undisturbed("plain")
+    ranks, layout = LAYOUTS["1 rank"]
+    load = ["--load", str(folder), "--ckpt-step", "4", "--use-checkpoint-args"]
+    other = "--tokenizer-type HuggingFaceTokenizer --scmoe-tap pos1 --hidden-dropout 0.2".split()
+    run = run_pretrain([*FLAGS, *layout.split(), "--train-iters", "6", *load, *other], ranks)
+    assert run.status == 0, run.output[-3000:]
+    given = [line.split(" is used: ")[0] for line in run.output.splitlines() if "was given" in line]
+    assert sorted(given) == [
+        "WARNING: --hidden-dropout 0.2 was given, and --hidden-dropout 0.0",
+        "WARNING: --scmoe-tap pos1 was given, and --scmoe-tap pos2",
+        "WARNING: --tokenizer-type HuggingFaceTokenizer was given, and --tokenizer-type NullTokenizer",
+    ]
+    assert run.losses[5] == pytest.approx(straight.losses[5], abs=3e-5)

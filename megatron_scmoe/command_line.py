@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_scmoe.errors import ScMoEError
+
 LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
 
 
-class UsageError(Exception):
+class UsageError(ScMoEError):
     """A wrong request: the message is one line that names the flag and what is accepted."""
 
 
@@ -40,8 +42,8 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     prog = Path(sys.argv[0]).name
     try:
         main()
-    except UsageError as error:
-        end(f"{prog}: error: {error}", status=2)
+    except ScMoEError as error:
+        end(f"{prog}: error: {error}", status=error.status)
     except OSError as error:
         end(f"{prog}: error: {error.filename or ''} {error.strerror or error}", status=1)
     except KeyboardInterrupt:

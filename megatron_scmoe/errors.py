@@ -27,7 +27,8 @@ class SettingsError(ScMoEError, ValueError):
 
 @contextmanager
 def judged_by_megatron() -> Iterator[None]:
-    """Turn what Megatron says of settings, assertions and ValueErrors, into one line.
+    """Turn what Megatron says of settings into one line: assertions, ValueErrors, and the
+    RuntimeErrors and ImportErrors by which it asks for a package.
 
     Put its validation of arguments and configurations in here, and nothing else: anywhere else such
     an exception is a bug.
@@ -39,7 +40,7 @@ def judged_by_megatron() -> Iterator[None]:
         yield
     except ScMoEError:
         raise
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
         raise SettingsError(in_words(error)) from error
 
 

@@ -180,6 +180,9 @@ def _launcher_will_say() -> bool:
     return _ERROR_FILE in os.environ and len(set(restarts)) == 1
 
 
+_END_COMES_S = 60
+"""How long the launcher may take to end a rank, once another has said what is wrong and exits."""
+
 _RESTARTS = ("RESTART_COUNT", "MAX_RESTARTS")
 
 
@@ -189,9 +192,13 @@ def _write_error_file(message: str) -> None:
     That one writes a traceback of every exception; a refusal has none.
     """
     sys.stdout.flush()
+    file = Path(os.environ[_ERROR_FILE])
+    if any(other != file for other in file.parents[1].glob(f"*/{file.name}")):
+        _wait_for_the_end(_END_COMES_S)  # another rank of this host has said what is wrong
+        return
     content = {"py_callstack": f"\n{message}", "timestamp": str(int(time.time()))}
     data = {"message": {"message": message, "extraInfo": content}}
-    Path(os.environ[_ERROR_FILE]).write_text(json.dumps(data))
+    file.write_text(json.dumps(data))
 
 
 def _with_rank(error: BaseException) -> str:

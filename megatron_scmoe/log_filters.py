@@ -13,7 +13,7 @@ from megatron_scmoe import cpu
 def install() -> None:
     """Leave the lines out from now on; call it before anything of Megatron is imported."""
     for message, module in _WARNINGS_ON_IMPORT:
-        warnings.filterwarnings("ignore", f"{re.escape(message)}$", module=f"{re.escape(module)}$")
+        warnings.filterwarnings("ignore", f"{re.escape(message)}$", module=module)
     if cpu.is_enabled():
         for message, module in _WARNINGS_OF_A_GPU:
             warnings.filterwarnings("ignore", re.escape(message), module=f"{re.escape(module)}$")
@@ -35,12 +35,12 @@ class _LeaveOut(logging.Filter):
 
 _WARNINGS_ON_IMPORT = (
     # A docstring of an inference class, compiled anew where the wheel's folder cannot be written.
-    ("invalid escape sequence '\\-'", "megatron.core.inference.contexts.kv_block_allocator"),
+    ("invalid escape sequence '\\-'",  r".*\bkv_block_allocator$"),
     # Imported with the training loop, and not used.
     (
         "MimoModelConfig is experimental and still under active development. The API may change "
         "without notice in future releases.",
-        "megatron.core.models.mimo.config.base_configs",
+        r"megatron\.core\.models\.mimo\.config\.base_configs$",
     ),
 )
 

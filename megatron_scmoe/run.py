@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 -m megatron_scmoe.run Megatron-LM/pretrain_gpt.py \
         --scmoe-tap pos2 ... Megatron's flags ...
 
-The script and its Megatron stay as they are. It gets ``--spec megatron_scmoe.spec scmoe_spec``, and its
-``--scmoe-*`` flags, which its parser does not know, go into ``$SCMOE_ARGS``, where that spec reads them.
-Without a GPU, CUDA requests are mapped to the CPU before Megatron is imported. Flags that were not given
-and whose default cannot work are added, and named in a line.
+The script and its Megatron stay as they are. It gets ``--spec megatron_scmoe.spec scmoe_spec``, and
+its ``--scmoe-*`` flags, which its parser does not know, go into ``$SCMOE_ARGS``, where that spec reads
+them. Without a GPU, CUDA requests are mapped to the CPU before Megatron is imported. Flags that were
+not given and whose default cannot work are added, and named in a line.
 """
 
 import os
@@ -47,19 +47,15 @@ def main() -> None:
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))
-    on_cpu = cpu.FLAG in scmoe
-    if on_cpu:
+    if cpu.FLAG in scmoe:
         os.environ[cpu.VARIABLE] = "1"
     cpu.choose()
     log_filters.install()
     _make_parsers_readable()
     if not asks_for_help():
         launch.check()
-        given = [word for word in scmoe if word != cpu.FLAG]
-        if given:
-            os.environ["SCMOE_ARGS"] = " ".join(
-                [os.environ.get("SCMOE_ARGS", ""), *map(shlex.quote, given)]
-            )
+        given = shlex.join(word for word in scmoe if word != cpu.FLAG)
+        os.environ["SCMOE_ARGS"] = f"{os.environ.get('SCMOE_ARGS', '')} {given}".strip()
         added = missing_flags(flags)
         sys.argv += added
         if added and is_first_rank():

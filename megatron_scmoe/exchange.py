@@ -20,18 +20,18 @@ between does not hold the exchange back.
 Which stream may read what until when. Memory belongs to the stream it was allocated on; the caching
 allocator hands it out again on that stream as soon as the host drops the last reference.
 
-    memory                          belongs to       is read and written by             is kept until
-    tensors launched, and their     compute stream   NCCL's, the copy engines' or       compute waits for the
-    gradients                                        the launch stream                  arrival (wait, wait_backward)
-    copies of them that had to be   launch stream    the same                           the same, and compute's
-    made contiguous                                                                     work up to there is done
-    what arrives                    launch stream    the same, then compute             compute's last use is done
-    what a graph of the launch      either           the launch stream, in backward     compute waits for the
-    stream saved                                                                        gradients' arrival
+    memory (belongs to)               is read and written by           is kept until
+    tensors launched, and their       NCCL's streams, the copy         compute waits for the arrival
+    gradients (compute)               engines' or the launch stream    (wait, wait_backward)
+    copies of these, to make them     the same                         the same, and compute's work up
+    contiguous (launch)                                                to there is done
+    what arrives (launch)             the same, then compute           compute's last use is done
+    what a graph of the launch        the launch stream, in backward   compute waits for the gradients
+    stream saved (either)                                              that come back
 
-"Compute waits" is enqueued by the host before it drops the reference, so memory of the compute stream is
-handed out again behind that wait. Memory of the launch stream that compute depends on is marked with
-``record_stream``: the allocator then asks an event of the compute stream.
+The host enqueues that wait before it drops the reference, so memory of the compute stream is handed out
+again behind it. Memory of the launch stream that compute depends on is marked with ``record_stream``:
+the allocator then asks an event of the compute stream.
 """
 
 import functools

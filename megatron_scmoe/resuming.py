@@ -5,6 +5,7 @@ those of the command line: the weights load, and another model goes on.
 """
 
 import argparse
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from megatron.training.utils import print_rank_0
 
 from megatron_scmoe.arguments import (
     PREFIX,
-    add_scmoe_args,
     defaults,
     flag_of,
     in_flags,
@@ -23,6 +23,8 @@ from megatron_scmoe.checkpoints.arguments import (
     is_scmoe,
     model_arguments,
 )
+from megatron_scmoe.megatron_flags import add_run_args
+from megatron_scmoe.run_defaults import leave_out_one_logger
 from megatron_scmoe.saved_run import SavedRun
 from megatron_scmoe.validation import ScMoEConfigError, moe_pattern
 
@@ -42,19 +44,29 @@ COMPARED = (
 """The arguments that have to be the checkpoint's, or named by ``--scmoe-changed``."""
 
 
-def adding_args(saved: SavedRun | None = None, given: argparse.Namespace | None = None):
+def adding_args(
+    given: argparse.Namespace, chosen: Mapping[str, Any], saved: SavedRun | None
+) -> tuple[Callable, dict[str, Any]]:
     """An ``extra_args_provider`` for Megatron's parser, of a run that loads ``saved``.
 
     With ``--use-checkpoint-args`` what defines the model is the checkpoint's, whatever the command line
     says; :func:`overridden` tells the user. Megatron does that for some of it alone (not for the norms'
     epsilon, the rope's scaling, the router's groups), and knows nothing of ``--scmoe-*``.
+
+    Args:
+        given: the parsed flags.
+        chosen: what the run chooses where no flag is given.
+
+    Returns:
+        The provider, and what of ``chosen`` it takes.
     """
     free, fixed = {}, {}
     if saved is not None and saved.args is not None and given.use_checkpoint_args:
         free_too = changed(given)
         for name, value in model_arguments(saved.args).items():
             (free if name in FREE or name in free_too else fixed)[name] = value
-    return partial(add_args, defaults=free, fixed=fixed)
+    taken = {name: value for name, value in chosen.items() if name not in {*free, *fixed}}
+    return partial(_add_args, defaults=taken | free, fixed=fixed), taken
 
 
 def changed(args: argparse.Namespace) -> set[str]:
@@ -71,33 +83,6 @@ def changed(args: argparse.Namespace) -> set[str]:
             )
         names.add(name)
     return names
-
-
-def add_args(parser, *, defaults: dict[str, Any], fixed: dict[str, Any]):
-    """Add the flags of a run; an ``extra_args_provider`` of Megatron's parser.
-
-    Args:
-        defaults: what holds where no flag is given.
-        fixed: what holds whatever flag is given.
-    """
-    parser = add_scmoe_args(parser)
-    parser.add_argument(
-        "--no-dist-ckpt-optim-fully-reshardable",
-        dest="dist_ckpt_optim_fully_reshardable",
-        action="store_false",
-        help="Save the state of the distributed optimizer as it lies in memory: without gathering "
-        "it, and for the same TP, PP and EP sizes only.",
-    )
-    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True, **defaults)
-    parse = parser.parse_known_args
-
-    def parse_and_fix(*args, **kwargs):
-        found, rest = parse(*args, **kwargs)
-        vars(found).update(fixed)
-        return found, rest
-
-    parser.parse_known_args = parse_and_fix
-    return parser
 
 
 def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
@@ -206,6 +191,21 @@ def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> 
             f"{saved.path} was trained with {was}an embedding of {rows} rows",
             "its tokenizer, or --scmoe-changed tokenizer-type for another one on purpose",
         )
+
+
+def _add_args(parser, *, defaults: dict[str, Any], fixed: dict[str, Any]):
+    """Add the flags of a run; ``fixed`` holds whatever flag is given, ``defaults`` where none is."""
+    parser = leave_out_one_logger(add_run_args(parser))
+    parser.set_defaults(**defaults)
+    parse = parser.parse_known_args
+
+    def parse_and_fix(*args, **kwargs):
+        found, rest = parse(*args, **kwargs)
+        vars(found).update(fixed)
+        return found, rest
+
+    parser.parse_known_args = parse_and_fix
+    return parser
 
 
 _ROPE = ("rope", "yarn", "mrope")

@@ -1,6 +1,5 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
-import time
 from functools import partial
 
 import torch
@@ -19,15 +18,20 @@ from torch import Tensor
 from megatron_scmoe import (
     command_line,
     compat,
+    launch,
     optimizer_state,
     preflight,
     resuming,
+    run_checks,
+    run_defaults,
     saved_run,
     tuning,
 )
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.errors import judged_by_megatron
+from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
+from megatron_scmoe.saved_run import SavedRun
 from megatron_scmoe.spec import build_block_spec, describe
 from megatron_scmoe.validation import ScMoEConfigError, validate
 
@@ -35,31 +39,27 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 def main() -> None:
-    """Train, as the flags on the command line say. Exits with status 2 on unusable settings."""
-    try:
-        args, scmoe = parse_settings()
-        if args.eval_interval is None:
-            raise ScMoEConfigError(
-                "--eval-interval is not given",
-                "Megatron counts its evaluations with it",
-                "1 or more",
-            )
-        compat.leave_out_missing_fusions(args)
+    """Train, as the flags on the command line say.
+
+    Raises:
+        ScMoEError: for settings, files and folders that cannot serve; before anything is built, or,
+            of what only the ranks together or the GPU's driver can tell, as the model is built.
+    """
+    launch.check()
+    args, scmoe = parse_settings()
+    compat.leave_out_missing_fusions(args)
+    with judged_by_megatron():
         config = compat.transformer_config(args)
-        validate(scmoe, config)
-        preflight.check_tokens(args, get_tokenizer())
-        tokens = args.seq_length // args.context_parallel_size
-        tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
-    except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
-        fail(in_words(error))
-    except BaseException:
-        if not command_line.is_first_rank():
-            # The first rank may be about to say it in one line.
-            time.sleep(command_line.LAST_WORD_S)
-        raise
+    validate(scmoe, config)
+    preflight.check_tokens(args, get_tokenizer())
+    run_checks.check_disk(args)
+    tokens = args.seq_length // args.context_parallel_size
+    tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
 
     compat.apply(args)
-    model_config = compat.gpt_config(args, config)
+    with judged_by_megatron():
+        model_config = compat.gpt_config(args, config)
+        settings = pretrain_cfg_container_from_args(args, model_config)
     model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
     if scmoe.expert_slot == "auto":
         model_config.pre_wrap_hooks.append(
@@ -69,12 +69,7 @@ def main() -> None:
         )
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 def parse_settings():
@@ -86,40 +81,51 @@ def parse_settings():
     Raises:
         ScMoEConfigError: for settings that ScMoE cannot work with.
         PreflightError: for files and folders that cannot serve.
+        SettingsError: for settings that Megatron cannot work with.
+        UsageError: for a command line that cannot be parsed.
     """
+    given = _parse_args(lambda parser: run_defaults.leave_open(add_run_args(parser)))
     words = given_on_command_line()
-    given = parse_args(resuming.adding_args())
+    chosen = run_defaults.choose(given)
     saved = saved_run.find(given)
-    add_args = resuming.adding_args(saved, given)
-    given = parse_args(add_args)
+    add_args, chosen = resuming.adding_args(given, chosen, saved)
+    given = _parse_args(add_args)
+    if chosen and command_line.is_first_rank():
+        print(run_defaults.describe(chosen), flush=True)
     complete = not given.use_checkpoint_args or saved is None or saved.args is not None
     scmoe = scmoe_config_from_args(given)
+    run_checks.check_flags(given, has_model=complete)
     if complete:  # if not, Megatron reads the arguments, later; main() validates then
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
-    args = parse_and_validate_args(add_args)
+    with judged_by_megatron():
+        args = parse_and_validate_args(partial(prepare_parser, add_args))
     if saved is not None:
-        resuming.check(args, saved)
-        resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
-        optimizer_state.check(args, saved)
-        optimizer_state.settle_schedule(args, saved)
+        _go_on_from(saved, args, words)
     args.spec = None  # the checkpoint's, of a run that built the same model under --spec
     if args.non_persistent_ckpt_type == "local":
         args.dist_ckpt_optim_fully_reshardable = False  # Megatron cannot
-    if args.use_checkpoint_args:
-        for line in resuming.overridden(
-            words, args, "it is the checkpoint's (--use-checkpoint-args)"
-        ):
-            print_rank_0(line)
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe
 
 
-def fail(message: str) -> None:
-    """Print one line, on the first rank, and exit with status 2."""
-    command_line.end(f"pretrain_gpt_scmoe.py: error: {message}", status=2)
+def _parse_args(add_args):
+    with judged_by_megatron():
+        return parse_args(partial(prepare_parser, add_args))
+
+
+def _go_on_from(saved: SavedRun, args, given: dict) -> None:
+    """Compare the run with what it loads, and say what of the flags given is the checkpoint's now."""
+    resuming.check(args, saved)
+    resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
+    optimizer_state.check(args, saved)
+    optimizer_state.settle_schedule(args, saved)
+    if args.use_checkpoint_args:
+        reason = "it is the checkpoint's (--use-checkpoint-args)"
+        for line in resuming.overridden(given, args, reason):
+            print_rank_0(line)
 
 
 def forward_step(data_iterator, model):
@@ -263,6 +269,7 @@ _FOREIGN = {
         "it needs per-split caches, which are not wired",
     ),
     "per_dataset_sequences_path": ("--per-dataset-sequences-path", "it is not wired"),
+    "inprocess_restart": ("--inprocess-restart", "restarts within a process are not wired"),
     "perform_rl_step": ("--perform-rl-step", "reinforcement learning is not wired"),
     "logits_save_dir": ("--logits-save-dir", "distillation is not wired"),
     "logits_load_dir": ("--logits-load-dir", "distillation is not wired"),

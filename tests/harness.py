@@ -165,7 +165,7 @@ def _status_of_pretrain(
 
         command_line.LAST_WORD_S = 0.5
         try:
-            training.main()
+            command_line.run_command(training.main)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:

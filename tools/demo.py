@@ -41,6 +41,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
+from megatron_scmoe.errors import ScMoEError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -180,8 +181,10 @@ class Losses:
         return self.records.setdefault(iteration, Record(iteration))
 
 
-class RunFailed(Exception):
+class RunFailed(ScMoEError):
     """A training run ended with an error; the message points to its log."""
+
+    status = 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -417,10 +420,15 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _last_lines(log: Path, count: int = 20) -> str:
-    """The end of a log: without warnings, and before torchrun's report, which has no cause."""
+    """The end of a log: the cause that torchrun reports; without one, what precedes its report."""
     lines = log.read_text(errors="replace").splitlines()
     report = next((i for i, x in enumerate(lines) if "torch/distributed/elastic" in x), len(lines))
-    told = [x for x in lines[:report] if "Warning:" not in x and "warnings.warn(" not in x]
+    causes = [
+        i for i, x in enumerate(lines[report:], start=report) if x.startswith("  traceback :")
+    ]
+    told = [x[2:] for x in lines[causes[-1] + 1 :] if not x.startswith("=")] if causes else []
+    if not told:
+        told = [x for x in lines[:report] if "Warning:" not in x and "warnings.warn(" not in x]
     return "\n".join((told or lines)[-count:])
 
 

@@ -119,15 +119,12 @@ def read_megatron(path: str) -> MegatronCheckpoint:
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not _OTHER_STATE.match(key)
     }
-<<<<<<< HEAD
     saved = common.get("args")
-=======
     if not stored:
         raise ConversionError(
             f"{folder}: it holds no weights of a model"
             + (", but an optimizer's state" if metadata.state_dict_metadata else "")
         )
->>>>>>> convert
     return MegatronCheckpoint(
         path=folder,
         iteration=int(common.get("iteration", 0)),

@@ -43,7 +43,7 @@ from megatron_scmoe.checkpoints.store import (
     write_megatron,
 )
 from megatron_scmoe.checkpoints.vocabulary import Padding
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.errors import ScMoEError, judged_by_megatron
 from megatron_scmoe.loading import settings_of_the_model
 from megatron_scmoe.validation import moe_pattern, validate
 
@@ -103,9 +103,11 @@ def upcycle(
             a place that cannot be written; nothing is written then.
     """
     _check(how)
-    source = Path(source).expanduser()
-    args, tensors, notes = _convert(source, how)
-    _judge(args)
+    try:
+        args, tensors, notes = _convert(Path(source).expanduser(), how)
+        _judge(args)
+    except ScMoEError as error:
+        raise ConversionError(str(error)) from error
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors, "upcycling")
@@ -243,12 +245,11 @@ def _refuse(message: str) -> None:
 def _judge(args) -> None:
     """Have Megatron and this package judge the model, as training would; not its source's run."""
     trial = settings_of_the_model(args)
-    try:
-        scmoe = scmoe_config_from_args(args)
-        validate(scmoe, trial)
-        validate(scmoe, compat.transformer_config(trial))
-    except (ValueError, AssertionError) as error:  # of this package, and Megatron's own
-        raise ConversionError(in_words(error)) from error
+    scmoe = scmoe_config_from_args(args)
+    validate(scmoe, trial)
+    with judged_by_megatron():
+        config = compat.transformer_config(trial)
+    validate(scmoe, config)
 
 
 def _upcycle_dense(tensors: dict[str, LazyTensor], args, how: Upcycling) -> dict[str, LazyTensor]:

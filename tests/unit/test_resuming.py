@@ -13,6 +13,7 @@ from megatron_scmoe import arguments, optimizer_state, resuming, saved_run
 from megatron_scmoe.checkpoints.arguments import with_defaults
 from megatron_scmoe.checkpoints.store import read_megatron
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.megatron_flags import add_run_args
 from megatron_scmoe.saved_run import SavedRun
 from megatron_scmoe.validation import ScMoEConfigError
 from tests import checkpoints, models
@@ -202,9 +203,12 @@ def test_use_checkpoint_args_restores_the_model_and_says_what_was_given(folder, 
     words = ["--load", str(folder), "--use-checkpoint-args", "--scmoe-tap", "pos2", "--lr", "0.5"]
     words += ["--norm-epsilon", "1e-3", "--scmoe-changed", "norm-epsilon", "--num-layers", "4"]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_scmoe.py", *words])
-    given = parse_args(resuming.adding_args())
+    given = parse_args(add_run_args)
     saved = saved_run.find(given)
-    args = parse_args(resuming.adding_args(saved, given))
+    chosen = {"eval_iters": 0, "max_position_embeddings": 8}
+    add_args, taken = resuming.adding_args(given, chosen, saved)
+    assert taken == {"eval_iters": 0}
+    args = parse_args(add_args)
     assert (args.scmoe_tap, args.scmoe_combine, args.hidden_size) == ("pos3", "cg2", 32)
     assert args.layernorm_epsilon == 1e-3 and args.lr == 0.5
     resuming.check(args, saved)

@@ -21,7 +21,11 @@ from torch import Tensor
 from megatron_scmoe import command_line, compat, preflight, tuning
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
-from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
+from megatron_scmoe.checkpoints.torch_dist import (
+    find_iteration,
+    only_safe_types,
+    read_megatron,
+)
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import in_words
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
@@ -30,6 +34,7 @@ from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, val
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
+@only_safe_types()  # a checkpoint's objects may be anyone's
 def main() -> None:
     """Train, as the flags on the command line say. Exits with status 2 on unusable settings."""
     try:

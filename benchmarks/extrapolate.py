@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_scmoe.command_line import OneLineParser, UsageError, positive, run_tool
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
 from megatron_scmoe.schedule import build_schedule
-from megatron_scmoe.timeline import OperatorTimes, simulate
+from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError, simulate
 
 VOLUME = {"top2": 2, "shared": 1, "scmoe-serial": 1}
 """Tokens sent by systems that wait for all of their communication, in those of ScMoE."""
@@ -97,7 +97,7 @@ def main() -> None:
         raise UsageError(f"--bandwidth {options.bandwidth}: accepted: above 0")
     try:
         times = OperatorTimes.read(options.operators or options.result)
-    except ValueError as error:
+    except OperatorTimesError as error:
         raise UsageError(
             f"{error}; accepted: --operators FILE, or a result with --operators"
         ) from error

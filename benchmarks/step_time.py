@@ -51,14 +51,13 @@ from options import parse
 from shapes import SCMOE, STOCK, Shape
 
 from megatron_scmoe import tuning
-from megatron_scmoe.command_line import UsageError, run_tool, staged_outputs
+from megatron_scmoe.command_line import run_tool, staged_outputs
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.copy_engine import exchange_for
 from megatron_scmoe.exchange import AllToAll
 from megatron_scmoe.moe_layer import ScMoELayer
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.timeline import OperatorTimes
-from megatron_scmoe.validation import ScMoEConfigError
 
 MICRO_BATCHES_1F1B = 8
 """Micro-batches in which top2-1f1b is timed: it overlaps one's forward with another's backward."""
@@ -640,10 +639,7 @@ def main() -> None:
         copied=options.copied,
     )
     initialise(options.ep_channels, options.ep_high_priority, bool(shape.cuda_graphs))
-    try:
-        models = build_all(options.systems, shape, scmoe)
-    except ScMoEConfigError as error:
-        raise UsageError(str(error)) from error
+    models = build_all(options.systems, shape, scmoe)
     times = slots = None
     if "scmoe" in models:
         switch("scmoe", models["scmoe"], scmoe)

@@ -32,7 +32,7 @@ class _ScMoEArgumentGroup(ArgumentGroupFactory):
         kwargs = super()._build_argparse_kwargs_from_field(attribute)
         kwargs["dest"] = _PREFIX + attribute.name
         if "choices" not in kwargs and "action" not in kwargs:
-            kwargs["metavar"] = "N"
+            kwargs.setdefault("metavar", "N")
         return kwargs
 
 

@@ -1,20 +1,31 @@
-"""What command lines of tools and benchmarks share: errors of one line, outputs written whole."""
+"""What command lines share: errors of one line, bugs with their traceback, outputs written whole.
+
+Under torchrun the last thing on the screen is what torchrun itself prints of the first rank that
+failed: what stands in that rank's error file. So reasons and tracebacks are put there, and printed
+only where nobody would read the file.
+"""
 
 import argparse
+import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-LAST_WORD_S = 10  # how long other ranks wait for the first to say what is wrong
+from megatron_scmoe.errors import ScMoEError
+
+LAST_WORD_S = 10
+"""How long other ranks wait for the first to say what is wrong; the launcher then ends them."""
 
 
-class UsageError(Exception):
+class UsageError(ScMoEError):
     """A wrong request: the message is one line that names the flag and what is accepted."""
 
 
@@ -22,10 +33,20 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line, defaults shown in `--help`."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         end(f"{self.prog}: error: {message} (see {self.prog} --help)", status=2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that have none to speak of or whose help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, False) or "default" in text.lower():
+            return text
+        return super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -36,18 +57,45 @@ def positive(text: str) -> int:
 
 
 def run_tool(main: Callable[[], None]) -> NoReturn:
-    """Run a command line and end the process: 0 done, 1 failed, 2 wrong request, 130 Ctrl-C."""
+    """As :func:`run_command`; files that cannot be read or written are one line too (status 1)."""
+
+    def with_files():
+        try:
+            main()
+        except OSError as error:
+            raise _Failed(f"{error.filename or ''} {error.strerror or error}".strip()) from error
+
+    run_command(with_files)
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command line and end the process: 0 done, 1 failed, 2 wrong request, 130 Ctrl-C.
+
+    Errors of this package are one line. Everything else is a bug, and keeps its traceback.
+    """
     prog = Path(sys.argv[0]).name
     try:
         main()
-    except UsageError as error:
-        end(f"{prog}: error: {error}", status=2)
-    except OSError as error:
-        end(f"{prog}: error: {error.filename or ''} {error.strerror or error}", status=1)
+    except ScMoEError as error:
+        end(f"{prog}: error: {error}", status=error.status)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not _launcher_will_say():
+            raise
+        if _was_left_by_another_rank(error):
+            _wait_for_the_end(LAST_WORD_S)
+        elif not is_first_rank():
+            _wait_for_the_end(LAST_WORD_S / 5)  # all may fail alike
+        _write_error_file(_with_rank(error))
+        sys.exit(1)
     sys.exit(0)
+
+
+def asks_for_help() -> bool:
+    """Whether the command line asks for help, before there is a parser."""
+    return not {"-h", "--help"}.isdisjoint(sys.argv[1:])
 
 
 def is_first_rank() -> bool:
@@ -56,11 +104,18 @@ def is_first_rank() -> bool:
 
 
 def end(message: str, status: int) -> NoReturn:
-    """Say it on the first rank and exit; the launcher ends all ranks with the first that exits."""
-    if is_first_rank():
-        print(message, file=sys.stderr, flush=True)
+    """Say it and exit; the launcher ends all ranks with the first that exits, which is the first.
+
+    The other ranks wait for it. They have their say only where it does not come: if it has not found
+    what they found, or is on another host.
+    """
+    if not is_first_rank():
+        first_here = os.environ.get("LOCAL_RANK") == "0"
+        _wait_for_the_end(LAST_WORD_S / 2 if first_here else LAST_WORD_S)
+    if _launcher_will_say():
+        _write_error_file(message)
     else:
-        time.sleep(LAST_WORD_S)
+        print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -110,9 +165,55 @@ def staged_outputs(flag: str, outputs: Sequence[Path]) -> Iterator[list[Path]]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for flags that have none to speak of."""
+class _Failed(ScMoEError):
+    """A file or a disk failed; the request was right."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False)
-        return super()._get_help_string(action) if has_default else action.help
+    status = 1
+
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def _launcher_will_say() -> bool:
+    """Whether torchrun prints what stands in the error file: if it does not start the ranks again."""
+    restarts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in _RESTARTS)
+    return _ERROR_FILE in os.environ and len(set(restarts)) == 1
+
+
+_END_COMES_S = 60
+"""How long the launcher may take to end a rank, once another has said what is wrong and exits."""
+
+_RESTARTS = ("RESTART_COUNT", "MAX_RESTARTS")
+
+
+def _write_error_file(message: str) -> None:
+    """In the form of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
+
+    That one writes a traceback of every exception; a refusal has none.
+    """
+    sys.stdout.flush()
+    file = Path(os.environ[_ERROR_FILE])
+    if any(other != file for other in file.parents[1].glob(f"*/{file.name}")):
+        _wait_for_the_end(_END_COMES_S)  # another rank of this host has said what is wrong
+        return
+    content = {"py_callstack": f"\n{message}", "timestamp": str(int(time.time()))}
+    data = {"message": {"message": message, "extraInfo": content}}
+    file.write_text(json.dumps(data))
+
+
+def _with_rank(error: BaseException) -> str:
+    """The traceback; its last part, which is the last on the screen, names the rank."""
+    *trace, last = traceback.format_exception(error)
+    return "".join([*trace, f"rank {os.environ.get('RANK')}: {last}"]).rstrip()
+
+
+def _was_left_by_another_rank(error: BaseException) -> bool:
+    """Whether the error may be no more than the end of a rank that it was connected to."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or "gloo" in str(error) or "Connection" in str(error)
+
+
+def _wait_for_the_end(seconds: float) -> None:
+    """Wait, so that the rank that knows the reason gives it; the launcher's signal ends the wait."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron may have set a handler of its own
+    time.sleep(seconds)

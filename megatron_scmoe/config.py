@@ -63,7 +63,9 @@ class ScMoEConfig:
     pos3 (and the preceding attention before these); auto: the fastest, measured at start-up.
     Default: 1 with pos1 and pos2, 2 with pos3."""
 
-    operator_times: str | None = None
+    operator_times: str | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "FILE"}}
+    )
     """File (JSON) of the operator times that --scmoe-expert-slot auto chooses by. If it exists, it is
     read and nothing is measured; if not, the measured times are written to it."""
 

@@ -11,10 +11,20 @@ Kernels stay PyTorch's own CPU kernels: nothing here changes a number.
 import contextlib
 import functools
 import os
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+from megatron_scmoe.command_line import UsageError
+
+FLAG = "--scmoe-cpu"
+"""On the command line of a run: train on the CPU, whatever GPUs there are."""
+
+VARIABLE = "SCMOE_CPU"
+"""The same, as an environment variable: 1."""
 
 _enabled = False
 
@@ -24,9 +34,30 @@ def is_enabled() -> bool:
     return _enabled
 
 
+def choose() -> bool:
+    """As :func:`enable_if_no_gpu`, where a GPU that is there but cannot be used is to be missed.
+
+    Raises:
+        UsageError: if there is one; ``--scmoe-cpu`` and ``$SCMOE_CPU`` take the CPU all the same.
+    """
+    if not (is_asked_for() or torch.cuda.is_available()):
+        trace = _trace_of_a_gpu()
+        if trace is not None:
+            raise UsageError(
+                f"this machine has a GPU ({trace}), and {_why_unusable()}; accepted: a GPU that "
+                f"PyTorch sees, or {FLAG} (or {VARIABLE}=1), which takes the CPU"
+            )
+    return enable_if_no_gpu()
+
+
+def is_asked_for() -> bool:
+    """Whether command line or environment ask for the CPU."""
+    return FLAG in sys.argv[1:] or os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
 def enable_if_no_gpu() -> bool:
-    """Call :func:`enable` unless PyTorch sees a GPU. Returns whether the CPU is used."""
-    if not _enabled and torch.cuda.is_available():
+    """Call :func:`enable` if PyTorch sees no GPU or is not to use it. Returns whether it was called."""
+    if not (_enabled or is_asked_for()) and torch.cuda.is_available():
         return False
     enable()
     return True
@@ -48,6 +79,23 @@ def enable() -> None:
     _map_tensor_methods()
     _map_data_loader()
     _map_uneven_collectives()
+
+
+def _trace_of_a_gpu(root: Path = Path("/")) -> str | None:
+    """A file that only NVIDIA's driver, or Windows below Linux, makes for a GPU; None without one."""
+    for pattern in ("dev/nvidia[0-9]*", "proc/driver/nvidia/gpus/*", "dev/dxg"):
+        for found in sorted(root.glob(pattern)):
+            return str(found)
+    return None
+
+
+def _why_unusable() -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip(" -1,"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides it"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    return "PyTorch cannot use it (does nvidia-smi work?)"
 
 
 class _Stream:

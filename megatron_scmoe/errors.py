@@ -1,11 +1,47 @@
-"""What the errors of other libraries say, in one line for the user."""
+"""What is said to the user in one line: the package's own errors, and those of other libraries."""
 
 import ast
 import linecache
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 BARE_ASSERTION = "it must hold that"
+
+
+class ScMoEError(Exception):
+    """What was asked for cannot be done; base of every error that this package raises on purpose.
+
+    The message is one line: the flag or file, what was given, what is accepted. A command line shows
+    that line alone and ends with ``status``. Any other exception is a bug and keeps its traceback.
+    """
+
+    status = 2
+    """Exit status of a command line: 2 for a wrong request, 1 for one that failed."""
+
+
+class SettingsError(ScMoEError, ValueError):
+    """Settings that Megatron itself refuses, in the words of its assertion."""
+
+
+@contextmanager
+def judged_by_megatron() -> Iterator[None]:
+    """Turn what Megatron says of settings into one line: assertions, ValueErrors, and the
+    RuntimeErrors and ImportErrors by which it asks for a package.
+
+    Put its validation of arguments and configurations in here, and nothing else: anywhere else such
+    an exception is a bug.
+
+    Raises:
+        SettingsError: with Megatron's words.
+    """
+    try:
+        yield
+    except ScMoEError:
+        raise
+    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(in_words(error)) from error
 
 
 def in_words(error: BaseException, lines: int | None = None) -> str:

@@ -31,7 +31,8 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
-from megatron_scmoe.timeline import OperatorTimes
+from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
@@ -43,7 +44,7 @@ INDEX_SAMPLE = 1_000_000
 """Sequences whose entries in the index are looked at."""
 
 
-class PreflightError(ValueError):
+class PreflightError(ScMoEError, ValueError):
     """A file or folder that cannot serve; the message names the flag and the path.
 
     Args:
@@ -481,7 +482,7 @@ def _check_operator_times(args) -> None:
         return
     try:
         OperatorTimes.read(path)
-    except ValueError as error:
+    except OperatorTimesError as error:
         raise PreflightError(
             f"{flag} {error}",
             "it does not hold operator times",

@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
 
 ROUTED_OPERATORS = ("route", "permute", "dispatch", "experts", "combine", "unpermute")
@@ -20,6 +21,10 @@ COMPUTE, COMMUNICATION = "compute", "communication"
 
 _LAUNCHED = {Step.LAUNCH_DISPATCH: "dispatch", Step.LAUNCH_COMBINE: "combine"}
 _WAITED = {Step.WAIT_DISPATCH: "dispatch", Step.WAIT_COMBINE: "combine"}
+
+
+class OperatorTimesError(ScMoEError, ValueError):
+    """A file that holds no operator times; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +50,26 @@ class OperatorTimes:
         """Read what :meth:`write` wrote, or a result of benchmarks/step_time.py that holds it.
 
         Raises:
-            ValueError: if the file holds anything else; the message names file and fault.
+            OperatorTimesError: if the file holds anything else; the message names file and fault.
         """
         try:
             found = json.loads(Path(path).read_text())
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
+            raise OperatorTimesError(f"{path}: {error.strerror}") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise OperatorTimesError(f"{path}: {error}") from None
         if isinstance(found, dict) and "systems" in found:
             found = found.get("operators")
         for direction in ("forward", "backward"):
             times = found.get(direction) if isinstance(found, dict) else None
             if not isinstance(times, dict):
-                raise ValueError(f"{path}: no object '{direction}' with operator times")
+                raise OperatorTimesError(f"{path}: no object '{direction}' with operator times")
             for name in OPERATORS:
                 value = times.get(name)
                 if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                    raise ValueError(f"{path}: {direction} '{name}' is {value!r}, not milliseconds")
+                    raise OperatorTimesError(
+                        f"{path}: {direction} '{name}' is {value!r}, not milliseconds"
+                    )
         times = ({n: float(found[d][n]) for n in OPERATORS} for d in ("forward", "backward"))
         return cls(*times, found.get("measured_on", {}))
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_scmoe.errors import ScMoEError
+
 ATTENTION, GEMM, PERMUTATION = "attention core", "GEMM", "permutation"
 COMMUNICATION, OTHER = "communication", "other"
 
@@ -29,7 +31,7 @@ _STEP_ACCEPTED = (
 )
 
 
-class TraceError(ValueError):
+class TraceError(ScMoEError, ValueError):
     """A trace that cannot be used; one line names the file, what is wrong, what is accepted."""
 
     def __init__(self, path: str | Path, flaw: str, accepted: str):

@@ -1,7 +1,6 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
 import os
-import time
 from functools import partial
 
 import torch
@@ -18,8 +17,8 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_scmoe import command_line, compat, preflight, tuning
-from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe import command_line, compat, launch, preflight, run_defaults, tuning
+from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.torch_dist import (
     find_iteration,
@@ -27,7 +26,8 @@ from megatron_scmoe.checkpoints.torch_dist import (
     read_megatron,
 )
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.errors import judged_by_megatron
+from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.spec import build_block_spec, resolve_schedule
 from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
 
@@ -36,31 +36,26 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 @only_safe_types()  # a checkpoint's objects may be anyone's
 def main() -> None:
-    """Train, as the flags on the command line say. Exits with status 2 on unusable settings."""
-    try:
-        args, scmoe = parse_settings()
-        if args.eval_interval is None:
-            raise ScMoEConfigError(
-                "--eval-interval is not given",
-                "Megatron counts its evaluations with it",
-                "1 or more",
-            )
-        compat.leave_out_missing_fusions(args)
+    """Train, as the flags on the command line say.
+
+    Raises:
+        ScMoEError: for settings, files and folders that cannot serve; before anything is built, or,
+            of what only the ranks together or the GPU's driver can tell, as the model is built.
+    """
+    launch.check()
+    args, scmoe = parse_settings()
+    compat.leave_out_missing_fusions(args)
+    with judged_by_megatron():
         config = compat.transformer_config(args)
-        validate(scmoe, config)
-        preflight.check_tokens(args, get_tokenizer())
-        tokens = args.seq_length // args.context_parallel_size
-        tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
-    except (ScMoEConfigError, preflight.PreflightError, AssertionError, ValueError) as error:
-        fail(in_words(error))
-    except BaseException:
-        if not command_line.is_first_rank():
-            # The first rank may be about to say it in one line.
-            time.sleep(command_line.LAST_WORD_S)
-        raise
+    validate(scmoe, config)
+    preflight.check_tokens(args, get_tokenizer())
+    tokens = args.seq_length // args.context_parallel_size
+    tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
 
     compat.apply(args)
-    model_config = compat.gpt_config(args, config)
+    with judged_by_megatron():
+        model_config = compat.gpt_config(args, config)
+        settings = pretrain_cfg_container_from_args(args, model_config)
     model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
     if scmoe.expert_slot == "auto":
         model_config.pre_wrap_hooks.append(
@@ -70,12 +65,7 @@ def main() -> None:
         )
     print_rank_0(_describe(scmoe))
     datasets_provider.is_distributed = True
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 def parse_settings():
@@ -87,24 +77,36 @@ def parse_settings():
     Raises:
         ScMoEConfigError: for settings that ScMoE cannot work with.
         PreflightError: for files and folders that cannot serve.
+        SettingsError: for settings that Megatron cannot work with.
+        UsageError: for a command line that cannot be parsed.
     """
-    add_args = add_scmoe_args
-    given = parse_args(add_args)
+    given = _parse_args(lambda parser: run_defaults.leave_open(add_run_args(parser)))
+    chosen = run_defaults.choose(given)
     complete = True  # of another format Megatron reads the arguments, later; main() validates then
+    saved = {}
     if given.use_checkpoint_args:
         saved = _arguments_of_checkpoint(given)
         complete = saved is not None
-        add_args = partial(_add_args_with_defaults, saved or {})
-        given = parse_args(add_args)
+    chosen = {name: value for name, value in chosen.items() if name not in (saved or {})}
+    add_args = partial(_add_args_with_defaults, chosen | (saved or {}))
+    given = _parse_args(add_args)
+    if chosen and command_line.is_first_rank():
+        print(run_defaults.describe(chosen), flush=True)
     scmoe = scmoe_config_from_args(given)
     if complete:
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
-    args = parse_and_validate_args(add_args)
+    with judged_by_megatron():
+        args = parse_and_validate_args(partial(prepare_parser, add_args))
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe
+
+
+def _parse_args(add_args):
+    with judged_by_megatron():
+        return parse_args(partial(prepare_parser, add_args))
 
 
 def _arguments_of_checkpoint(given) -> dict | None:
@@ -132,14 +134,9 @@ def _arguments_of_checkpoint(given) -> dict | None:
 
 
 def _add_args_with_defaults(defaults, parser):
-    parser = add_scmoe_args(parser)
+    parser = run_defaults.leave_out_one_logger(add_run_args(parser))
     parser.set_defaults(**defaults)
     return parser
-
-
-def fail(message: str) -> None:
-    """Print one line, on the first rank, and exit with status 2."""
-    command_line.end(f"pretrain_gpt_scmoe.py: error: {message}", status=2)
 
 
 def forward_step(data_iterator, model):

@@ -19,10 +19,11 @@ from megatron.core.utils import is_torch_min_version
 
 from megatron_scmoe import cpu
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, ScMoEConfig
+from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.schedule import num_slots, slot_behind_second_attention
 
 
-class ScMoEConfigError(ValueError):
+class ScMoEConfigError(ScMoEError, ValueError):
     """A setting that ScMoE cannot work with.
 
     Args:

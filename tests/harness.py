@@ -111,7 +111,7 @@ def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str)
 
         command_line.LAST_WORD_S = 0.5
         try:
-            training.main()
+            command_line.run_command(training.main)
         except SystemExit as stop:
             stream.flush()
             os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))

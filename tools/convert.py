@@ -17,23 +17,17 @@ from pathlib import Path
 
 from corpus import quiet_imports
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
+from megatron_scmoe.command_line import OneLineParser, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
     quiet_imports()
-    from megatron_scmoe.checkpoints.lazy import ConversionError
-
     parser = OneLineParser(description="Convert checkpoints, and look into them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:
         add_command(commands)
     args = parser.parse_args(argv)
-    try:
-        lines = args.run(args)
-    except ConversionError as error:
-        raise UsageError(str(error)) from error
-    print("\n".join(lines))
+    print("\n".join(args.run(args)))
 
 
 def add_megatron_to_hf(commands: _SubParsersAction) -> None:

@@ -41,6 +41,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
+from megatron_scmoe.errors import ScMoEError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -180,8 +181,10 @@ class Losses:
         return self.records.setdefault(iteration, Record(iteration))
 
 
-class RunFailed(Exception):
+class RunFailed(ScMoEError):
     """A training run ended with an error; the message points to its log."""
+
+    status = 1
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,8 +23,8 @@ from megatron_scmoe.command_line import (
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
 from megatron_scmoe.schedule import TAP_BOUNDARY, build_schedule, num_slots
 from megatron_scmoe.schedule_plot import Panel, share_beside
-from megatron_scmoe.timeline import OperatorTimes
-from megatron_scmoe.trace import find_pairs, read_trace
+from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError
+from megatron_scmoe.trace import TraceError, find_pairs, read_trace
 
 PREDICTED_ONLY = ("tap", "slot", "all_slots", "chunks", "overlap")
 
@@ -98,7 +98,7 @@ def _check(args) -> None:
 def _predict(args):
     try:
         times = OperatorTimes.read(args.times)
-    except ValueError as error:
+    except OperatorTimesError as error:
         raise UsageError(
             f"--times {error}; accepted: a file written by --scmoe-operator-times"
         ) from error
@@ -139,7 +139,7 @@ def _predict(args):
 def _show_trace(args):
     try:
         pairs = find_pairs(read_trace(args.trace), args.trace)
-    except ValueError as error:
+    except TraceError as error:
         raise UsageError(f"--trace {error}") from error
     number = len(pairs) // 2 + 1 if args.pair is None else args.pair
     if not 1 <= number <= len(pairs):

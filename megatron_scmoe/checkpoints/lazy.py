@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron_scmoe.errors import ScMoEError
+
 Box = tuple[slice, ...]
 """A part of a tensor: a slice with start and stop for each dimension."""
 
@@ -20,7 +22,7 @@ Box = tuple[slice, ...]
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class ConversionError(ValueError):
+class ConversionError(ScMoEError, ValueError):
     """What stops a conversion, in one line that names the file, tensor or flag."""
 
 

@@ -42,6 +42,7 @@ from megatron_scmoe.checkpoints.store import (
     write_megatron,
 )
 from megatron_scmoe.checkpoints.torch_dist import LAYOUT
+from megatron_scmoe.errors import ScMoEError, judged_by_megatron
 from megatron_scmoe.loading import settings_of_the_model
 from megatron_scmoe.validation import moe_pattern, validate
 
@@ -100,8 +101,8 @@ def upcycle(
     try:
         args, tensors = _convert(Path(source).expanduser(), how)
         _judge(args)
-    except (ValueError, AssertionError) as error:  # of this package, and Megatron's own
-        raise ConversionError(" ".join(str(error).split()) or "unusable settings") from error
+    except ScMoEError as error:
+        raise ConversionError(str(error)) from error
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"  # as training saves it
     with new_folder(save, total_bytes(tensors), force, sources=[source]) as folder:
         write_megatron(folder, args, tensors, "upcycling")
@@ -251,7 +252,9 @@ def _judge(args) -> None:
     scmoe = scmoe_config_from_args(args)
     trial = settings_of_the_model(args)
     validate(scmoe, trial)
-    validate(scmoe, compat.transformer_config(trial))
+    with judged_by_megatron():
+        config = compat.transformer_config(trial)
+    validate(scmoe, config)
 
 
 def _upcycle_dense(tensors: dict[str, LazyTensor], args, how: Upcycling) -> dict[str, LazyTensor]:

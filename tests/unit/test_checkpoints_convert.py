@@ -547,10 +547,10 @@ def test_command_line_converts_and_inspects(source, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no tokenizer (the checkpoint's is NullTokenizer)" in printed
     assert "bfloat16 (" in printed and ROUTER in printed
-    with pytest.raises(convert.UsageError, match="exists; --force replaces it"):
+    with pytest.raises(ConversionError, match="exists; --force replaces it"):
         convert.main(["hf-to-megatron", "--input", hf, "--save", back])
     convert.main(["hf-to-megatron", "--input", hf, "--save", back, "--force"])
-    with pytest.raises(convert.UsageError, match="holds what is read"):
+    with pytest.raises(ConversionError, match="holds what is read"):
         convert.main(["megatron-to-hf", "--load", back, "--output", back, "--force"])
 
 

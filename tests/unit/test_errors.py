@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.copy_engine import CopyEngineError
+from megatron_scmoe.errors import ScMoEError, SettingsError, in_words, judged_by_megatron
+from megatron_scmoe.preflight import PreflightError
+from megatron_scmoe.timeline import OperatorTimesError
+from megatron_scmoe.trace import TraceError
+from megatron_scmoe.validation import ScMoEConfigError
 
 
 def caught(function, *args, **kwargs) -> Exception:
@@ -76,3 +83,21 @@ def test_lines_are_joined_and_may_be_limited():
     error = ValueError("one\n   two\nthree")
     assert in_words(error) == "one two three"
     assert in_words(error, lines=2) == "one two"
+
+
+class TestOwnErrors:
+    def test_all_have_one_base(self):
+        kinds = [ConversionError, CopyEngineError, OperatorTimesError, PreflightError]
+        kinds += [ScMoEConfigError, SettingsError, TraceError, UsageError]
+        assert all(issubclass(kind, ScMoEError) for kind in kinds)
+
+    def test_what_megatron_refuses_is_one(self):
+        for refusal in (AssertionError("two\n  lines"), ValueError("two lines")):
+            with pytest.raises(SettingsError, match=r"^two lines$"), judged_by_megatron():
+                raise refusal
+
+    def test_own_words_are_kept_and_a_bug_stays_one(self):
+        for error in (UsageError("own"), KeyError("bug"), TypeError("bug")):
+            with pytest.raises(type(error)) as caught, judged_by_megatron():
+                raise error
+            assert caught.value is error

@@ -35,7 +35,7 @@ class _LeaveOut(logging.Filter):
 
 _WARNINGS_ON_IMPORT = (
     # A docstring of an inference class, compiled anew where the wheel's folder cannot be written.
-    ("invalid escape sequence '\\-'",  r".*\bkv_block_allocator$"),
+    ("invalid escape sequence '\\-'", r".*\bkv_block_allocator$"),
     # Imported with the training loop, and not used.
     (
         "MimoModelConfig is experimental and still under active development. The API may change "

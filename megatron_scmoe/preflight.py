@@ -82,6 +82,17 @@ def check_files(args) -> None:
     _check_operator_times(args)
 
 
+def make_paths_absolute(args) -> None:
+    """Name the files of the tokenizer from the root: a checkpoint stores them for any other folder.
+
+    What is no file or folder here is left as it is: a name on the Hugging Face Hub, for example.
+    """
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, name)
+        if path is not None and os.path.exists(path):
+            setattr(args, name, os.path.abspath(path))
+
+
 def check_tokens(args, tokenizer) -> None:
     """Check that the tokenizer's vocabulary has the ids that the data has (a sample of them).
 

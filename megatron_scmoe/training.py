@@ -99,6 +99,7 @@ def parse_settings():
     preflight.check_files(given)
     with judged_by_megatron():
         args = parse_and_validate_args(partial(prepare_parser, add_args))
+    preflight.make_paths_absolute(args)
     if scmoe.combine == "cg1":
         args.moe_shared_expert_gate = True  # the spec builds it; Megatron's memory report asks here
     return args, scmoe

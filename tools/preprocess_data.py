@@ -256,6 +256,10 @@ def _import_megatron():
     Imported late, as it takes seconds that `--help` and a wrong flag need not wait for; and
     quietly, as what it says about missing GPU libraries is of no interest to a tokenizer.
     """
+    if __name__ == "__main__":  # in a process of its own: no compiler is needed here
+        from megatron_scmoe import megatron_flags
+
+        megatron_flags.import_lightly()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

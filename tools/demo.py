@@ -216,9 +216,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def demo(folder: Path, plan: Plan, extra_flags: Sequence[str]) -> None:
     """The whole demo, below `folder`. Raises RunFailed where a run fails."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # paths may have brackets
     hardware = Hardware.find()
-    console.print(f"[bold]ScMoE demo[/bold] on {hardware.ranks} ranks ({hardware.name})")
+    console.print(f"ScMoE demo on {hardware.ranks} ranks ({hardware.name})", style="bold")
     started = time.perf_counter()
     clear(folder)
     data = prepare(folder / "data", every=plan.every, workers=os.cpu_count() or 1)
@@ -381,10 +381,11 @@ class _Display:
         self._name, self._end, self._console = name, end, console
         self._lm = self._validation = self._aux = None
         self._every = max(1, (end - start) // 6)
+        self._line: tuple[int, str] | None = None  # iteration and text of a line that is due
         self._progress = Progress(
-            TextColumn("{task.description:<7}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("{task.fields[losses]}"), console=console,
-            disable=not console.is_terminal,
+            TextColumn("{task.description:<7}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[losses]}", markup=False),
+            console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task(
             name, completed=start, total=end or None, losses="starting"
@@ -395,6 +396,7 @@ class _Display:
         return self
 
     def __exit__(self, *exception) -> None:
+        self._print_due()
         self._progress.stop()
 
     def show(self, record: Record) -> None:
@@ -404,10 +406,18 @@ class _Display:
         parts = {"loss": self._lm, "aux": self._aux, "held-out": self._validation}
         text = "  ".join(f"{name} {value:.3f}" for name, value in parts.items() if value)
         self._progress.update(self._task, completed=record.iteration, losses=text)
+        if self._line is not None and self._line[0] != record.iteration:
+            self._print_due()
         due = record.iteration % self._every == 0 or record.validation_loss is not None
         if due and not self._console.is_terminal:
             where = f"{record.iteration}/{self._end}  " if self._end else ""
-            self._console.print(f"{self._name:<7} {where}{text}")
+            self._line = record.iteration, f"{self._name:<7} {where}{text}"
+
+    def _print_due(self) -> None:
+        """Print the line that waited for what else would be told of its iteration."""
+        if self._line is not None:
+            self._console.print(self._line[1])
+        self._line = None
 
 
 def _stop(process: subprocess.Popen) -> None:

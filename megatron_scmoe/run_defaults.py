@@ -21,6 +21,7 @@ OPEN = (
     "apply_rope_fusion",
     "moe_token_dispatcher_type",
     "eval_interval",
+    "eval_iters",
     "save_interval",
     "max_position_embeddings",
 )
@@ -59,12 +60,26 @@ def choose(given: argparse.Namespace) -> dict:
         wanted["save_interval"] = INTERVAL
     if given.seq_length is not None:
         wanted["max_position_embeddings"] = given.seq_length
+    if not has_validation_data(given):
+        wanted["eval_iters"] = 0
     marks = {name: getattr(given, name) for name in wanted}
     return {
         name: value
         for name, value in wanted.items()
         if isinstance(marks[name], _Unset) and marks[name].stock != value
     }
+
+
+def has_validation_data(args: argparse.Namespace) -> bool:
+    """Whether the flags that name the data leave some for evaluation."""
+    if args.mock_data or args.full_validation:
+        return True
+    if args.data_path or args.data_args_path:
+        shares = [part for part in (args.split or "969, 30, 1").split(",") if part.strip()]
+        return len(shares) > 1 and shares[1].strip() not in ("0", "0.0")
+    if args.per_split_data_args_path:
+        return True  # a file, which preflight.py reads
+    return bool(args.valid_data_path)
 
 
 def describe(chosen: dict) -> str:

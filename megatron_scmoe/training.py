@@ -17,7 +17,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_scmoe import command_line, compat, launch, preflight, run_defaults, tuning
+from megatron_scmoe import command_line, compat, launch, preflight, run_checks, run_defaults, tuning
 from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.torch_dist import (
@@ -49,6 +49,7 @@ def main() -> None:
         config = compat.transformer_config(args)
     validate(scmoe, config)
     preflight.check_tokens(args, get_tokenizer())
+    run_checks.check_disk(args)
     tokens = args.seq_length // args.context_parallel_size
     tuning.check_times(scmoe, tuning.sizes_of(config, args.micro_batch_size, tokens))
 
@@ -93,6 +94,7 @@ def parse_settings():
     if chosen and command_line.is_first_rank():
         print(run_defaults.describe(chosen), flush=True)
     scmoe = scmoe_config_from_args(given)
+    run_checks.check_flags(given, has_model=complete)
     if complete:
         validate(scmoe, given)
     _refuse_foreign_settings(given)

@@ -1,0 +1,141 @@
+"""Run a Megatron-LM checkout's own pretraining script with ScMoE.
+
+    torchrun --nproc-per-node 8 -m megatron_scmoe.run Megatron-LM/pretrain_gpt.py \
+        --scmoe-tap pos2 ... Megatron's flags ...
+
+The script and its Megatron stay as they are. It gets ``--spec megatron_scmoe.spec scmoe_spec``, and
+its ``--scmoe-*`` flags, which its parser does not know, go into ``$SCMOE_ARGS``, where that spec reads
+them. Without a GPU, CUDA requests are mapped to the CPU before Megatron is imported. Flags that were
+not given and whose default cannot work are added, and named in a line.
+"""
+
+import os
+import runpy
+import shlex
+import sys
+import traceback
+from argparse import ArgumentParser, HelpFormatter, Namespace
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_scmoe import cpu, launch, log_filters
+from megatron_scmoe.command_line import UsageError, asks_for_help, is_first_rank, run_command
+from megatron_scmoe.errors import ScMoEError, SettingsError, in_words
+
+USAGE = (
+    "torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT [--scmoe-* ...] [Megatron's flags]"
+)
+
+
+def main() -> None:
+    """Run the script that the command line names.
+
+    Raises:
+        ScMoEError: for what cannot be done, Megatron's refusal of arguments included.
+    """
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {USAGE}\n\n{__doc__}\nThe flags: pretrain_gpt_scmoe.py --help")
+        return
+    script = Path(words[0])
+    if words[0].startswith("-") or not script.is_file():
+        raise UsageError(
+            f"{words[0]}: there is no such script; accepted: a Megatron-LM checkout's pretrain_gpt.py "
+            f"first, then flags"
+        )
+    scmoe, flags = split_flags(words[1:])
+    sys.argv = [str(script), *flags]  # what errors name from here on
+    # As Python does for a script: a checkout's own megatron.core goes before an installed one.
+    sys.path.insert(0, str(script.resolve().parent))
+    if cpu.FLAG in scmoe:
+        os.environ[cpu.VARIABLE] = "1"
+    cpu.choose()
+    log_filters.install()
+    _make_parsers_readable()
+    if not asks_for_help():
+        launch.check()
+        given = shlex.join(word for word in scmoe if word != cpu.FLAG)
+        os.environ["SCMOE_ARGS"] = f"{os.environ.get('SCMOE_ARGS', '')} {given}".strip()
+        added = missing_flags(flags)
+        sys.argv += added
+        if added and is_first_rank():
+            where = "on the CPU over gloo; " if cpu.is_enabled() else ""
+            print(f"> {where}added where not given: {shlex.join(added)}", flush=True)
+        _close_gaps(flags)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except Exception as error:
+        if not isinstance(error, ScMoEError) and _is_of_arguments(error):
+            raise SettingsError(in_words(error)) from error
+        raise
+
+
+def split_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """The ``--scmoe-*`` flags with their values, and the others."""
+    scmoe: list[str] = []
+    others: list[str] = []
+    current = others
+    for word in words:
+        if word.startswith("--"):
+            current = scmoe if word.startswith(("--scmoe-", "--no-scmoe-")) else others
+        current.append(word)
+    return scmoe, others
+
+
+def missing_flags(given: list[str]) -> list[str]:
+    """What a run of ScMoE needs and was not given."""
+    wanted = [
+        ["--spec", "megatron_scmoe.spec", "scmoe_spec"],
+        ["--moe-token-dispatcher-type", "alltoall"],
+        ["--eval-interval", "1000"],
+    ]
+    if cpu.is_enabled():
+        wanted += [
+            ["--distributed-backend", "gloo"],
+            ["--transformer-impl", "local"],
+            ["--no-gradient-accumulation-fusion"],
+            ["--no-masked-softmax-fusion"],
+            ["--no-rope-fusion"],
+        ]
+    present = {word.split("=")[0] for word in given}
+    return [word for words in wanted if words[0] not in present for word in words]
+
+
+def _close_gaps(flags: list[str]) -> None:
+    """What pretrain_gpt_scmoe.py does before it starts the loop."""
+    from megatron_scmoe import compat
+
+    compat.apply(Namespace(async_save="--async-save" in flags))
+
+
+def _make_parsers_readable() -> None:
+    """In this process: a parser's error is one line, and a stray ``%`` in a help text is a ``%``."""
+    expand = HelpFormatter._expand_help
+
+    def expand_or_keep(self, action):
+        try:
+            return expand(self, action)
+        except (ValueError, TypeError, KeyError):
+            return action.help
+
+    def refuse(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+    HelpFormatter._expand_help = expand_or_keep
+    ArgumentParser.error = refuse
+
+
+def _is_of_arguments(error: Exception) -> bool:
+    """Whether Megatron raised it while it parsed and judged arguments; elsewhere it is a bug."""
+    if not isinstance(error, (AssertionError, ValueError, RuntimeError, ImportError)):
+        return False
+    judges = {"parse_args", "validate_args", "core_transformer_config_from_args"}
+    return any(
+        frame.f_code.co_name in judges
+        and frame.f_globals.get("__name__", "").startswith("megatron.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

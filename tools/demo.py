@@ -227,11 +227,10 @@ def demo(folder: Path, plan: Plan, extra_flags: Sequence[str]) -> None:
     schedule = f"""
         --lr-warmup-iters {plan.warmup} --lr-decay-iters {plan.last} --log-interval 1
         --eval-interval {plan.eval_every} --eval-iters 1
-        --ckpt-format torch_dist --save-interval {plan.last}
     """
     common = shlex.split(MODEL + OPTIMIZER + schedule) + hardware.flags + data_flags(data)
     common += ["--tensorboard-dir", str(folder / "tensorboard"), *extra_flags]
-    save = ["--save", str(checkpoints)]
+    save = ["--save", str(checkpoints), "--save-interval", str(plan.last)]
     # Megatron's scheduler counts --train-iters too, and would refuse to resume with more of them.
     load = ["--load", str(checkpoints), "--override-opt-param-scheduler"]
     stages = {
@@ -323,8 +322,8 @@ def run(
             raise
     if status != 0:
         raise RunFailed(
-            f"the run '{name}' failed with status {status}; its log is {_shown(log)}, "
-            f"which ends:\n\n{_last_lines(log)}"
+            f"the run '{name}' failed with status {status} (its log: {_shown(log)}):"
+            f"\n\n{_last_lines(log)}"
         )
 
 
@@ -430,8 +429,15 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _last_lines(log: Path, count: int = 20) -> str:
-    """The end of a log: without warnings, and before torchrun's report, which has no cause."""
-    lines = log.read_text(errors="replace").splitlines()
+    """The reason why a run failed: what torchrun reports of the first rank that did, if it does.
+
+    Otherwise the end of the log, without warnings and torchrun's report.
+    """
+    text = log.read_text(errors="replace")
+    reported = re.search(r"^Root Cause.*?^  traceback : (.*?)^=+$", text, re.DOTALL | re.MULTILINE)
+    if reported and not reported[1].startswith(("To enable", "Signal")):
+        return "\n".join(reported[1].strip().splitlines()[-count:])
+    lines = text.splitlines()
     report = next((i for i, x in enumerate(lines) if "torch/distributed/elastic" in x), len(lines))
     told = [x for x in lines[:report] if "Warning:" not in x and "warnings.warn(" not in x]
     return "\n".join((told or lines)[-count:])

@@ -138,6 +138,22 @@ ACCEPTED = {
 """Script, variables and words whose printed command has to be accepted."""
 
 
+@pytest.mark.parametrize("script", [TRAIN, SBATCH, LONGCAT])
+def test_dry_run_says_that_nothing_was_run(script):
+    finished = launch(script, MOCK, "--dry-run")
+    last = finished.stderr.splitlines()[-1]
+    assert last == f"{script.name}: --dry-run: that is the command; nothing was run"
+
+
+def test_shared_part_is_no_command():
+    shared = EXAMPLE / "launch.sh"
+    finished = subprocess.run(["bash", shared, "--dry-run"], capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "launch.sh: error: it runs nothing by itself; accepted: train.sh or train.sbatch\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def accepted() -> dict[str, tuple]:
     """The settings that the commands of ``ACCEPTED`` give, all read in one process."""

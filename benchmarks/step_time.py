@@ -25,6 +25,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
+from options import parse
+
+from megatron_scmoe.command_line import asks_for_help
+
+if __name__ == "__main__" and asks_for_help():
+    parse(on_cpu=False)  # shows it and ends, before the seconds that the imports below take
+
 from megatron_scmoe import cpu
 
 ON_CPU = cpu.enable_if_no_gpu()
@@ -47,7 +54,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from megatron.training.training import num_floating_point_operations
-from options import parse
 from shapes import SCMOE, STOCK, Shape
 
 from megatron_scmoe import tuning

@@ -73,13 +73,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Errors of this package are one line. Everything else is a bug, and keeps its traceback.
     """
-    prog = Path(sys.argv[0]).name
     try:
         main()
     except ScMoEError as error:
-        end(f"{prog}: error: {error}", status=error.status)
+        end(f"{_prog()}: error: {error}", status=error.status)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{_prog()}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not _launcher_will_say():
@@ -163,6 +162,10 @@ def staged_outputs(flag: str, outputs: Sequence[Path]) -> Iterator[list[Path]]:
             os.replace(source, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prog() -> str:
+    return Path(sys.argv[0]).name
 
 
 class _Failed(ScMoEError):

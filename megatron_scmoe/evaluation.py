@@ -206,6 +206,12 @@ class HuggingFaceModel:
         """The ids of a text, int64 [n]; no special tokens are added."""
         from transformers import AutoTokenizer
 
+        if not any(any(Path(self.folder).glob(name)) for name in _OF_TOKENIZERS):
+            raise PreflightError(
+                f"--hf {self.folder}",
+                "it has no tokenizer to read a text with",
+                "a folder with its tokenizer's files, or --tokens FILE",
+            )
         with self._errors():
             tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.trust)
         return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
@@ -284,6 +290,10 @@ class HuggingFaceModel:
                 f"transformers cannot load it ({reason})",
                 "a folder with config.json, weights and tokenizer; with code: --trust-remote-code",
             ) from error
+
+
+_OF_TOKENIZERS = ("tokenizer*", "tokenization_*.py", "vocab*", "*.model", "merges.txt")
+"""Files of which a Hugging Face folder with a tokenizer has one."""
 
 
 @dataclass(frozen=True)

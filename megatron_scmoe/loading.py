@@ -32,7 +32,7 @@ from megatron_scmoe.arguments import (
 from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.errors import in_words, judged_by_megatron
 from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.spec import build_block_spec
 
@@ -202,8 +202,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
         dtype: of the weights; None for that of the checkpoint's arguments.
 
     Raises:
-        PreflightError, ScMoEConfigError, ValueError, AssertionError: if checkpoint and layout do
-            not go together.
+        PreflightError, ScMoEConfigError, SettingsError: if checkpoint and layout do not go together.
     """
     args = _settings(checkpoint, layout, dtype)
     scmoe = checkpoint.scmoe(args)
@@ -215,8 +214,9 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
             "the checkpoint asks for code, and none that it names is run",
             "a model of ScMoE, or of Megatron's own",
         )
-    config = compat.transformer_config(args)
-    model_config = compat.gpt_config(args, config)
+    with judged_by_megatron():
+        config = compat.transformer_config(args)
+        model_config = compat.gpt_config(args, config)
     if scmoe is not None:
         keys = compat.has_local_norm_keys_at(str(checkpoint.path))
         model_config.transformer_layer_spec = partial(

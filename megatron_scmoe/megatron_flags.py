@@ -55,6 +55,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def show_help(prog: str, description: str) -> None:
     """Print every flag of a run: those of ScMoE first, then Megatron's."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     import_lightly()
     from megatron.training.arguments import add_megatron_arguments
 
@@ -70,8 +72,6 @@ def import_lightly() -> None:
 
     What compiles kernels is not imported: PyTorch's compiler, and the algebra of symbolic shapes.
     """
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     torch.compile = lambda model=None, **kwargs: model or (lambda function: function)
     sys.modules.setdefault("torch.fx.experimental.symbolic_shapes", MagicMock())
 

@@ -97,6 +97,8 @@ def missing_flags(given: list[str]) -> list[str]:
             ["--no-masked-softmax-fusion"],
             ["--no-rope-fusion"],
         ]
+    if "--seq-length" in given[:-1]:
+        wanted.append(["--max-position-embeddings", given[given.index("--seq-length") + 1]])
     present = {word.split("=")[0] for word in given}
     return [word for words in wanted if words[0] not in present for word in words]
 

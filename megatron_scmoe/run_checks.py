@@ -236,6 +236,7 @@ _PACKAGES = (
     ("wandb_project", bool, "wandb"),
     ("optimizer", lambda value: "muon" in value or value == "soap", "emerging_optimizers"),
     ("adlr_autoresume", bool, "userlib"),
+    ("enable_ft_package", bool, "nvidia_resiliency_ext"),
     ("tensorboard_dir", bool, "tensorboard"),
     ("log_device_memory_used", bool, "pynvml"),
     ("log_straggler", bool, "pynvml"),

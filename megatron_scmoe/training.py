@@ -289,6 +289,7 @@ _FOREIGN = {
         "it needs per-split caches, which are not wired",
     ),
     "per_dataset_sequences_path": ("--per-dataset-sequences-path", "it is not wired"),
+    "inprocess_restart": ("--inprocess-restart", "restarts within a process are not wired"),
     "perform_rl_step": ("--perform-rl-step", "reinforcement learning is not wired"),
     "logits_save_dir": ("--logits-save-dir", "distillation is not wired"),
     "logits_load_dir": ("--logits-load-dir", "distillation is not wired"),

@@ -75,12 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args, parser)
 
     quiet_imports()
-    from megatron_scmoe.errors import in_words
-
-    try:
-        report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
-    except (ValueError, AssertionError) as error:  # the package's refusals, and Megatron's
-        raise UsageError(in_words(error)) from error
+    report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     if is_first_rank():
         print(describe(report))
 

@@ -21,7 +21,7 @@ from megatron_scmoe import evaluation
 from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.errors import ScMoEError
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -368,7 +368,7 @@ def test_exported_folder_has_the_loss_of_its_checkpoint(data, trained, alone, tm
 
 
 def refusal(*flags) -> str:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(ScMoEError) as refused:
         run_tool("evaluate", *flags)
     assert "\n" not in str(refused.value)
     return str(refused.value)

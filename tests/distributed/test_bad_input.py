@@ -39,12 +39,9 @@ CALLS_PER_STEP = 2  # of forward_step: 8 sequences a step, 2 a micro-batch, on 2
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "text", documents=40)
-
-
-def write_dataset(prefix: Path, documents: int) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "text"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in np.random.default_rng(1).integers(0, VOCAB, (documents, 50)):
+    for document in np.random.default_rng(1).integers(0, VOCAB, (40, 50)):
         builder.add_document(document, [document.size])
     builder.finalize(f"{prefix}.idx")
     return prefix
@@ -104,19 +101,6 @@ class TestFiles:
     def test_split_that_leaves_a_part_empty(self, dataset):
         message = self.refusal(*MODEL, "--data-path", str(dataset))
         assert "falls to the test part of --split 969, 30, 1" in message
-
-    @pytest.mark.parametrize("documents", [40, 1])
-    def test_advice_for_a_split_trains(self, documents, tmp_path):
-        data = write_dataset(tmp_path / "text", documents)
-        evaluating = ("--eval-iters", "1", "--eval-interval", "2", "--train-iters", "3")
-        words = [*MODEL, "--data-path", str(data), *evaluating]
-        message = self.refusal(*words)
-        advice = re.search(r"accepted: more documents, or (--split .*)", message)[1].split()
-        assert ("--eval-iters" in advice) == (documents == 1)
-        run = harness.run_pretrain([*words, *advice])
-        assert run.status == 0, run.output
-        assert sorted(run.losses) == [1, 2, 3]
-        assert ("validation loss at iteration 2" in run.output) == (documents == 40)
 
     def test_assertion_of_megatron_without_a_message(self, dataset, tmp_path):
         words = flags(dataset, tmp_path)

@@ -10,10 +10,10 @@ import torch
 
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from tests import harness
-from tests.distributed.test_bad_input import MODEL
+from tests.distributed.test_advice_trains import FLAGS as MODEL
 
 STEP = 2
-FLAGS = [*MODEL, "--mock-data", "--train-iters", str(STEP), "--split", "1,0,0"]
+FLAGS = [*MODEL, "--mock-data", "--train-iters", str(STEP), "--eval-iters", "0"]
 
 
 class Touch:

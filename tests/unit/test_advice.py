@@ -3,7 +3,7 @@
 The messages end in "; accepted: ..." with flags, values of the flag in question, or words that
 IN_WORDS translates. Where a recommended setting is refused for another reason, its first advice is
 followed in turn, and so on: the user's way ends with settings that are accepted. Advice for files is
-tried in tests/unit/test_preflight.py and, by training, in tests/distributed/test_bad_input.py.
+tried in tests/unit/test_preflight.py and, by training, in tests/distributed/test_advice_trains.py.
 """
 
 import functools

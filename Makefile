@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both install what they need into .venv first.
+# `make demo` and `make test` install what they need into .venv first; `make install` does only that.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help install demo test test-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv, with the package and all that the others need
 
 demo: $(INSTALLED)  ## train a small ScMoE GPT on the source of Python's standard library
 	@$(BIN)/python tools/demo.py $(ARGS)

@@ -104,7 +104,9 @@ class ScMoELayer(MoELayer):
         return probs, chosen, zero[0] if zero else None
 
     def _join(self, x: Tensor, shared: Tensor | None, routed: Tensor) -> Tensor:
-        """scmoe.md section 1: direct add, CG-1 (the sigmoid is in the shared expert), CG-2."""
+        """Direct add, SE + R; CG-1, the same, as sigmoid(w.x) is in the shared expert; CG-2,
+        c_0 SE + c_1 R with c = softmax(W x) (the paper's section 3; x is the shared expert's input).
+        """
         if shared is None:
             return routed
         if self.combine_gate is None:

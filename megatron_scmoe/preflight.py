@@ -11,6 +11,7 @@ go on to the rendezvous; if the first one stops, the launcher ends them there.
 import copy
 import json
 import os
+import re
 import struct
 import tempfile
 import zipfile
@@ -64,13 +65,14 @@ def check_files(args) -> None:
     """
     if args.rank != 0:
         return
+    to_split = []
     for dataset in _datasets(args):
         _, starts = dataset.check()
         if dataset.is_split:
-            split = "969, 30, 1" if args.split is None else args.split  # Megatron's default
-            dataset.check_split(split, starts)
+            to_split.append((dataset, starts))
         if args.data_cache_path is None:
             _check_cache_beside(dataset)
+    _check_split("969, 30, 1" if args.split is None else args.split, to_split)  # Megatron's default
     if not args.use_checkpoint_args:  # they name another tokenizer
         _check_tokenizer(args)
     _check_checkpoint(args)
@@ -79,6 +81,17 @@ def check_files(args) -> None:
         if _value(args, flag) is not None:
             _check_writable(flag, _value(args, flag))
     _check_operator_times(args)
+
+
+def make_paths_absolute(args) -> None:
+    """Name the files of the tokenizer from the root: a checkpoint stores them for any other folder.
+
+    What is no file or folder here is left as it is: a name on the Hugging Face Hub, for example.
+    """
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, name)
+        if path is not None and os.path.exists(path):
+            setattr(args, name, os.path.abspath(path))
 
 
 def check_tokens(args, tokenizer) -> None:
@@ -225,20 +238,16 @@ class _Dataset:
                 return window.start + position, int(ids[position])
         return None
 
-    def check_split(self, split: str, starts: np.ndarray) -> None:
-        """Refuse a part without a token: Megatron would go round in it for ever."""
+    def part_without_token(self, split: str, starts: np.ndarray) -> str | None:
+        """The name of a part of ``split`` that gets no token; None if all get some."""
         for part, share in zip(Split, convert_split_vector_to_split_matrix(_parse_split(split))):
             if share is None:
                 continue
             first, last = (round(edge * starts.size) for edge in share)
             end = starts[last] if last < starts.size else os.path.getsize(self.bin)
             if first == last or starts[first] == end:
-                raise PreflightError(
-                    self.given,
-                    f"no token of its {starts.size} sequences falls to the {part.name} part of "
-                    f"--split {split}",
-                    "more documents, or --split 1,0,0",
-                )
+                return part.name
+        return None
 
     def _check_entries(self, sequences: int, documents: int, itemsize: int) -> np.ndarray:
         offset = self._HEADER.size
@@ -316,6 +325,33 @@ def _data_source(args) -> str | None:
 
 def _value(args, flag: str):
     return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _check_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> None:
+    """Refuse a part without a token: Megatron would go round in it for ever."""
+    for dataset, starts in datasets:
+        part = dataset.part_without_token(split, starts)
+        if part is not None:
+            raise PreflightError(
+                dataset.given,
+                f"no token of its {starts.size} sequences falls to the {part} part of --split {split}",
+                f"more documents, or {_nearest_split(split, datasets)}",
+            )
+
+
+def _nearest_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> str:
+    """The flags of a split that gives every part of every dataset some tokens.
+
+    Without the part for tests; else one sequence of the smallest dataset for validation; else none,
+    and then there is nothing to evaluate on.
+    """
+    train, valid, *_ = (*re.findall(r"[.0-9]+", split), "0")  # as Megatron reads it
+    smallest = min(starts.size for _, starts in datasets)
+    for wanted in (f"{train},{valid},0", f"{smallest - 1},1,0"):
+        both = float(wanted.split(",")[0]) > 0 and float(wanted.split(",")[1]) > 0
+        if both and not any(d.part_without_token(wanted, starts) for d, starts in datasets):
+            return f"--split {wanted}"
+    return "--split 1,0,0 --eval-iters 0"
 
 
 def _parse_split(split: str) -> list[float]:

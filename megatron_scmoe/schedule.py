@@ -112,7 +112,7 @@ class Schedule:
 def build_schedule(
     tap: Tap, slot: int, overlap: bool, launch_late: bool = False, chunks: int = 1
 ) -> Schedule:
-    """The schedule of one pair (scmoe.md section 2; ICML 2025, section 3.2).
+    """The schedule of one pair (arXiv 2404.05019, section 3.2).
 
     Gate and encode come as early as possible, decode as late as possible. With ``overlap`` the
     dispatch is in flight from the tap to the slot and the combine from the slot to the end;

@@ -28,6 +28,7 @@ from megatron_scmoe import (
     tuning,
 )
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
+from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import judged_by_megatron
 from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
@@ -38,6 +39,7 @@ from megatron_scmoe.validation import ScMoEConfigError, validate
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
+@only_safe_types()  # a checkpoint's objects may be anyone's
 def main() -> None:
     """Train, as the flags on the command line say.
 
@@ -101,6 +103,7 @@ def parse_settings():
     preflight.check_files(given)
     with judged_by_megatron():
         args = parse_and_validate_args(partial(prepare_parser, add_args))
+    preflight.make_paths_absolute(args)
     if saved is not None:
         _go_on_from(saved, args, words)
     args.spec = None  # the checkpoint's, of a run that built the same model under --spec

@@ -494,7 +494,7 @@ def _check_cuda_graphs(scmoe: ScMoEConfig, view: _View) -> None:
             positions not in (None, "rope", "learned_absolute", "none"),
             f"with --position-embedding-type {positions}",
             "Megatron captures attention without these positions",
-            "rope, learned_absolute or none",
+            "--position-embedding-type rope, learned_absolute or none",
         ),
     ):
         if wrong:
@@ -664,14 +664,14 @@ _REFUSED: tuple[tuple[str, Callable, str, str, str], ...] = (
         bool,
         "--use-megatron-fsdp",
         "it gathers parameters on entering a block, when the routed path has begun",
-        "--use-distributed-optimizer",
+        "--use-distributed-optimizer instead",
     ),
     (
         "use_torch_fsdp2",
         bool,
         "--use-torch-fsdp2",
         "it gathers parameters on entering a block, when the routed path has begun",
-        "--use-distributed-optimizer",
+        "--use-distributed-optimizer instead",
     ),
 )
 
@@ -705,7 +705,7 @@ def _check_local_implementation(scmoe: ScMoEConfig, view: _View) -> None:
         raise ScMoEConfigError(
             f"--context-parallel-size {view.context_parallel_size} with --transformer-impl local",
             "Megatron's local attention knows no context parallelism",
-            "--transformer-impl transformer_engine, or 1",
+            "--transformer-impl transformer_engine, or --context-parallel-size 1",
         )
 
 

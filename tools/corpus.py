@@ -1,13 +1,19 @@
 """What the data tools share: reading documents.
 
 A *document* is the unit Megatron's datasets shuffle: one plain-text file, or one line of a
-JSON-lines file. Text is read as UTF-8 exactly as it stands (no newline translation), so that
-what a tokenizer decodes can be compared with what was read.
+JSON-lines file. Text is read as UTF-8 exactly as it stands (no newline translation; a byte-order
+mark at the beginning of a file is no text), so that what a tokenizer decodes can be compared with
+what was read.
 """
 
+import bz2
+import gzip
+import io
 import json
 import logging
+import lzma
 import warnings
+import zlib
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +21,13 @@ from pathlib import Path
 
 from megatron_scmoe.command_line import UsageError, asks_for_help
 
-JSON_LINES_SUFFIXES = (".jsonl", ".json")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DEFAULT_SUFFIXES = (".txt", ".jsonl")
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""What opens a compressed file, by the ending of its name."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHOWN_KEYS = 8
 
 
 def quiet_imports() -> None:
@@ -42,31 +53,78 @@ class Document:
     text: str
 
 
+@dataclass
+class BadLines:
+    """The lines that hold no text: refused at the first one, or left out and counted."""
+
+    skip: bool = False
+    count: int = 0
+    first: str = ""
+
+    def found(self, where: str, reason: str, accepted: str) -> None:
+        """Take note of a line that cannot be read.
+
+        Args:
+            where: the flag that led to the line, and the line.
+
+        Raises:
+            UsageError: unless such lines are to be left out.
+        """
+        if not self.skip:
+            raise UsageError(
+                f"{where}: {reason}; accepted is {accepted}, or --skip-bad-lines to leave such "
+                "lines out"
+            )
+        self.count += 1
+        self.first = self.first or f"{where}: {reason}"
+
+    def summary(self) -> str:
+        """How many lines were left out, and why the first one was; empty if there was none."""
+        if not self.count:
+            return ""
+        lines = "line" if self.count == 1 else "lines"
+        return _printable(f"left out {self.count:,} bad {lines}; the first: {self.first}")
+
+
+class _BadLine(Exception):
+    """Why a line holds no text, and what would."""
+
+
 def add_input_arguments(parser: ArgumentParser) -> None:
     """The flags that say which documents to read; `find_files` and `read_documents` use them."""
     parser.add_argument(
         "--input", nargs="+", type=Path, required=True, metavar="PATH",
-        help="text files, JSON-lines files (.jsonl, .json), or folders of them",
+        help="text files, JSON-lines files (.jsonl, .ndjson, .json), either of them compressed "
+        "(.gz, .bz2, .xz), or folders of them; a text file is one document, and so is a JSON line",
     )  # fmt: skip
     parser.add_argument(
         "--suffix", nargs="+", default=list(DEFAULT_SUFFIXES), metavar="SUFFIX",
-        help="which files of an --input folder are read; a file named itself is always read",
+        help="which files of an --input folder are read, compressed ones as well; a file named "
+        "itself is always read",
     )  # fmt: skip
     parser.add_argument(
         "--json-key", default="text", metavar="KEY",
         help="the field of a JSON line that holds the text",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true",
+        help="leave out lines that are not UTF-8, not JSON or without text under --json-key, "
+        "and say at the end how many",
     )  # fmt: skip
 
 
 def find_files(inputs: Sequence[Path], suffixes: Sequence[str] = DEFAULT_SUFFIXES) -> list[Path]:
     """The files behind `--input`: files as given, folders searched in sorted order.
 
-    Raises UsageError for a path that does not exist and a folder with nothing to read.
+    Raises UsageError for a path that does not exist or is no file, and a folder with nothing to
+    read.
     """
+    accepted = "accepted are text files, JSON-lines files and folders of them"
+    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED))
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)))
+            found = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
             found = [p for p in found if p.is_file()]
             if not found:
                 raise UsageError(
@@ -76,54 +134,140 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str] = DEFAULT_SUFFIXE
             files += found
         elif path.is_file():
             files.append(path)
+        elif path.exists():
+            raise UsageError(f"--input {path}: a pipe or a device, no file; {accepted}")
         else:
-            raise UsageError(
-                f"--input {path}: no such file or folder; accepted are text files, "
-                "JSON-lines files and folders of them"
-            )
+            raise UsageError(f"--input {path}: no such file or folder; {accepted}")
     return files
 
 
-def read_documents(files: Sequence[Path], json_key: str = "text") -> Iterator[Document]:
+def read_documents(
+    files: Sequence[Path], json_key: str = "text", bad_lines: BadLines | None = None
+) -> Iterator[Document]:
     """Yield the documents of `files` in order, empty ones included.
 
-    Raises UsageError naming file (and line) where text is not UTF-8, a line is not a JSON
-    object, or the object has no string under `json_key`.
+    `bad_lines` says what to do with a line that is not UTF-8, or that is not a JSON object with
+    a string under `json_key`, and counts them; by default the first one raises UsageError, which
+    names file and line. A file that cannot be read, or is cut off, always does.
     """
+    bad_lines = bad_lines or BadLines()
     for file in files:
         try:
-            if file.suffix in JSON_LINES_SUFFIXES:
-                yield from _read_json_lines(file, json_key)
+            if _bare_suffix(file) in JSON_LINES_SUFFIXES:
+                yield from _read_json_lines(file, json_key, bad_lines)
             else:
-                yield Document(str(file), _decode(file.read_bytes(), str(file)))
-        except OSError as error:
-            raise UsageError(f"--input {file}: cannot be read ({error.strerror})") from error
+                yield _read_text(file, bad_lines)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--input {file}: cannot be read ({reason})") from error
 
 
-def _read_json_lines(file: Path, json_key: str) -> Iterator[Document]:
-    with open(file, "rb") as stream:
+def no_text(bad_lines: BadLines | None = None) -> UsageError:
+    """What to raise where the documents hold nothing, as all lines were bad or all files empty."""
+    left_out = bad_lines.summary() if bad_lines else ""
+    return UsageError("--input: there is no text in it" + (f" ({left_out})" if left_out else ""))
+
+
+def _bare_suffix(file: Path) -> str:
+    """The ending of a name, without that of its compression."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def _open(file: Path):
+    if file.suffix == ".zst":
+        raise UsageError(
+            f"--input {file}: Zstandard is not read here; accepted are files unpacked by zstd -d, "
+            f"or {', '.join(COMPRESSED)}"
+        )
+    return COMPRESSED.get(file.suffix, open)(file, "rb")
+
+
+def _read_text(file: Path, bad_lines: BadLines) -> Document:
+    with _open(file) as stream:
+        raw = stream.read().removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return Document(str(file), _decode(raw))
+    except _BadLine:
+        return Document(str(file), "".join(_good_lines(file, raw, bad_lines)))
+
+
+def _good_lines(file: Path, raw: bytes, bad_lines: BadLines) -> Iterator[str]:
+    for number, line in enumerate(io.BytesIO(raw), start=1):
+        try:
+            yield _decode(line)
+        except _BadLine as bad:
+            bad_lines.found(f"--input {file}:{number}", *bad.args)
+
+
+def _read_json_lines(file: Path, json_key: str, bad_lines: BadLines) -> Iterator[Document]:
+    with _open(file) as stream:
         for number, raw in enumerate(stream, start=1):
+            if number == 1:
+                raw = raw.removeprefix(_BYTE_ORDER_MARK)
+            if not raw.strip():
+                continue
             origin = f"{file}:{number}"
-            line = _decode(raw, origin)
-            if not line.strip():
+            try:
+                record = _parse(_decode(raw))
+            except _BadLine as bad:
+                bad_lines.found(f"--input {origin}", *bad.args)
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"--input {origin}: not a JSON object ({error.msg})") from error
-            text = record.get(json_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UsageError(
-                    f"--json-key {json_key}: {origin} holds no text under it (it has: {has})"
-                )
-            yield Document(origin, text)
+                yield Document(origin, _text_of(record, json_key))
+            except _BadLine as bad:
+                bad_lines.found(f"--json-key {json_key}: {origin}", *bad.args)
 
 
-def _decode(raw: bytes, origin: str) -> str:
+def _decode(raw: bytes) -> str:
+    accepted = "UTF-8 text"
+    if (place := raw.find(b"\0")) >= 0:
+        raise _BadLine(f"byte {place} is NUL, as in UTF-16 and in what is no text", accepted)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--input {origin}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
+        raise _BadLine(f"byte {error.start} is not UTF-8", accepted) from error
+
+
+def _parse(line: str) -> dict:
+    accepted = "one JSON object a line"
+    try:
+        # As floats, since Python reads integers of up to 4300 digits only; none is used.
+        record = json.loads(line, parse_int=float)
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"not a JSON object ({error.msg})", accepted) from error
+    except RecursionError as error:
+        raise _BadLine("nested too deeply to be read", accepted) from error
+    if not isinstance(record, dict):
+        raise _BadLine(f"not a JSON object but {_kind(record)}", accepted)
+    return record
+
+
+def _text_of(record: dict, json_key: str) -> str:
+    accepted = "a key that holds text"
+    if json_key not in record:
+        keys = [_printable(key) for key in record]
+        shown = ", ".join(keys[:_SHOWN_KEYS]) + ", ..." * (len(keys) > _SHOWN_KEYS)
+        raise _BadLine(f"holds no such key (it has: {shown or 'none'})", accepted)
+    text = record[json_key]
+    if not isinstance(text, str):
+        raise _BadLine(f"holds no text under it but {_kind(text)}", accepted)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise _BadLine(
+            f"character {error.start} of the text is {half}, one half of a surrogate pair, "
+            "which is no character",
+            "text that UTF-8 can hold",
         ) from error
+    return text
+
+
+def _kind(value) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def _printable(text: str) -> str:
+    """In one line, and without what no terminal takes (halves of surrogate pairs)."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

@@ -216,9 +216,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def demo(folder: Path, plan: Plan, extra_flags: Sequence[str]) -> None:
     """The whole demo, below `folder`. Raises RunFailed where a run fails."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)  # paths may have brackets
     hardware = Hardware.find()
-    console.print(f"[bold]ScMoE demo[/bold] on {hardware.ranks} ranks ({hardware.name})")
+    console.print(f"ScMoE demo on {hardware.ranks} ranks ({hardware.name})", style="bold")
     started = time.perf_counter()
     clear(folder)
     data = prepare(folder / "data", every=plan.every, workers=os.cpu_count() or 1)
@@ -227,11 +227,10 @@ def demo(folder: Path, plan: Plan, extra_flags: Sequence[str]) -> None:
     schedule = f"""
         --lr-warmup-iters {plan.warmup} --lr-decay-iters {plan.last} --log-interval 1
         --eval-interval {plan.eval_every} --eval-iters 1
-        --ckpt-format torch_dist --save-interval {plan.last}
     """
     common = shlex.split(MODEL + OPTIMIZER + schedule) + hardware.flags + data_flags(data)
     common += ["--tensorboard-dir", str(folder / "tensorboard"), *extra_flags]
-    save = ["--save", str(checkpoints)]
+    save = ["--save", str(checkpoints), "--save-interval", str(plan.last)]
     # Megatron's scheduler counts --train-iters too, and would refuse to resume with more of them.
     load = ["--load", str(checkpoints), "--override-opt-param-scheduler"]
     stages = {
@@ -323,8 +322,8 @@ def run(
             raise
     if status != 0:
         raise RunFailed(
-            f"the run '{name}' failed with status {status}; its log is {_shown(log)}, "
-            f"which ends:\n\n{_last_lines(log)}"
+            f"the run '{name}' failed with status {status} (its log: {_shown(log)}):"
+            f"\n\n{_last_lines(log)}"
         )
 
 
@@ -381,10 +380,11 @@ class _Display:
         self._name, self._end, self._console = name, end, console
         self._lm = self._validation = self._aux = None
         self._every = max(1, (end - start) // 6)
+        self._line: tuple[int, str] | None = None  # iteration and text of a line that is due
         self._progress = Progress(
-            TextColumn("{task.description:<7}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("{task.fields[losses]}"), console=console,
-            disable=not console.is_terminal,
+            TextColumn("{task.description:<7}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[losses]}", markup=False),
+            console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task(
             name, completed=start, total=end or None, losses="starting"
@@ -395,6 +395,7 @@ class _Display:
         return self
 
     def __exit__(self, *exception) -> None:
+        self._print_due()
         self._progress.stop()
 
     def show(self, record: Record) -> None:
@@ -404,10 +405,18 @@ class _Display:
         parts = {"loss": self._lm, "aux": self._aux, "held-out": self._validation}
         text = "  ".join(f"{name} {value:.3f}" for name, value in parts.items() if value)
         self._progress.update(self._task, completed=record.iteration, losses=text)
+        if self._line is not None and self._line[0] != record.iteration:
+            self._print_due()
         due = record.iteration % self._every == 0 or record.validation_loss is not None
         if due and not self._console.is_terminal:
             where = f"{record.iteration}/{self._end}  " if self._end else ""
-            self._console.print(f"{self._name:<7} {where}{text}")
+            self._line = record.iteration, f"{self._name:<7} {where}{text}"
+
+    def _print_due(self) -> None:
+        """Print the line that waited for what else would be told of its iteration."""
+        if self._line is not None:
+            self._console.print(self._line[1])
+        self._line = None
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -420,15 +429,17 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _last_lines(log: Path, count: int = 20) -> str:
-    """The end of a log: the cause that torchrun reports; without one, what precedes its report."""
-    lines = log.read_text(errors="replace").splitlines()
+    """The reason why a run failed: what torchrun reports of the first rank that did, if it does.
+
+    Otherwise the end of the log, without warnings and torchrun's report.
+    """
+    text = log.read_text(errors="replace")
+    reported = re.search(r"^Root Cause.*?^  traceback : (.*?)^=+$", text, re.DOTALL | re.MULTILINE)
+    if reported and not reported[1].startswith(("To enable", "Signal")):
+        return "\n".join(reported[1].strip().splitlines()[-count:])
+    lines = text.splitlines()
     report = next((i for i, x in enumerate(lines) if "torch/distributed/elastic" in x), len(lines))
-    causes = [
-        i for i, x in enumerate(lines[report:], start=report) if x.startswith("  traceback :")
-    ]
-    told = [x[2:] for x in lines[causes[-1] + 1 :] if not x.startswith("=")] if causes else []
-    if not told:
-        told = [x for x in lines[:report] if "Warning:" not in x and "warnings.warn(" not in x]
+    told = [x for x in lines[:report] if "Warning:" not in x and "warnings.warn(" not in x]
     return "\n".join((told or lines)[-count:])
 
 

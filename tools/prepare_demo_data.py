@@ -127,14 +127,26 @@ def prepare(
         print(f"{folder}: up to date ({data.stamp})")
         return data
     started = time.perf_counter()
-    data.stamp.unlink(missing_ok=True)
-    train, valid = split_documents(sources, valid_characters)
+    with staged_outputs("--output", [*data.files(), data.stamp]) as staged:
+        write_all(DemoData(staged[0].parent), sources, recipe, workers)
+    print(f"{folder}: ready in {time.perf_counter() - started:.0f} s")
+    return data
+
+
+def write_all(data: DemoData, sources: dict[str, Path], recipe: dict, workers: int) -> None:
+    """Write everything into an empty folder, the stamp last."""
+    train, valid = split_documents(sources, recipe["valid_characters"])
+    if not train or not valid:
+        raise UsageError(
+            f"--every: of {len(sources)} modules none are left for training or validation; "
+            "accepted is a smaller number"
+        )
     write_json_lines(data.text("train"), train)
     write_json_lines(data.text("valid"), valid)
     train_tokenizer(
         read_documents([data.text("train")]),
-        folder / "tokenizer",
-        vocab_size=vocab_size,
+        data.folder / "tokenizer",
+        vocab_size=recipe["vocab_size"],
         max_characters=TOKENIZER_CHARACTERS,
     )
     tokenizer = load_tokenizer(data.tokenizer)
@@ -142,14 +154,12 @@ def prepare(
         summary = preprocess(
             read_documents([data.text(split)]),
             tokenizer,
-            folder / split,
+            data.folder / split,
             workers=workers,
             description=f"tokenizing {split}",
         )
         print(f"{split}: {summary.documents} modules, {summary.tokens:,} tokens")
     write_stamp(data, recipe)
-    print(f"{folder}: ready in {time.perf_counter() - started:.0f} s")
-    return data
 
 
 def standard_library() -> Path:
@@ -196,7 +206,7 @@ def split_documents(
 
 def write_json_lines(path: Path, documents: Iterable[Document]) -> None:
     """One document a line: {"name": ..., "text": ...}."""
-    with staged_outputs("--output", [path]) as (staged,), open(staged, "w") as stream:
+    with open(path, "w") as stream:
         stream.writelines(
             json.dumps({"name": document.origin, "text": document.text}) + "\n"
             for document in documents
@@ -228,8 +238,8 @@ def is_complete(data: DemoData, recipe: dict) -> bool:
 
 
 def write_stamp(data: DemoData, recipe: dict) -> None:
-    with staged_outputs("--output", [data.stamp]) as (staged,):
-        staged.write_text(json.dumps({"made_from": recipe, "sizes": _sizes(data)}, indent=2) + "\n")
+    """Say from what the files were made, and how large they are."""
+    data.stamp.write_text(json.dumps({"made_from": recipe, "sizes": _sizes(data)}, indent=2) + "\n")
 
 
 def _sizes(data: DemoData) -> dict[str, int]:

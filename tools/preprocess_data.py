@@ -1,13 +1,15 @@
 """Tokenize text into the indexed dataset that Megatron trains from.
 
     python tools/preprocess_data.py --input corpus/ --tokenizer-model tok/code.model \
-        --output-prefix data/code --append-eod --workers 4
+        --output-prefix data/code --workers 4
 
 writes `data/code_text_document.bin` and `.idx`, for `--data-path data/code_text_document` (or
 `--train-data-path`, `--valid-data-path`). A text file is one document, as is each line of a
-JSON-lines file. The format is Megatron's: its `IndexedDatasetBuilder` writes it.
+JSON-lines file; each ends with the tokenizer's end-of-document token. The format is Megatron's: its
+`IndexedDatasetBuilder` writes it.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -23,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from corpus import Document, add_input_arguments, find_files, read_documents
+from corpus import BadLines, Document, add_input_arguments, find_files, no_text, read_documents
 from tqdm import tqdm
 
 from megatron_scmoe.command_line import (
@@ -72,8 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         help="a SentencePiece .model file, or a Hugging Face folder or name",
     )  # fmt: skip
     parser.add_argument(
-        "--append-eod", action="store_true", help="end each document with the end-of-document token"
-    )
+        "--append-eod", action=argparse.BooleanOptionalAction, default=True,
+        help="end each document with the tokenizer's end-of-document token",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--force", action="store_true", help="overwrite an existing dataset")
     args = parser.parse_args(argv)
@@ -86,14 +89,18 @@ def main(argv: list[str] | None = None) -> None:
     files = find_files(args.input, args.suffix)
     tokenizer = load_tokenizer(args.tokenizer_model, args.tokenizer_type)
     started = time.perf_counter()
+    bad_lines = BadLines(skip=args.skip_bad_lines)
     summary = preprocess(
-        read_documents(files, args.json_key),
+        read_documents(files, args.json_key, bad_lines),
         tokenizer,
         args.output_prefix,
         key=args.json_key,
         append_eod=args.append_eod,
         workers=args.workers,
+        bad_lines=bad_lines,
     )
+    if bad_lines.count:
+        print(bad_lines.summary())
     left_out = f" ({summary.empty:,} empty documents left out)" if summary.empty else ""
     print(
         f"wrote {summary.prefix}.bin and .idx: {summary.documents:,} documents{left_out}, "
@@ -141,11 +148,13 @@ def preprocess(
     append_eod: bool = True,
     workers: int = 1,
     description: str = "tokenizing",
+    bad_lines: BadLines | None = None,
 ) -> Summary:
     """Tokenize `documents` in order and write PREFIX_<key>_document.bin and .idx.
 
-    Raises UsageError when there is no token at all, or an id does not fit the data type that
-    Megatron chooses for the size of the vocabulary; nothing is written then.
+    `bad_lines` is what `read_documents` counts in, if it does. Raises UsageError when there is no
+    token at all, or an id does not fit the data type that Megatron chooses for the size of the
+    vocabulary; nothing is written then.
     """
     indexed = _import_megatron().datasets.indexed_dataset
     dtype = indexed.DType.optimal_dtype(tokenizer.vocab_size)
@@ -165,7 +174,7 @@ def preprocess(
                 counts["tokens"] += ids.size
                 progress.update(ids.size)
         if not counts["documents"]:
-            raise UsageError("--input: there is no text in it")
+            raise no_text(bad_lines)
         builder.finalize(str(idx_file))
     return Summary(dataset_prefix(prefix, key), dtype=dtype.__name__, **counts)
 
@@ -189,6 +198,11 @@ class _Encoder:
                 f"--tokenizer-model: token id {max(ids)} of {document.origin} does not fit "
                 f"{self.dtype.__name__}; accepted are ids from 0 to {self.limit - 1} "
                 f"(the vocabulary has {self.tokenizer.vocab_size})"
+            )
+        if len(ids) > np.iinfo(np.int32).max:
+            raise UsageError(
+                f"--input {document.origin}: it has {len(ids):,} tokens; accepted are documents of "
+                f"up to {np.iinfo(np.int32).max:,}, the limit of Megatron's index"
             )
         return np.array(ids, dtype=self.dtype)
 
@@ -242,6 +256,10 @@ def _import_megatron():
     Imported late, as it takes seconds that `--help` and a wrong flag need not wait for; and
     quietly, as what it says about missing GPU libraries is of no interest to a tokenizer.
     """
+    if __name__ == "__main__":  # in a process of its own: no compiler is needed here
+        from megatron_scmoe import megatron_flags
+
+        megatron_flags.import_lightly()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -256,7 +274,7 @@ def _end_of_document(tokenizer) -> int:
     if eod is None or eod < 0:
         raise UsageError(
             "--append-eod: the tokenizer has no end-of-document token (SentencePiece's eos); "
-            "accepted are tokenizers that have one"
+            "accepted is --no-append-eod, or a tokenizer that has one"
         )
     return eod
 

@@ -1,6 +1,6 @@
 """Train a SentencePiece tokenizer that Megatron takes as it is.
 
-    python tools/train_tokenizer.py --input corpus/ --vocab-size 4096 --output-prefix tok/code
+    python tools/train_tokenizer.py --input corpus/ --output-prefix tok/code
 
 writes `tok/code.model` and `tok/code.vocab`, for
 `--tokenizer-type SentencePieceTokenizer --tokenizer-model tok/code.model`.
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from corpus import Document, add_input_arguments, find_files, read_documents
+from corpus import BadLines, Document, add_input_arguments, find_files, no_text, read_documents
 from tqdm import tqdm
 
 from megatron_scmoe.command_line import (
@@ -37,6 +37,11 @@ from megatron_scmoe.command_line import (
 MODEL_TYPES = ("bpe", "unigram")
 SPECIAL_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
 SMALLEST_VOCAB = len(SPECIAL_PIECES) + 256 + 1  # special pieces, one per byte, one of text
+USUAL_VOCAB = 4096
+# A longer line is learnt from in parts of so many characters: SentencePiece slows down with their
+# length, and takes none beyond 1 GiB.
+LONGEST_LINE = 1 << 16
+SHORTEST_LIMIT = 10  # bytes; SentencePiece refuses to limit lines to less
 # The number of threads is part of the result (unigram sums its counts per thread): fixed.
 THREADS = 2
 
@@ -49,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         help="writes PREFIX.model and PREFIX.vocab",
     )  # fmt: skip
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N",
-        help=f"pieces, special and byte pieces included (at least {SMALLEST_VOCAB})",
+        "--vocab-size", type=int, metavar="N",
+        help=f"pieces, special and byte pieces included, {SMALLEST_VOCAB} or more "
+        f"(default: {USUAL_VOCAB}, or as many as a small text has)",
     )  # fmt: skip
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="algorithm")
     parser.add_argument(
@@ -66,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
     outputs = tokenizer_files(args.output_prefix)
     refuse_overwrite("--output-prefix", outputs, args.force)
-    documents = read_documents(find_files(args.input, args.suffix), args.json_key)
+    bad_lines = BadLines(skip=args.skip_bad_lines)
+    documents = read_documents(find_files(args.input, args.suffix), args.json_key, bad_lines)
     started = time.perf_counter()
     size = train_tokenizer(
         tqdm(documents, desc="reading", unit=" documents", disable=None),
@@ -75,8 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         model_type=args.model_type,
         character_coverage=args.character_coverage,
         max_characters=args.max_characters,
+        bad_lines=bad_lines,
     )
-    print(f"wrote {outputs[0]}: {size} pieces, {time.perf_counter() - started:.1f} s")
+    if bad_lines.count:
+        print(bad_lines.summary())
+    print(
+        f"wrote {outputs[0]} and {outputs[1].name}: {size} pieces, "
+        f"{time.perf_counter() - started:.1f} s"
+    )
 
 
 def tokenizer_files(prefix: Path) -> list[Path]:
@@ -88,17 +101,20 @@ def train_tokenizer(
     documents: Iterable[Document],
     prefix: Path,
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     model_type: str = "bpe",
     character_coverage: float = 0.9995,
     max_characters: int = 0,
+    bad_lines: BadLines | None = None,
 ) -> int:
     """Train on the lines of `documents`, write PREFIX.model and PREFIX.vocab, return the size.
 
-    Raises UsageError when a value is out of range, there is no text, or the text has fewer
-    (or needs more) pieces than `vocab_size`; nothing is written then.
+    With `vocab_size` None it is the usual one, or the largest that the text has pieces for.
+    `bad_lines` is what `read_documents` counts in, if it does. Raises UsageError when a value is
+    out of range, there is no text, or the text has fewer (or needs more) pieces than `vocab_size`;
+    nothing is written then.
     """
-    if vocab_size < SMALLEST_VOCAB:
+    if vocab_size is not None and vocab_size < SMALLEST_VOCAB:
         raise UsageError(
             f"--vocab-size {vocab_size}: too small; accepted is {SMALLEST_VOCAB} or more "
             "(special pieces and one piece per byte come first)"
@@ -113,13 +129,18 @@ def train_tokenizer(
     with staged_outputs("--output-prefix", tokenizer_files(prefix)) as (model_file, vocab_file):
         lines = sample_lines(split_lines(documents), max_characters)
         if not lines:
-            raise UsageError("--input: there is no text in it")
+            raise no_text(bad_lines)
         characters = sum(map(len, lines))
         print(
             f"training {model_type} on {len(lines):,} lines, {characters / 1e6:.1f} M characters",
             file=sys.stderr,
         )
-        model = _train(lines, vocab_size, model_type, character_coverage)
+        try:
+            model = _train(lines, vocab_size or USUAL_VOCAB, model_type, character_coverage)
+        except _VocabularyTooLarge as error:
+            if vocab_size is not None:
+                raise
+            model = _train(lines, error.largest, model_type, character_coverage)
         model_file.write_bytes(model)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = range(processor.get_piece_size())
@@ -134,8 +155,8 @@ def split_lines(documents: Iterable[Document]) -> Iterator[str]:
     """The non-empty lines; a newline is a piece of its own, so none is learnt across lines."""
     for document in documents:
         for line in document.text.split("\n"):
-            if line:
-                yield line
+            for start in range(0, len(line), LONGEST_LINE):
+                yield line[start : start + LONGEST_LINE]
 
 
 def sample_lines(lines: Iterable[str], max_characters: int) -> list[str]:
@@ -145,6 +166,14 @@ def sample_lines(lines: Iterable[str], max_characters: int) -> list[str]:
     if not max_characters or total <= max_characters:
         return kept
     return kept[:: -(-total // max_characters)]
+
+
+class _VocabularyTooLarge(UsageError):
+    def __init__(self, vocab_size: int, largest: int):
+        super().__init__(
+            f"--vocab-size {vocab_size}: too large for this text; accepted is {largest} or less"
+        )
+        self.largest = largest
 
 
 def _train(lines: list[str], vocab_size: int, model_type: str, coverage: float) -> bytes:
@@ -163,7 +192,7 @@ def _train(lines: list[str], vocab_size: int, model_type: str, coverage: float) 
             # Indentation is most of a program's white space: runs of spaces become pieces.
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+            max_sentence_length=max(SHORTEST_LIMIT, *(len(line.encode()) + 1 for line in lines)),
             num_threads=THREADS,
             minloglevel=2,
             **SPECIAL_PIECES,
@@ -176,15 +205,13 @@ def _train(lines: list[str], vocab_size: int, model_type: str, coverage: float) 
 def _explain(message: str, vocab_size: int) -> UsageError:
     """SentencePiece's error, which names its own source lines, in terms of our flags."""
     if most := re.search(r"Vocabulary size too high \(\d+\).*<= (\d+)", message):
-        return UsageError(
-            f"--vocab-size {vocab_size}: too large for this text; accepted is {most[1]} or less"
-        )
+        return _VocabularyTooLarge(vocab_size, int(most[1]))
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UsageError(
             f"--vocab-size {vocab_size}: too small for this text; accepted is {least[1]} or more, "
             "or a smaller --character-coverage"
         )
-    return UsageError(f"--input: SentencePiece cannot train on it ({message.strip()})")
+    return UsageError(f"--input: SentencePiece cannot train on it ({' '.join(message.split())})")
 
 
 if __name__ == "__main__":

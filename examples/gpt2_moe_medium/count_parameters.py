@@ -23,7 +23,7 @@ VOCABULARY = 50257  # GPT-2's; Megatron pads it to a multiple of 128
 # What a count needs besides the model's flags; Transformer Engine need not be there.
 NEUTRAL_FLAGS = (
     "--transformer-impl local --moe-token-dispatcher-type alltoall --no-initialization"
-    " --micro-batch-size 1 --eval-interval 1 --mock-data --tokenizer-type NullTokenizer"
+    " --micro-batch-size 1 --train-iters 0 --skip-train --mock-data --tokenizer-type NullTokenizer"
     f" --vocab-size {VOCABULARY}"
 ).split()
 

@@ -5,6 +5,11 @@
 # about the model stands here. PROGRAM is the name of the script in messages, EXAMPLE_DIR the folder
 # with config.sh.
 
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    echo "launch.sh: error: it runs nothing by itself; accepted: train.sh or train.sbatch" >&2
+    exit 2
+fi
+
 : "${REPO_DIR:=$(realpath "$EXAMPLE_DIR/../..")}"
 DRY_RUN=
 EXTRA_FLAGS=()
@@ -177,4 +182,5 @@ run_or_print() {
         line+="$word "
     done
     echo "${line% }"
+    echo "$PROGRAM: --dry-run: that is the command; nothing was run" >&2
 }

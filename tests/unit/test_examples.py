@@ -138,6 +138,22 @@ ACCEPTED = {
 """Script, variables and words whose printed command has to be accepted."""
 
 
+@pytest.mark.parametrize("script", [TRAIN, SBATCH, LONGCAT])
+def test_dry_run_says_that_nothing_was_run(script):
+    finished = launch(script, MOCK, "--dry-run")
+    last = finished.stderr.splitlines()[-1]
+    assert last == f"{script.name}: --dry-run: that is the command; nothing was run"
+
+
+def test_shared_part_is_no_command():
+    shared = EXAMPLE / "launch.sh"
+    finished = subprocess.run(["bash", shared, "--dry-run"], capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "launch.sh: error: it runs nothing by itself; accepted: train.sh or train.sbatch\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def accepted() -> dict[str, tuple]:
     """The settings that the commands of ``ACCEPTED`` give, all read in one process."""
@@ -449,8 +465,9 @@ def test_the_flags_train(tmp_path):
     )
     variables = MOCK | {"CHECKPOINT_DIR": str(tmp_path), "GPUS_PER_NODE": "1", "NUM_EXPERTS": "2"}
     flags = pretrain_flags(dry_run(TRAIN, variables, "--", *smaller))
-    save = flags.index("--save")
-    del flags[save : save + 2]  # the checkpoint has tests of its own
+    for flag in ("--save", "--save-interval"):  # the checkpoint has tests of its own
+        place = flags.index(flag)
+        del flags[place : place + 2]
 
     run = run_pretrain([flag for flag in flags if flag not in GPU_FLAGS])
 

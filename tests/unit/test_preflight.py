@@ -171,14 +171,38 @@ class TestSplit:
         accepted("--data-path", data, "--split", split)
 
     @pytest.mark.parametrize(
-        ("split", "part"), [("969,30,1", "valid"), ("8,1,1", "valid"), ("6,4,0.1", "test")]
+        ("split", "part", "nearest"),
+        [
+            ("969,30,1", "valid", "4,1,0"),
+            ("8,1,1", "valid", "8,1,0"),
+            ("6,4,0.1", "test", "6,4,0"),
+            (" 60 , 39, 1", "test", "60,39,0"),
+            ("0,1,0.01", "test", "4,1,0"),
+            ("60/39/1", "test", "60,39,0"),
+            ("1,0,0.01", "test", "4,1,0"),
+        ],
     )
-    def test_a_part_has_none(self, split, part, refused, data):
-        message = refused("--data-path", "0.5", data, "0.5", data, "--split", split)
+    def test_a_part_has_none(self, split, part, nearest, refused, accepted, data):
+        blend = ("--data-path", "0.5", data, "0.5", data)
+        message = refused(*blend, f"--split={split}")
         assert message == (
             f"--data-path {data}: no token of its 5 sequences falls to the {part} part of "
-            f"--split {split}; accepted: more documents, or --split 1,0,0"
+            f"--split {split}; accepted: more documents, or --split {nearest}"
         )
+        accepted(*blend, "--split", nearest)
+
+    def test_a_part_of_the_smallest_dataset_has_none(self, refused, accepted, data, tmp_path):
+        blend = ("--data-path", write_dataset(tmp_path / "large", np.ones((1000, 2))), data)
+        message = refused(*blend, "--split", "969,30,1")
+        assert message.endswith("or --split 4,1,0")
+        accepted(*blend, "--split", "4,1,0")
+
+    @pytest.mark.parametrize("documents", [[[1, 2, 3]], [[1, 2], []]])
+    def test_a_document_cannot_be_split(self, documents, refused, accepted, tmp_path):
+        data = write_dataset(tmp_path / "d", documents)
+        message = refused("--data-path", data, "--split", "969,30,1")
+        assert message.endswith("accepted: more documents, or --split 1,0,0 --eval-iters 0")
+        accepted("--data-path", data, "--split", "1,0,0", "--eval-iters", "0")
 
     def test_a_part_has_empty_documents(self, refused, tmp_path):
         data = write_dataset(tmp_path / "d", [[1], [2], [3], []])

@@ -1,6 +1,10 @@
 """The data tools, on real text: what Megatron reads back is what was in the files."""
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +81,9 @@ def refused():
 
 
 def decoded(dataset, tokenizer):
-    return [tokenizer.detokenize(ids.tolist()) for ids in dataset]
+    """The text of each document, without the token at its end."""
+    assert all(ids[-1] == tokenizer.eod for ids in dataset)
+    return [tokenizer.detokenize(ids[:-1].tolist()) for ids in dataset]
 
 
 class TestTokenizer:
@@ -105,6 +111,23 @@ class TestTokenizer:
             models.append(Path(f"{prefix}.model").read_bytes())
         assert models[0] == models[1]
 
+    def test_usual_size_is_what_a_small_text_has(self, corpus, tmp_path, capsys):
+        run_tool("train_tokenizer", "--input", corpus, "--output-prefix", tmp_path / "x")
+        size = int(capsys.readouterr().out.split(": ")[1].split()[0])
+        assert 300 < size < 4096
+        assert len((tmp_path / "x.vocab").read_text().split("\n")) > size
+
+    @pytest.mark.parametrize("text", ["a", "short", "    ", "a\n" * 10])
+    def test_learns_from_the_smallest_text(self, text, tmp_path):
+        (tmp_path / "a.txt").write_text(text)
+        run_tool("train_tokenizer", "--input", tmp_path, "--output-prefix", tmp_path / "x")
+        assert (tmp_path / "x.model").stat().st_size > 0
+
+    def test_long_lines_are_learnt_from_in_parts(self):
+        long = "x" * 200_000
+        lines = tool("train_tokenizer").split_lines([tool("corpus").Document("", f"{long}\n\ny")])
+        assert list(map(len, lines)) == [65536, 65536, 65536, 3392, 1]
+
     def test_sample_is_even_and_within_its_size(self):
         lines = [f"{i:04d}" for i in range(100)]
         assert tool("train_tokenizer").sample_lines(lines, 100) == lines[::4]
@@ -117,9 +140,13 @@ class TestPreprocess:
 
     def test_each_document_ends_with_eod(self, preprocess, corpus, tokenizer):
         plain = [tokenizer.tokenize(text) for text in TEXTS.values()]
-        dataset = IndexedDataset(str(preprocess(corpus, **{"append-eod": []})))
+        dataset = IndexedDataset(str(preprocess(corpus)))
         assert [ids.tolist() for ids in dataset] == [[*ids, tokenizer.eod] for ids in plain]
         assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+
+    def test_documents_may_run_together(self, preprocess, corpus, tokenizer):
+        dataset = IndexedDataset(str(preprocess(corpus, **{"no-append-eod": []})))
+        assert [ids.tolist() for ids in dataset] == [tokenizer.tokenize(t) for t in TEXTS.values()]
 
     def test_json_lines_are_documents(self, preprocess, tmp_path, tokenizer):
         file = tmp_path / "lines.jsonl"
@@ -139,7 +166,7 @@ class TestPreprocess:
     def test_gpt_dataset_yields_the_text_shifted_by_one(
         self, preprocess, corpus, tokenizer, tmp_path
     ):
-        prefix = str(preprocess(corpus, **{"append-eod": []}))
+        prefix = str(preprocess(corpus))
         config = GPTDatasetConfig(
             random_seed=1, sequence_length=32, blend=([prefix], None), split="1,0,0",
             tokenizer=tokenizer, path_to_cache=str(tmp_path / "cache"),
@@ -212,31 +239,17 @@ class TestErrors:
             "preprocess_data", "--input", corpus, bad, "--tokenizer-model", tokenizer_model,
             "--output-prefix", tmp_path / "out" / "x", "--workers", workers,
         )  # fmt: skip
-        assert message == f"--input {bad}: byte 3 is not UTF-8; accepted is UTF-8 text"
+        assert message == (
+            f"--input {bad}:1: byte 3 is not UTF-8; accepted is UTF-8 text, or --skip-bad-lines to "
+            "leave such lines out"
+        )
         assert list((tmp_path / "out").iterdir()) == []
-
-    @pytest.mark.parametrize(
-        ("line", "expected"),
-        [
-            ('{"text": 3}', "--json-key text: {file}:2 holds no text under it (it has: text)"),
-            ('["text"]', "--json-key text: {file}:2 holds no text under it (it has: list)"),
-            ('{"text": "', "--input {file}:2: not a JSON object"),
-        ],
-    )
-    def test_wrong_json_line_is_named(self, line, expected, refused, tokenizer_model, tmp_path):
-        file = tmp_path / "lines.jsonl"
-        file.write_text(f'{{"text": "good"}}\n{line}\n')
-        message = refused(
-            "preprocess_data", "--input", file, "--tokenizer-model", tokenizer_model,
-            "--output-prefix", tmp_path / "x",
-        )  # fmt: skip
-        assert message.startswith(expected.format(file=file))
 
     def test_text_without_a_token(self, refused, tokenizer_model, tmp_path):
         (tmp_path / "empty.txt").touch()
         message = refused(
             "preprocess_data", "--input", tmp_path, "--tokenizer-model", tokenizer_model,
-            "--output-prefix", tmp_path / "x", "--append-eod",
+            "--output-prefix", tmp_path / "x",
         )  # fmt: skip
         assert message == "--input: there is no text in it"
 
@@ -272,6 +285,159 @@ class TestErrors:
         assert result.stderr.startswith("train_tokenizer.py: error: --input")
 
 
+BAD_LINES = {
+    b"caf\xe9": "--input {line}: byte 3 is not UTF-8",
+    b'{"text": "\xed\xa0\x80"}': "--input {line}: byte 10 is not UTF-8",
+    b'\xff\xfe{"text": ""}': "--input {line}: byte 0 is not UTF-8",
+    b'{"text": "a\0"}': "--input {line}: byte 11 is NUL",
+    b'{"text": "': "--input {line}: not a JSON object (",
+    b'{"text": "first"} {"text": "second"}': "--input {line}: not a JSON object (Extra data",
+    b"text": "--input {line}: not a JSON object (",
+    b'["text"]': "--input {line}: not a JSON object but a list",
+    b'"text"': "--input {line}: not a JSON object but a string",
+    b"NaN": "--input {line}: not a JSON object but a number",
+    b"null": "--input {line}: not a JSON object but null",
+    b'{"x": ' + b"[" * 100_000 + b"}": "--input {line}: nested too deeply",
+    b'{"text": "half \\ud83d of"}': "--json-key text: {line}: character 5 of the text is \\ud83d",
+    b'{"text": "\\ude00"}': "--json-key text: {line}: character 0 of the text is \\ude00",
+    b"{}": "--json-key text: {line}: holds no such key (it has: none)",
+    b'{"id": 1, "a\\nb\\ud800": 2}': (
+        "--json-key text: {line}: holds no such key (it has: id, a b\\ud800)"
+    ),
+    b'{"text": 3}': "--json-key text: {line}: holds no text under it but a number",
+    b'{"text": null}': "--json-key text: {line}: holds no text under it but null",
+    b'{"text": {"text": "nested"}}': "--json-key text: {line}: holds no text under it but an object",
+    b'{"text": ["a", "b"]}': "--json-key text: {line}: holds no text under it but a list",
+    b'{"text": true}': "--json-key text: {line}: holds no text under it but true or false",
+}  # fmt: skip
+ODD_BUT_GOOD = [
+    b'\xef\xbb\xbf{"text": "byte-order mark"}\n',
+    b'{"text": "CR LF"}\r\n',
+    b"\r\n",
+    b'{"text": "other fields", "score": NaN, "most": -Infinity, "id": ' + b"9" * 10_000 + b"}\n",
+    b'{"text": "twice", "text": "the last counts"}\n',
+    b'{"text": "whole pair \\ud83d\\ude00 and \\u0000"}\n',
+    b'{"text": "' + b"long " * 100_000 + b'"}\n',
+    b'  {"text": "no newline at the end"}  ',
+]
+ODD_TEXTS = [
+    "byte-order mark", "CR LF", "other fields", "the last counts", "whole pair \U0001f600 and \0",
+    "long " * 100_000, "no newline at the end",
+]  # fmt: skip
+
+
+class TestBadLines:
+    @pytest.fixture(params=["train_tokenizer", "preprocess_data"])
+    def words(self, request, tokenizer_model, tmp_path):
+        """A command line of each tool, but for its --input."""
+        words = [request.param, "--output-prefix", tmp_path / "out" / "x"]
+        if request.param == "preprocess_data":
+            words += ["--tokenizer-model", tokenizer_model]
+        return [*words, "--input"]
+
+    @pytest.mark.parametrize("line", BAD_LINES)
+    def test_is_named(self, line, words, refused, tmp_path):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+        message = refused(*words, file)
+        assert message.startswith(BAD_LINES[line].format(line=f"{file}:3"))
+        assert "; accepted is " in message
+        assert message.endswith("or --skip-bad-lines to leave such lines out")
+        assert list((tmp_path / "out").glob("*")) == []
+
+    def test_are_left_out_and_counted(self, preprocess, corpus, tokenizer, tmp_path, capsys):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b"\n".join([b'{"text": "first"}', *BAD_LINES, b'{"text": "last"}']))
+        dataset = IndexedDataset(str(preprocess(file, **{"skip-bad-lines": []})))
+        assert decoded(dataset, tokenizer) == ["first", "last"]
+        told = capsys.readouterr().out.splitlines()
+        assert told[0] == (
+            f"left out {len(BAD_LINES)} bad lines; the first: --input {file}:2: byte 3 is not UTF-8"
+        )
+
+    def test_are_left_out_and_counted_by_the_tokenizer(self, corpus, tmp_path, capsys):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b"\n".join(BAD_LINES))
+        run_tool(
+            "train_tokenizer", "--input", corpus, file, "--skip-bad-lines", "--vocab-size", 400,
+            "--output-prefix", tmp_path / "x",
+        )  # fmt: skip
+        assert capsys.readouterr().out.startswith(f"left out {len(BAD_LINES)} bad lines; ")
+
+    def test_of_a_text_file_are_lines(self, preprocess, tokenizer, tmp_path, capsys):
+        file = tmp_path / "text.txt"
+        file.write_bytes("first\r\nna\u00efve\n".encode() + b"caf\xe9\nn\0u\0l\nlast")
+        dataset = IndexedDataset(str(preprocess(file, **{"skip-bad-lines": []})))
+        assert decoded(dataset, tokenizer) == ["first\r\nna\u00efve\nlast"]
+        assert f"left out 2 bad lines; the first: --input {file}:3: byte 3" in (
+            capsys.readouterr().out
+        )
+
+    def test_without_a_good_one_there_is_no_text(self, words, refused, tmp_path):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b'{"body": "a wrong key"}\n' * 3)
+        message = refused(*words, file, "--skip-bad-lines")
+        assert message == (
+            "--input: there is no text in it (left out 3 bad lines; the first: --json-key text: "
+            f"{file}:1: holds no such key (it has: body))"
+        )
+        assert list((tmp_path / "out").glob("*")) == []
+
+    def test_odd_lines_are_good(self, preprocess, tokenizer, tmp_path):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b"".join(ODD_BUT_GOOD))
+        dataset = IndexedDataset(str(preprocess(file)))
+        assert decoded(dataset, tokenizer) == ODD_TEXTS
+
+    def test_tokenizer_learns_from_odd_lines(self, tmp_path):
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(b"".join(ODD_BUT_GOOD))
+        run_tool("train_tokenizer", "--input", file, "--output-prefix", tmp_path / "x")
+        assert (tmp_path / "x.model").stat().st_size > 0
+
+
+class TestFiles:
+    @pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+    def test_compressed(self, suffix, module, preprocess, tokenizer, tmp_path, refused):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        packed = module.compress(b'{"text": "first"}\n') + module.compress(b'{"text": "second"}\n')
+        (folder / f"a.jsonl{suffix}").write_bytes(packed)
+        (folder / f"b.txt{suffix}").write_bytes(module.compress(b"third"))
+        dataset = IndexedDataset(str(preprocess(folder)))
+        assert decoded(dataset, tokenizer) == ["first", "second", "third"]
+
+    @pytest.mark.parametrize("content", [gzip.compress(b"text" * 99)[:-9], b"text"])
+    @pytest.mark.parametrize("flags", [(), ("--skip-bad-lines",)])
+    def test_that_is_damaged(self, content, flags, refused, tmp_path):
+        file = tmp_path / "a.txt.gz"
+        file.write_bytes(content)
+        message = refused(
+            "train_tokenizer", "--input", file, *flags, "--output-prefix", tmp_path / "x"
+        )
+        assert message.startswith(f"--input {file}: cannot be read (")
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_of_a_compression_that_is_not_read(self, refused, tmp_path):
+        file = tmp_path / "a.jsonl.zst"
+        file.touch()
+        message = refused("train_tokenizer", "--input", file, "--output-prefix", tmp_path / "x")
+        assert message.startswith(f"--input {file}: Zstandard is not read here; accepted are ")
+
+    def test_that_is_a_pipe(self, refused, tmp_path):
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        message = refused(
+            "train_tokenizer", "--input", tmp_path / "pipe.jsonl", "--output-prefix", tmp_path / "x"
+        )
+        assert message.startswith(f"--input {tmp_path}/pipe.jsonl: a pipe or a device, no file; ")
+
+    def test_that_is_no_text(self, refused, corpus, tmp_path):
+        message = refused(
+            "train_tokenizer", "--input", corpus / "picture.png", "--output-prefix", tmp_path / "x"
+        )
+        assert message.startswith(f"--input {corpus}/picture.png:1: byte 0 is not UTF-8; ")
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A stand-in for the standard library: 60 modules and what must be left out."""
@@ -300,6 +466,15 @@ class TestDemoData:
         assert train | valid == {f"module_{i}.py" for i in range(60)}
         assert len(IndexedDataset(str(data.train))) == len(train)
         assert len(IndexedDataset(str(data.valid))) == len(valid)
+
+    def test_refused_flag_leaves_what_there_was(self, library, tmp_path):
+        prepare = tool("prepare_demo_data").prepare
+        data = prepare(tmp_path / "data", vocab_size=320)
+        before = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").iterdir()}
+        for wrong in ({"vocab_size": 10}, {"vocab_size": 320, "every": 60}):
+            with pytest.raises(UsageError, match=r"^--(vocab-size|every)"):
+                prepare(data.folder, **wrong)
+        assert {file: file.stat().st_mtime_ns for file in data.folder.iterdir()} == before
 
     def test_does_nothing_when_up_to_date(self, library, tmp_path):
         data = tool("prepare_demo_data").prepare(tmp_path / "data", vocab_size=320)

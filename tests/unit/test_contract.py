@@ -12,7 +12,7 @@ import megatron.training
 import pytest
 
 import megatron_scmoe
-from megatron_scmoe import loading, resuming, training, validation
+from megatron_scmoe import loading, resuming, run_checks, run_defaults, training, validation
 from megatron_scmoe.checkpoints import longcat, refusals, scmoe_hf, torch_dist
 from megatron_scmoe.checkpoints.arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
@@ -31,6 +31,13 @@ TABLES = {
     "compared on load": resuming.COMPARED,
     "free on load": resuming.FREE,
     "foreign flags": training._FOREIGN,
+    "chosen where not given": run_defaults.OPEN,
+    "numbers of a run": [
+        name
+        for table in (run_checks._MODEL_NUMBERS, run_checks._NUMBERS, run_checks._OPTIONAL_NUMBERS)
+        for name, _ in table
+    ],
+    "flags that need a package": [row[0] for row in run_checks._PACKAGES],
     "settings of a run": [*loading._OF_THE_RUN, *loading._WITHOUT_TE],
     "layouts": torch_dist.LAYOUT,
     "in no format": [row[0] for row in refusals.IN_NO_FORMAT],
@@ -65,7 +72,7 @@ def names_read(file: Path) -> set[str]:
             is_ours = getattr(subject, "id", "") in {*variables, "saved", "before"}
             if is_ours and isinstance(name, ast.Constant):
                 found.add(name.value)
-    return found - set(dir(dict))
+    return found - {*dir(dict), *dir(list)}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)

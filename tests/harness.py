@@ -82,20 +82,13 @@ class Run:
         return lines[0].split(" error: ", 1)[1] if lines else ""
 
 
-def run_pretrain(
-    flags: list[str],
-    world_size: int = 1,
-    timeout_s: float = TIMEOUT_S,
-    environment: dict[str, str] | None = None,
-) -> Run:
+def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S) -> Run:
     """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         port = _free_port()
         processes = [
-            _context.Process(
-                target=_pretrain, args=(rank, world_size, port, flags, str(log), environment)
-            )
+            _context.Process(target=_pretrain, args=(rank, world_size, port, flags, str(log)))
             for rank in range(world_size)
         ]
         statuses = _join(processes, timeout_s)
@@ -105,16 +98,13 @@ def run_pretrain(
         return Run(status, log.read_text() if log.exists() else "")
 
 
-def _pretrain(
-    rank: int, world_size: int, port: int, flags: list[str], log: str, environment: dict | None
-) -> None:
+def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> None:
     with open(log, "a", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
         _set_rank(rank, world_size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= environment or {}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
         from megatron_scmoe import command_line, training

@@ -1,8 +1,13 @@
 """Upcycling: dense models of each family, made by transformers, and stock Megatron checkpoints."""
 
 import argparse
+import io
 import json
+import multiprocessing
+import os
 import shutil
+import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +32,7 @@ from megatron_scmoe.checkpoints.store import (
 from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding
 from tests import models
-from tests.harness import run_distributed, run_pretrain
+from tests.harness import Run, run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
 transformers = pytest.importorskip("transformers")
@@ -289,24 +294,24 @@ def corpus(folders, tmp_path_factory):
     return folder
 
 
-def train(corpus, load, iterations: int, world_size: int, *flags, environment=None):
+def train(corpus, load, iterations: int, world_size: int, *flags):
     """Train an upcycled model on the corpus, with --use-checkpoint-args alone for the model."""
-    run = run_pretrain(
-        [
-            "--use-checkpoint-args",
-            *("--seq-length", str(LENGTH), "--data-path", str(corpus / "text_text_document")),
-            *("--split", "100,0,0", "--transformer-impl", "local", "--num-workers", "0"),
-            *("--distributed-backend", "gloo", "--micro-batch-size", "2"),
-            *("--global-batch-size", "8", "--train-iters", str(iterations), "--lr", "1e-3"),
-            *("--eval-interval", "100", "--eval-iters", "0", "--log-interval", "1"),
-            *("--lr-decay-style", "constant", "--moe-aux-loss-coeff", "0", "--weight-decay", "0"),
-            *("--moe-token-dispatcher-type", "alltoall", "--load", str(load), *map(str, flags)),
-        ],
-        world_size,
-        environment=environment,
-    )
+    run = run_pretrain(training_flags(corpus, load, iterations, *flags), world_size)
     assert run.status == 0, run.output[-3000:]
     return run
+
+
+def training_flags(corpus, load, iterations: int, *flags) -> list[str]:
+    return [
+        "--use-checkpoint-args",
+        *("--seq-length", str(LENGTH), "--data-path", str(corpus / "text_text_document")),
+        *("--split", "100,0,0", "--transformer-impl", "local", "--num-workers", "0"),
+        *("--distributed-backend", "gloo", "--micro-batch-size", "2"),
+        *("--global-batch-size", "8", "--train-iters", str(iterations), "--lr", "1e-3"),
+        *("--eval-interval", "100", "--eval-iters", "0", "--log-interval", "1"),
+        *("--lr-decay-style", "constant", "--moe-aux-loss-coeff", "0", "--weight-decay", "0"),
+        *("--moe-token-dispatcher-type", "alltoall", "--load", str(load), *map(str, flags)),
+    ]
 
 
 def test_gradient_of_the_shared_experts_bias(folders, tokens, tmp_path):
@@ -377,13 +382,24 @@ def test_an_odd_vocabulary_is_shared_by_ranks_in_training(corpus, tmp_path):
     expected = train(corpus, save, 1, 1).losses[1]
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     layout += ("--expert-tensor-parallel-size", 1)
-    asked = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # for by Megatron
-    run = train(corpus, save, 1, 2, *layout, environment=asked)
-    assert run.losses[1] == pytest.approx(expected, abs=2e-6)
+    _, last = run_distributed(_train_here, 2, training_flags(corpus, save, 1, *layout))
+    assert Run(0, last).losses[1] == pytest.approx(expected, abs=2e-6)
     given = argparse.Namespace(
         make_vocab_size_divisible_by=100, tensor_model_parallel_size=2, rank=1
     )
     assert vocab_size_with_padding(VOCAB, given) == 400
+
+
+def _train_here(flags) -> str:
+    """Train on this rank, with the variable that Megatron asks for; what is printed."""
+    from megatron_scmoe import training
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    sys.argv = ["pretrain_gpt_scmoe.py", *flags]
+    multiprocessing.set_start_method("fork", force=True)
+    with redirect_stdout(io.StringIO()) as printed:
+        training.main()
+    return printed.getvalue()
 
 
 STOCK = f"""

@@ -332,7 +332,7 @@ def break_left_over(folder):
 
 def break_index(folder):
     (folder / "model.safetensors.index.json").write_text("{")
-    return "not an index"
+    return "index.json: not JSON"
 
 
 def break_outside(folder):

@@ -5,6 +5,7 @@ Small random models; that they compute what Megatron computes is in distributed/
 
 import copy
 import io
+import json
 import math
 import pickle
 from argparse import Namespace
@@ -588,6 +589,16 @@ def test_attention_implementations_agree_and_give_what_is_asked_for(variant):
     assert isinstance(as_tuple, tuple) and as_tuple[1].shape == expected.shape
 
 
+@all_variants
+def test_packed_sequences_do_not_see_each_other(variant):
+    model = build(variant)
+    first, second = IDS[:1, :5], IDS[1:, :7]
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+    assert_close(packed[:, :5], logits(model, first))
+    assert_close(packed[:, 5:], logits(model, second))
+
+
 REFUSED = {
     "router_dtype='bfloat16': accepted are": dict(router_dtype="bfloat16"),
     "hidden_act='none': accepted are": dict(hidden_act="none"),
@@ -648,17 +659,33 @@ TEXT = "the cat and a dog"
 
 
 def test_a_stock_class_loads_the_tokenizer_without_a_question(
-    with_tokenizer, tmp_path, monkeypatch, caplog
+    with_tokenizer, tmp_path, monkeypatch, capfd
 ):
     folder, processor = with_tokenizer
     monkeypatch.setattr("builtins.input", no_questions)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    capfd.readouterr()
     for load in (
+        lambda: AutoTokenizer.from_pretrained(tmp_path),
         lambda: PreTrainedTokenizerFast.from_pretrained(folder),
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
     ):
         tokenizer = load()
+        assert capfd.readouterr() == ("", "")
         assert type(tokenizer).__module__.startswith("transformers.")
+        assert tokenizer.encode(TEXT, add_special_tokens=False) == processor.encode(TEXT)
+    # The only name of it that transformers 4 knows too.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_autotokenizer_loads_the_tokenizer_whatever_the_answer(with_tokenizer, monkeypatch):
+    """transformers 5 asks because of config.json; the tokenizer needs no code."""
+    folder, processor = with_tokenizer
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    for trust in ({}, {"trust_remote_code": False}):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         assert tokenizer.encode(TEXT, add_special_tokens=False) == processor.encode(TEXT)
 
 

@@ -173,11 +173,12 @@ def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> 
         args: what the run has.
         reason: who decided.
     """
+    shown = {name: (in_flags(name, value), in_flags(name, getattr(args, name)))
+             for name, value in given.items()}  # fmt: skip
     return [
-        f"WARNING: {in_flags(name, value)} was given, and {in_flags(name, getattr(args, name))} "
-        f"is used: {reason}"
-        for name, value in given.items()
-        if getattr(args, name) != value
+        f"WARNING: {words} was given, and {used} is used: {reason}"
+        for words, used in shown.values()
+        if words != used
     ]
 
 

@@ -110,6 +110,8 @@ def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str)
         sys.stdout = sys.stderr = stream
         _set_rank(rank, world_size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if cpu.is_enabled():  # Megatron asks for it with tensor parallelism
+            os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
         from megatron_scmoe import command_line, training

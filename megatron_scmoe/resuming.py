@@ -118,13 +118,7 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             "with the flags"
         )
         return
-    if not is_scmoe(before):
-        raise ScMoEConfigError(
-            saved.given,
-            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
-            "a ScMoE model made of it: tools/convert.py upcycle --load "
-            f"{saved.given.split()[1]} --save FOLDER",
-        )
+    refuse_stock(saved)
     if not hasattr(before, f"{PREFIX}tap"):
         print_rank_0(
             f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
@@ -140,6 +134,17 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             f"{saved.path} was trained with {theirs}",
             f"{where}{theirs}; --use-checkpoint-args; or, for another model on purpose, "
             f"--scmoe-changed {words}",
+        )
+
+
+def refuse_stock(saved: SavedRun) -> None:
+    """Raise ScMoEConfigError if the checkpoint is of a model without a tap."""
+    if saved.args is not None and not is_scmoe(saved.args):
+        raise ScMoEConfigError(
+            saved.given,
+            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
+            "a ScMoE model made of it: tools/convert.py upcycle --load "
+            f"{saved.given.split()[1]} --save FOLDER",
         )
 
 

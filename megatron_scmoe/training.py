@@ -90,6 +90,8 @@ def parse_settings():
     words = given_on_command_line()
     given = parse_args(resuming.adding_args())
     saved = saved_run.find(given)
+    if saved is not None:
+        resuming.refuse_stock(saved)
     add_args = resuming.adding_args(saved, given)
     given = parse_args(add_args)
     complete = not given.use_checkpoint_args or saved is None or saved.args is not None

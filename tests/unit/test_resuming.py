@@ -181,7 +181,7 @@ def test_files_of_ranks_are_read_without_running_them(tmp_path):
     args = run(tmp_path, ckpt_format="torch")
     assert saved_run.find(args).args.scmoe_tap == "pos3"
     torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
-    with pytest.raises(saved_run.ConversionError, match="model_optim_rng.pt is unreadable"):
+    with pytest.raises(saved_run.ConversionError, match=r"model_optim_rng\.pt is unreadable"):
         saved_run.find(args)
 
 

@@ -98,7 +98,8 @@ def in_flags(name: str, value: Any) -> str:
     if action is not None and action.nargs == 0:
         return flag
     is_list = action is not None and action.nargs and isinstance(value, list | tuple)
-    return " ".join([flag, *(str(v).replace(" ", "") for v in (value if is_list else [value]))])
+    words = value if is_list else [value]
+    return " ".join([flag, *(str(getattr(word, "name", word)).replace(" ", "") for word in words)])
 
 
 def flag_of(name: str) -> str:

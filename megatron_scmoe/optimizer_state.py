@@ -92,7 +92,8 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
     """
     before = saved.state.get("opt_param_scheduler")
     chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if before is None or chosen or args.skip_train or not is_loaded(args, saved):
+    trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if before is None or chosen or not trains or not is_loaded(args, saved):
         return
     mine = _schedule(args)
     for name, (value, flag) in mine.items():

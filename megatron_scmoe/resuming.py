@@ -103,13 +103,7 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             "with the flags"
         )
         return
-    if not is_scmoe(before):
-        raise ScMoEConfigError(
-            saved.given,
-            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
-            "a ScMoE model made of it: tools/convert.py upcycle --load "
-            f"{saved.given.split()[1]} --save FOLDER",
-        )
+    refuse_stock(saved)
     if not hasattr(before, f"{PREFIX}tap"):
         print_rank_0(
             f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
@@ -125,6 +119,17 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
             f"{saved.path} was trained with {theirs}",
             f"{where}{theirs}; --use-checkpoint-args; or, for another model on purpose, "
             f"--scmoe-changed {words}",
+        )
+
+
+def refuse_stock(saved: SavedRun) -> None:
+    """Raise ScMoEConfigError if the checkpoint is of a model without a tap."""
+    if saved.args is not None and not is_scmoe(saved.args):
+        raise ScMoEConfigError(
+            saved.given,
+            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
+            "a ScMoE model made of it: tools/convert.py upcycle --load "
+            f"{saved.given.split()[1]} --save FOLDER",
         )
 
 
@@ -158,11 +163,12 @@ def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> 
         args: what the run has.
         reason: who decided.
     """
+    shown = {name: (in_flags(name, value), in_flags(name, getattr(args, name)))
+             for name, value in given.items()}  # fmt: skip
     return [
-        f"WARNING: {in_flags(name, value)} was given, and {in_flags(name, getattr(args, name))} "
-        f"is used: {reason}"
-        for name, value in given.items()
-        if getattr(args, name) != value
+        f"WARNING: {words} was given, and {used} is used: {reason}"
+        for words, used in shown.values()
+        if words != used
     ]
 
 

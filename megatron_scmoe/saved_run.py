@@ -1,6 +1,7 @@
 """The checkpoint that a run is about to load, and what it says of the run that wrote it."""
 
 import argparse
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from megatron.core import dist_checkpointing
 
 from megatron_scmoe import preflight
 from megatron_scmoe.checkpoints.arguments import with_defaults
+from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
+from megatron_scmoe.errors import in_words
 from megatron_scmoe.preflight import PreflightError
 
 
@@ -78,7 +81,10 @@ def _read_files_of_ranks(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
     if not files:
         return {}
-    with only_safe_types():
-        state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    try:
+        with only_safe_types():
+            state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConversionError(f"{files[0]} is unreadable ({in_words(error)[:200]})") from error
     tensors = ("model", "optimizer", "rng_state")
     return {name: part for name, part in state.items() if not name.startswith(tensors)}

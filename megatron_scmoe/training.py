@@ -90,6 +90,8 @@ def parse_settings():
     words = given_on_command_line()
     chosen = run_defaults.choose(given)
     saved = saved_run.find(given)
+    if saved is not None:
+        resuming.refuse_stock(saved)
     add_args, chosen = resuming.adding_args(given, chosen, saved)
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():

@@ -194,6 +194,27 @@ def _biases_after_a_step(folder: str, checkpoint: str) -> list[np.ndarray]:
     ]
 
 
+def test_biases_move_behind_a_function_that_a_loop_sets_later(folders):
+    folder, checkpoint, _ = folders["zero experts"]
+    run_distributed(_set_later, 1, str(folder), str(checkpoint))
+
+
+def _set_later(folder: str, checkpoint: str) -> None:
+    model = longcat.build_megatron(longcat.load_config(folder))
+    longcat.load(model, checkpoint)
+    calls: list = []
+    model.config.finalize_model_grads_func = lambda chunks: calls.append(chunks)
+    routers = [module for module in model.modules() if isinstance(module, ScMoERouter)]
+    before = [router.expert_bias.clone() for router in routers]
+    models.forward(model, *models.batch(0)).float().mean().backward()
+    model.config.finalize_model_grads_func([model])
+    assert calls == [[model]]
+    after = [router.expert_bias.clone() for router in routers]
+    assert not any(map(torch.equal, before, after))
+    model.config.finalize_model_grads_func([model])  # as of a loop that calls the one it replaced
+    assert all(torch.equal(router.expert_bias, bias) for router, bias in zip(routers, after))
+
+
 LAYOUTS = ["EP2", "TP2+SP", "PP2", "EP2xTP2"]
 RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
 

@@ -170,6 +170,22 @@ def test_stock_checkpoint_is_refused_with_the_way_to_convert_it():
     assert "is of a stock Megatron model" in str(caught.value)
 
 
+def test_files_of_ranks_are_read_without_running_them(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    torch.save({"args": arguments_of(), "model": {}}, folder / "model_optim_rng.pt")
+    args = run(tmp_path, ckpt_format="torch")
+    assert saved_run.find(args).args.scmoe_tap == "pos3"
+    torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
+    with pytest.raises(saved_run.ConversionError, match=r"model_optim_rng\.pt is unreadable"):
+        saved_run.find(args)
+
+
 def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
     older = without(arguments_of(), "scmoe_post_norm", "scmoe_zero_experts", "use_mup")
     resuming.check(arguments_of(), of(older))

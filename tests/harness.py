@@ -82,13 +82,27 @@ class Run:
         return lines[0].split(" error: ", 1)[1] if lines else ""
 
 
-def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEOUT_S) -> Run:
-    """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks."""
+def run_pretrain(
+    flags: list[str],
+    world_size: int = 1,
+    timeout_s: float = TIMEOUT_S,
+    script: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> Run:
+    """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
+
+    Args:
+        script: run this one instead, by ``megatron_scmoe.run``.
+        environment: added to that of the ranks.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         port = _free_port()
         processes = [
-            _context.Process(target=_pretrain, args=(rank, world_size, port, flags, str(log)))
+            _context.Process(
+                target=_pretrain,
+                args=(rank, world_size, port, flags, str(log), script, environment or {}),
+            )
             for rank in range(world_size)
         ]
         statuses = _join(processes, timeout_s)
@@ -98,20 +112,27 @@ def run_pretrain(flags: list[str], world_size: int = 1, timeout_s: float = TIMEO
         return Run(status, log.read_text() if log.exists() else "")
 
 
-def _pretrain(rank: int, world_size: int, port: int, flags: list[str], log: str) -> None:
+def _pretrain(rank, world_size, port, flags, log, script=None, environment=None) -> None:
     with open(log, "a", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
         _set_rank(rank, world_size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= environment or {}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
         from megatron_scmoe import command_line, training
 
+        main = training.main
+        if script is not None:
+            from megatron_scmoe.run import main
+
+            sys.argv = ["megatron_scmoe.run", script, *flags]
+
         command_line.LAST_WORD_S = 0.5
         try:
-            command_line.run_command(training.main)
+            command_line.run_command(main)
         except SystemExit as stop:
             stream.flush()
             os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))

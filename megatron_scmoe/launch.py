@@ -10,7 +10,7 @@ from megatron_scmoe.command_line import UsageError
 
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _OTHER_LAUNCHERS = {
-    "SLURM_NTASKS": "srun",
+    "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }

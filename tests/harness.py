@@ -118,16 +118,18 @@ def run_pretrain(
     flags: list[str],
     world_size: int = 1,
     timeout_s: float = TIMEOUT_S,
+    script: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
 
     Args:
+        script: run this one instead, by ``megatron_scmoe.run``.
         environment: see :func:`run_distributed`.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        task = (world_size, _free_port(), flags, str(log), environment)
+        task = (world_size, _free_port(), flags, str(log), script, environment)
         if not cpu.is_enabled():
             try:
                 statuses = gpu_ranks(environment).call(
@@ -152,7 +154,7 @@ def _pretrain(rank: int, *task) -> None:
 
 
 def _status_of_pretrain(
-    rank: int, world_size: int, port: int, flags: list[str], log: str, environment=None
+    rank: int, world_size: int, port: int, flags: list[str], log: str, script=None, environment=None
 ) -> int:
     """Run the script in this process, its output appended to ``log``; the status it ends with."""
     with _output_to(log):
@@ -163,9 +165,15 @@ def _status_of_pretrain(
         set_start_method("fork", force=True)  # what a rank started by a launcher has
         from megatron_scmoe import command_line, training
 
+        main = training.main
+        if script is not None:
+            from megatron_scmoe.run import main
+
+            sys.argv = ["megatron_scmoe.run", script, *flags]
+
         command_line.LAST_WORD_S = 0.5
         try:
-            command_line.run_command(training.main)
+            command_line.run_command(main)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:

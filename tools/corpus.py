@@ -12,6 +12,8 @@ import io
 import json
 import logging
 import lzma
+import signal
+import sys
 import warnings
 import zlib
 from argparse import ArgumentParser
@@ -43,6 +45,12 @@ def quiet_imports() -> None:
         megatron_flags.import_lightly()
         return
     cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+
+
+def leave_nothing_at_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the program, so that what is half-written is removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @dataclass(frozen=True)

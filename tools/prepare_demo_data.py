@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus import Document, read_documents
+from corpus import Document, leave_nothing_at_signals, read_documents
 from preprocess_data import dataset_files, dataset_prefix, load_tokenizer, preprocess
 from train_tokenizer import tokenizer_files, train_tokenizer
 
@@ -247,4 +247,5 @@ def _sizes(data: DemoData) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    leave_nothing_at_signals()
     run_tool(main)

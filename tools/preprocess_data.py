@@ -25,7 +25,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from corpus import BadLines, Document, add_input_arguments, find_files, no_text, read_documents
+from corpus import (
+    BadLines,
+    Document,
+    add_input_arguments,
+    find_files,
+    leave_nothing_at_signals,
+    no_text,
+    read_documents,
+)
 from tqdm import tqdm
 
 from megatron_scmoe.command_line import (
@@ -280,4 +288,5 @@ def _end_of_document(tokenizer) -> int:
 
 
 if __name__ == "__main__":
+    leave_nothing_at_signals()
     run_tool(main)

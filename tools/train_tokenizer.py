@@ -23,7 +23,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from corpus import BadLines, Document, add_input_arguments, find_files, no_text, read_documents
+from corpus import (
+    BadLines,
+    Document,
+    add_input_arguments,
+    find_files,
+    leave_nothing_at_signals,
+    no_text,
+    read_documents,
+)
 from tqdm import tqdm
 
 from megatron_scmoe.command_line import (
@@ -215,4 +223,5 @@ def _explain(message: str, vocab_size: int) -> UsageError:
 
 
 if __name__ == "__main__":
+    leave_nothing_at_signals()
     run_tool(main)

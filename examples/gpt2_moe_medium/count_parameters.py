@@ -23,13 +23,16 @@ VOCABULARY = 50257  # GPT-2's; Megatron pads it to a multiple of 128
 # What a count needs besides the model's flags; Transformer Engine need not be there.
 NEUTRAL_FLAGS = (
     "--transformer-impl local --moe-token-dispatcher-type alltoall --no-initialization"
-    " --micro-batch-size 1 --train-iters 0 --skip-train --mock-data --tokenizer-type NullTokenizer"
+    " --micro-batch-size 1 --lr 1 --train-iters 1 --mock-data --tokenizer-type NullTokenizer"
     f" --vocab-size {VOCABULARY}"
 ).split()
 
 
 def main() -> None:
     """Print both counts in millions, and nothing of what Megatron says on the way."""
+    from megatron_scmoe.command_line import OneLineParser
+
+    OneLineParser(description=__doc__.split("\n")[0]).parse_args()
     from megatron_scmoe import cpu
 
     warnings.simplefilter("ignore")

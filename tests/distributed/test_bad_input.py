@@ -31,7 +31,7 @@ MODEL = (
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
     f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --num-workers 0 "
     "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --eval-iters 0 --eval-interval 100 "
-    f"--log-interval 1 --train-iters {STEPS} --save-interval 2 --distributed-timeout-minutes 1"
+    f"--log-interval 1 --train-iters {STEPS} --distributed-timeout-minutes 1"
 ).split()
 EP2 = ("--expert-model-parallel-size", "2")
 CALLS_PER_STEP = 2  # of forward_step: 8 sequences a step, 2 a micro-batch, on 2 ranks
@@ -57,7 +57,9 @@ def own_dataset(dataset, tmp_path) -> Path:
 
 def flags(dataset: Path, folder: Path | None = None) -> list[str]:
     words = [*MODEL, "--train-data-path", str(dataset)]
-    return [*words, "--save", str(folder), "--load", str(folder)] if folder else words
+    if folder is None:
+        return words
+    return [*words, "--save", str(folder), "--load", str(folder), "--save-interval", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +105,8 @@ class TestFiles:
         assert "falls to the test part of --split 969, 30, 1" in message
 
     def test_assertion_of_megatron_without_a_message(self, dataset, tmp_path):
-        words = flags(dataset, tmp_path)
-        place = words.index("--save-interval")
-        del words[place : place + 2]
-        assert self.refusal(*words) == "it must hold that args.save_interval is not None"
+        message = self.refusal(*flags(dataset), "--min-lr", "1")
+        assert message == "it must hold that args.min_lr <= args.lr"
 
     def test_tokenizer_that_is_too_small(self, dataset):
         message = self.refusal(*flags(dataset), "--vocab-size", "100")
@@ -147,6 +147,15 @@ def test_rank_that_dies(moment, dataset, undisturbed, tmp_path):
     run = harness.run_pretrain(words, world_size=2)
     assert_continues_after_step_2(run, undisturbed[0])
     assert (folder / TRACKER).read_text() == "5"
+
+
+def test_bug_in_a_step_keeps_its_traceback(dataset):
+    """A ValueError of the loop is no refusal, though Megatron refuses arguments with ValueErrors."""
+    statuses, output = run_until_death([*flags(dataset), *EP2], "with a bug")
+    assert statuses[1] == 1
+    assert "Traceback (most recent call last)" in output
+    assert "ValueError: a bug" in output
+    assert " error: " not in output
 
 
 def assert_continues_after_step_2(run, undisturbed) -> None:
@@ -191,20 +200,30 @@ def _pretrain_and_die(moment: str, rank: int, *args) -> None:
 
     module, name, calls = {
         "in mid-step": (training, "forward_step", 3 * CALLS_PER_STEP),
+        "with a bug": (training, "forward_step", 3 * CALLS_PER_STEP),
         "in mid-save": (os, "fsync", 2),  # of the second save: its data is not on the disk yet
     }[moment]
     if rank == 1:
-        setattr(module, name, _die_at_call(calls, getattr(module, name)))
+        end = _raise if moment == "with a bug" else _kill
+        setattr(module, name, _end_at_call(calls, getattr(module, name), end))
     harness._pretrain(rank, *args)
 
 
-def _die_at_call(last: int, function):
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _raise() -> None:
+    raise ValueError("a bug")
+
+
+def _end_at_call(last: int, function, end):
     calls = iter(range(1, last + 1))
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if next(calls) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         return function(*args, **kwargs)
 
     return wrapper

@@ -42,12 +42,12 @@ FLAGS = """
 EP2 = "--expert-model-parallel-size 2"
 
 # Read once by a process: ranks that were started with them.
-ONE_QUEUE = (("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
-EXACT = (
-    ("NVTE_ALLOW_NONEXACT_ALGO", "0"),
-    ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    ("NVIDIA_TF32_OVERRIDE", "0"),
-)
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+EXACT = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import megatron.training
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.megatron_flags import add_run_args
 from tests.tools import REPOSITORY, TOOLS, tool
 
 PAGES = sorted(
@@ -152,7 +152,7 @@ def _flags_of(parser: argparse.ArgumentParser) -> frozenset[str]:
 @functools.cache
 def flags_of_training() -> frozenset[str]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    return _flags_of(add_scmoe_args(add_megatron_arguments(parser)))
+    return _flags_of(add_run_args(add_megatron_arguments(parser)))
 
 
 @functools.cache

@@ -27,6 +27,7 @@ COMMANDS = {
     "tools/prepare_demo_data.py": ("--output",),
     "tools/preprocess_data.py": ("--tokenizer-model",),
     "tools/train_tokenizer.py": ("--vocab-size",),
+    "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),
 }
@@ -53,8 +54,8 @@ def test_help(command):
 
 def test_every_entry_point_is_asked():
     scripts = [REPOSITORY / "pretrain_gpt_scmoe.py"]
-    for folder in ("tools", "benchmarks"):
-        scripts += (REPOSITORY / folder).glob("*.py")
+    for folder in ("tools", "benchmarks", "examples"):
+        scripts += (REPOSITORY / folder).rglob("*.py")
     commands = {
         str(path.relative_to(REPOSITORY)) for path in scripts if "__main__" in path.read_text()
     }

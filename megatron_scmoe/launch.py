@@ -32,6 +32,8 @@ def check() -> None:
             f"the environment has no {missing[0]}: the ranks cannot find each other; accepted: "
             f"torchrun --nproc-per-node N, or a launcher that sets {', '.join(_OF_A_RANK)}"
         )
+    if cpu.is_enabled():  # Megatron asks for it with tensor parallelism, as of older GPUs
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     gpus, needed = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
     if not cpu.is_enabled() and needed > gpus:
         needed = int(os.environ.get("LOCAL_WORLD_SIZE", needed))

@@ -129,9 +129,11 @@ def _forget(environment: dict[str, str], argv: list[str]) -> None:
     import torch
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    from megatron.training.training import destroy_global_state
+    from megatron.training import training
 
-    destroy_global_state()
+    training.destroy_global_state()
+    # A rank that has the time of a former start agrees on it with the others, who may have none.
+    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
     destroy_moe_metrics_tracker()
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False

@@ -28,16 +28,16 @@ def pretrain(ranks, log, flags, world_size=2) -> harness.Run:
 
 def test_runs_in_a_row_are_those_of_fresh_ranks(ranks, tmp_path):
     fresh = harness.run_pretrain(EP2, 2)
-    refused = pretrain(ranks, tmp_path / "0", [*EP2, "--scmoe-expert-slot", "9"])
-    assert refused.status == 2
-    first = pretrain(ranks, tmp_path / "1", EP2)
     saving = [*MODEL, "--mock-data", "--save", str(tmp_path / "saved")]
-    saved = pretrain(ranks, tmp_path / "2", saving, world_size=1)
-    again = pretrain(ranks, tmp_path / "3", EP2)
-    assert fresh.status == first.status == saved.status == again.status == 0, first.output
+    alone = pretrain(ranks, tmp_path / "0", saving, world_size=1)
+    assert alone.status == 0, alone.output
+    assert (tmp_path / "saved" / "iter_0000005").is_dir()
+    refused = pretrain(ranks, tmp_path / "1", [*EP2, "--scmoe-expert-slot", "9"])
+    assert refused.status == 2
+    first, again = (pretrain(ranks, tmp_path / name, EP2) for name in ("2", "3"))
+    assert fresh.status == first.status == again.status == 0, first.output
     assert len(fresh.losses) == 5
     assert fresh.losses == first.losses == again.losses
-    assert (tmp_path / "saved" / "iter_0000005").is_dir()
 
 
 def answer(rank, question):

@@ -25,12 +25,11 @@ from megatron.training.utils import print_rank_0
 from megatron_scmoe import compat, foreign
 from megatron_scmoe.arguments import scmoe_config_from_environment
 from megatron_scmoe.biases import BiasedExpertLinear, BiasedSharedExpert
-from megatron_scmoe.checkpoints.lazy import ConversionError
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.exchange import can_launch_late
 from megatron_scmoe.latent_attention import use_latent_attention
 from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.preflight import PreflightError
 from megatron_scmoe.routed_path import RoutedPath
 from megatron_scmoe.router import (
     ScMoERouter,
@@ -40,7 +39,7 @@ from megatron_scmoe.router import (
 )
 from megatron_scmoe.schedule import Schedule, build_schedule
 from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
-from megatron_scmoe.validation import ScMoEConfigError, needs_dense_partner, validate
+from megatron_scmoe.validation import needs_dense_partner, validate
 
 
 def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -62,7 +61,7 @@ def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodule
         scmoe = foreign.settle(args)
         keys = compat.has_local_norm_keys(args.load, args.ckpt_step)
         block_spec = build_block_spec(config, scmoe, vp_stage, keys)
-    except (ScMoEConfigError, PreflightError, ConversionError) as error:
+    except ScMoEError as error:
         foreign.refuse(error)
     if not vp_stage:
         print_rank_0(describe(scmoe))

@@ -62,6 +62,10 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     def with_files():
         try:
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except OSError as error:
             raise _Failed(f"{error.filename or ''} {error.strerror or error}".strip()) from error
 

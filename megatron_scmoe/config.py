@@ -108,7 +108,7 @@ class ScMoEConfig:
     mla_norm_epsilon: float | None = None
     """Epsilon of the norms of MLA's latents, 1e-6 in LongCat-Flash. Default: --norm-epsilon."""
 
-    changed: list[str] | None = None
+    changed: list[str] | None = field(default=None, metadata={"argparse_meta": {"metavar": "FLAG"}})
     """Settings of the model in which this run departs on purpose from the checkpoint that it loads,
     by their flags without dashes in front: rotary-base moe-router-topk. What else differs is refused
     (docs/checkpoints.md). Default: none."""

@@ -70,7 +70,10 @@ def show_help(prog: str, description: str) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, usage=f"torchrun ... {prog} FLAGS", allow_abbrev=False
+        prog=prog,
+        description=description.replace("``", ""),
+        usage=f"torchrun ... {prog} FLAGS",
+        allow_abbrev=False,
     )
     add_run_args(parser)
     prepare_parser(add_megatron_arguments, parser).print_help()

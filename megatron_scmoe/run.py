@@ -1,6 +1,6 @@
 """Run a Megatron-LM checkout's own pretraining script with ScMoE.
 
-    torchrun --nproc-per-node 8 -m megatron_scmoe.run Megatron-LM/pretrain_gpt.py \
+    torchrun --nproc-per-node 8 -m megatron_scmoe.run Megatron-LM/pretrain_gpt.py \\
         --scmoe-tap pos2 ... Megatron's flags ...
 
 The script and its Megatron stay as they are. It gets ``--spec megatron_scmoe.spec scmoe_spec``, and
@@ -34,7 +34,9 @@ def main() -> None:
         ScMoEError: for what cannot be done, Megatron's refusal of arguments included.
     """
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise UsageError(f"no script is named; accepted: {USAGE}")
+    if words[0] in ("-h", "--help"):
         print(f"usage: {USAGE}\n\n{__doc__}\nThe flags: pretrain_gpt_scmoe.py --help")
         return
     script = Path(words[0])
@@ -52,7 +54,9 @@ def main() -> None:
     cpu.choose()
     log_filters.install()
     _make_parsers_readable()
-    if not asks_for_help():
+    if asks_for_help():
+        _show_own_flags()
+    else:
         launch.check()
         given = shlex.join(word for word in scmoe if word != cpu.FLAG)
         os.environ["SCMOE_ARGS"] = f"{os.environ.get('SCMOE_ARGS', '')} {given}".strip()
@@ -97,10 +101,20 @@ def missing_flags(given: list[str]) -> list[str]:
             ["--no-masked-softmax-fusion"],
             ["--no-rope-fusion"],
         ]
-    if "--seq-length" in given[:-1]:
-        wanted.append(["--max-position-embeddings", given[given.index("--seq-length") + 1]])
+    words = [part for word in given for part in word.split("=", 1)]
+    if "--seq-length" in words[:-1]:
+        wanted.append(["--max-position-embeddings", words[words.index("--seq-length") + 1]])
     present = {word.split("=")[0] for word in given}
     return [word for words in wanted if words[0] not in present for word in words]
+
+
+def _show_own_flags() -> None:
+    """Before the script shows the flags of its own parser."""
+    from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
+
+    parser = ArgumentParser(prog="megatron_scmoe.run", usage=USAGE, add_help=False)
+    prepare_parser(add_run_args, parser).print_help()
+    print(flush=True)
 
 
 def _close_gaps(flags: list[str]) -> None:

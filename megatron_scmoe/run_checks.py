@@ -43,9 +43,11 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     Raises:
         RunError: at the first that would stop the run.
     """
+    _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
     if has_model:
         _check_layout(args)
+        _warn_of_balance(args)
     _check_length(args)
     _check_packages(args)
     _check_device(args)
@@ -143,6 +145,59 @@ _OPTIONAL_NUMBERS = (
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _check_all_is_given(args, has_model: bool) -> None:
+    """Name everything at once that a run needs and was not given."""
+    needed = [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
+    missing = [_flag(name) for name, _ in needed if getattr(args, name) is None]
+    if has_model and not args.num_experts:
+        missing.append("--num-experts")
+    if not args.skip_train:
+        if args.lr is None:
+            missing.append("--lr")
+        if (args.train_iters, args.train_samples) == (None, None) and not args.full_validation:
+            missing.append("--train-iters")
+    if args.tokenizer_type is None and not args.use_checkpoint_args:
+        missing.append("--tokenizer-type")
+    if not any(getattr(args, name) for name in _DATA) and args.ckpt_convert_format is None:
+        missing.append("--data-path (or --mock-data)")
+    if len(missing) > 1:
+        raise RunError(
+            f"{', '.join(missing)} are not given",
+            "a run needs them",
+            "all of them; docs/running.md has a smallest run",
+        )
+
+
+_DATA = (
+    "data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "mock_data",
+)
+"""What names the data."""
+
+
+def _warn_of_balance(args) -> None:
+    """Megatron's default coefficient is 0: a few experts would learn, and the others starve."""
+    coefficients = args.moe_aux_loss_coeff
+    listed = coefficients if isinstance(coefficients, list) else [coefficients]
+    kinds = args.moe_router_load_balancing_type
+    kinds = set(kinds if isinstance(kinds, list) else [kinds])
+    biased = args.scmoe_expert_bias != "none" or args.moe_router_enable_expert_bias
+    balanced = any(listed) or biased or args.moe_router_force_load_balancing
+    if balanced or kinds & {"sinkhorn", "quantile_balancing"} or args.skip_train:
+        return
+    if args.num_experts and args.num_experts > 1 and is_first_rank():
+        print(
+            f"WARNING: --moe-aux-loss-coeff {listed[0]}: nothing balances the experts' load; "
+            "0.01 is usual",
+            flush=True,
+        )
 
 
 def _check_numbers(args, has_model: bool) -> None:

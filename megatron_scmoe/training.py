@@ -1,5 +1,9 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
+import contextlib
+import io
+import os
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -30,7 +34,7 @@ from megatron_scmoe import (
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import judged_by_megatron
+from megatron_scmoe.errors import ScMoEError, judged_by_megatron
 from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.saved_run import SavedRun
 from megatron_scmoe.spec import build_block_spec, describe
@@ -103,11 +107,12 @@ def parse_settings():
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     preflight.check_files(given)
-    with judged_by_megatron():
-        args = parse_and_validate_args(partial(prepare_parser, add_args))
-    preflight.make_paths_absolute(args)
-    if saved is not None:
-        _go_on_from(saved, args, words)
+    with _told_if_accepted():
+        with judged_by_megatron():
+            args = parse_and_validate_args(partial(prepare_parser, add_args))
+        preflight.make_paths_absolute(args)
+        if saved is not None:
+            _go_on_from(saved, args, words)
     args.spec = None  # the checkpoint's, of a run that built the same model under --spec
     if args.non_persistent_ckpt_type == "local":
         args.dist_ckpt_optim_fully_reshardable = False  # Megatron cannot
@@ -121,6 +126,21 @@ def _parse_args(add_args):
         return parse_args(partial(prepare_parser, add_args))
 
 
+@contextlib.contextmanager
+def _told_if_accepted() -> Iterator[None]:
+    """Hold back what is printed, 800 lines of arguments, so that it does not bury a refusal."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    except ScMoEError:
+        raise
+    except BaseException:
+        print(held.getvalue(), end="", flush=True)
+        raise
+    print(held.getvalue(), end="", flush=True)
+
+
 def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     """Compare the run with what it loads, and say what of the flags given is the checkpoint's now."""
     resuming.check(args, saved)
@@ -131,6 +151,25 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
         reason = "it is the checkpoint's (--use-checkpoint-args)"
         for line in resuming.overridden(given, args, reason):
             print_rank_0(line)
+    _say_what_is_finished(saved, args)
+
+
+def _say_what_is_finished(saved: SavedRun, args) -> None:
+    """If nothing is left to train, say so, and do not write the last checkpoint anew in its place."""
+    done = saved.state.get("iteration", 0)
+    goes_on = not (saved.is_release or args.finetune or saved.given.startswith("--pretrained"))
+    if not (goes_on and args.train_iters and done >= args.train_iters) or args.skip_train:
+        return
+    print_rank_0(
+        f"> nothing is left to train: {saved.path} has {done} iterations, and --train-iters is "
+        f"{args.train_iters}"
+    )
+    if (
+        args.save
+        and not args.log_progress
+        and os.path.realpath(args.save) == os.path.realpath(saved.path.parent)
+    ):
+        args.save = None
 
 
 def forward_step(data_iterator, model):

@@ -183,6 +183,10 @@ def read_sequences(args: Namespace, tokenize, length: int):
             raise UsageError(
                 f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})"
             ) from error
+        if not isinstance(ids, np.ndarray):
+            raise UsageError(
+                f"--tokens {args.tokens}: it is an archive of arrays; accepted is a .npy file of ids"
+            )
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             raise UsageError(
                 f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "

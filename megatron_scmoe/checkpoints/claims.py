@@ -60,6 +60,8 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
     check_dropouts(config)
     for name, expected in inspect.get_annotations(kind).items():
         value = config.get(name)
+        if expected is int and name in config and name.endswith(_SIZES) and value is None:
+            raise ConversionError(f"config.json: {name} is null; accepted: 1 or more")
         if name.startswith("_") or value is None:  # None is the class's to judge
             continue
         if type(value) is int and expected in (float, float | None):

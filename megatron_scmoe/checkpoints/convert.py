@@ -39,6 +39,7 @@ from megatron_scmoe.checkpoints.tokenizers import (
     TokenizerFiles,
     find_tokenizer,
     generation_config,
+    has_tokenizer,
     tokenizer_flags,
 )
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
@@ -100,7 +101,8 @@ def megatron_to_hf(
             shutil.copyfile(file, folder / file.name)
         _write_json(folder / "config.json", config)
         (folder / "generation_config.json").write_text(generation_config(files))
-        card = model_card(config, checkpoint, tensors, files.description, Path(output).name)
+        name, readable = Path(output).name, has_tokenizer(folder)
+        card = model_card(config, checkpoint, tensors, files.description, name, readable)
         (folder / "README.md").write_text(card)
         write_safetensors(folder, tensors, max_shard_size)
     return [

@@ -26,10 +26,10 @@ megatron_scmoe.
 {facts}
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{and_tokenizer}
 
 model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
-```
+{load_tokenizer}```
 {code}
 Data, evaluation, intended use and licence are not known to the converter.
 """
@@ -45,6 +45,7 @@ def model_card(
     tensors: Tensors,
     tokenizer: str,
     title: str,
+    has_tokenizer: bool,
 ) -> str:
     """The card of a model.
 
@@ -54,6 +55,7 @@ def model_card(
         tensors: what is written.
         tokenizer: which tokenizer goes with it.
         title: the name of the folder.
+        has_tokenizer: whether the folder holds one.
     """
     args = checkpoint.args
     total, active = count_parameters(checkpoint.tensors, args)
@@ -69,10 +71,14 @@ def model_card(
         "tokenizer": tokenizer,
     }
     own_code = "auto_map" in config
+    trust = ", trust_remote_code=True" if own_code else ""
+    tokenizer_line = f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})\n'
     return _CARD.format(
         title=title,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        trust=", trust_remote_code=True" if own_code else "",
+        trust=trust,
+        and_tokenizer=", AutoTokenizer" if has_tokenizer else "",
+        load_tokenizer=tokenizer_line if has_tokenizer else "",
         code=_CODE if own_code else "",
     )
 

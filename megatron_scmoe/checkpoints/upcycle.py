@@ -118,7 +118,7 @@ def upcycle(
         f"{args.padded_vocab_size} rows",
         *notes,
         f"train on: pretrain_gpt_scmoe.py --load {save} --use-checkpoint-args "
-        "--moe-token-dispatcher-type alltoall ...",
+        "--moe-aux-loss-coeff 0.01 ...",
     ]
 
 

@@ -134,6 +134,24 @@ class TestFiles:
         assert_continues_after_step_2(run, undisturbed[0])
 
 
+def test_another_model_is_refused_without_burying_the_reason(dataset, undisturbed):
+    words = [*flags(dataset, undisturbed[1]), *EP2, "--scmoe-tap", "pos1"]
+    run = harness.run_pretrain(words, world_size=2)
+    assert run.status == 2
+    assert run.error.startswith("--scmoe-tap pos1: ")
+    assert len(run.output.splitlines()) < 40
+
+
+def test_a_finished_run_says_so_and_leaves_its_checkpoint_alone(dataset, undisturbed):
+    metadata = undisturbed[1] / "iter_0000005" / ".metadata"
+    before = metadata.stat()
+    run = harness.run_pretrain([*flags(dataset, undisturbed[1]), *EP2], world_size=2)
+    assert run.status == 0, run.output
+    assert "> nothing is left to train: " in run.output
+    assert "has 5 iterations, and --train-iters is 5" in run.output
+    assert (metadata.stat().st_ino, metadata.stat().st_mtime) == (before.st_ino, before.st_mtime)
+
+
 @pytest.mark.parametrize("moment", ["in mid-step", "in mid-save"])
 def test_rank_that_dies(moment, dataset, undisturbed, tmp_path):
     folder = tmp_path / "checkpoints"

@@ -411,7 +411,10 @@ def test_refusals(data, trained, llama, tmp_path):
     np.save(many, np.array([1, 2, VOCAB]))
     halves = tmp_path / "halves.npy"
     np.save(halves, np.array([0.5, 1.5]))
+    archive = tmp_path / "archive.npz"
+    np.savez(archive, ids=np.array([1, 2]))
     for flags, told in (
+        ((*load, "--tokens", archive), "it is an archive of arrays; accepted is a .npy file"),
         ((*load, "--text", "absent.txt"), "--text absent.txt: there is no such file"),
         (("--load", tmp_path, *text), f"--load {tmp_path}: there is no checkpoint"),
         ((*load, "--ckpt-step", 3, *text), "accepted: --ckpt-step 4, the nearest"),

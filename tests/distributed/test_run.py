@@ -1,12 +1,14 @@
 """``python -m megatron_scmoe.run``: a script that knows nothing of ScMoE trains the same model."""
 
 import os
+import sys
 from functools import partial
 
 import pytest
 
 from megatron_scmoe import cpu
-from megatron_scmoe.run import missing_flags, split_flags
+from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.run import main, missing_flags, split_flags
 from tests import harness
 from tests.distributed.test_torchrun import MODEL
 from tests.tools import REPOSITORY
@@ -103,13 +105,19 @@ def test_flags_are_told_apart(words, scmoe, others):
 
 
 def test_given_flags_are_not_added():
-    given = ["--spec", "other", "spec", "--distributed-backend=gloo", "--seq-length", "32"]
+    given = ["--spec", "other", "spec", "--distributed-backend=gloo", "--seq-length=32"]
     added = missing_flags(given)
     assert "--spec" not in added
     assert "--distributed-backend" not in added
     place = added.index("--max-position-embeddings")
     assert added[place + 1] == "32"
     assert ("--transformer-impl" in added) == cpu.is_enabled()
+
+
+def test_without_a_script_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megatron_scmoe.run"])
+    with pytest.raises(UsageError, match="no script is named; accepted: torchrun"):
+        main()
 
 
 def test_environment_of_this_process_is_left_alone():

@@ -106,6 +106,11 @@ def text_for_a_number(folder):
     return r"config\.json: hidden_size is 'big'; accepted: int"
 
 
+def null_for_a_size(folder):
+    change_config(folder, moe_intermediate_size=None)
+    return r"config\.json: moe_intermediate_size is null; accepted: 1 or more"
+
+
 def quantised(folder):
     name = "model.layers.0.mlp.down_proj.weight"
     change_tensors(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
@@ -167,6 +172,7 @@ def remote_code(folder):
         wrong_vocabulary,
         unknown_architecture,
         no_architecture,
+        null_for_a_size,
         text_for_a_number,
         quantised,
         number_for_a_file,
@@ -341,6 +347,7 @@ def test_what_a_folder_holds(source, exported):
     assert GenerationConfig.from_pretrained(exported).suppress_tokens is None
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert ("tokenizer = AutoTokenizer" in card) == tokenizers.has_tokenizer(exported)
     assert "| tap, combine | pos2, cg1 |" in card and "| experts | 4, 2 for a token |" in card
 
 

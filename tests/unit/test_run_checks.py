@@ -13,7 +13,8 @@ from megatron_scmoe import cpu, run_checks, run_defaults
 from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
 
 FLAGS = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4
-    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3 --mock-data""".split()
+    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3 --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 64 --moe-aux-loss-coeff 0.01""".split()
 
 
 def parse(*words: str, world_size: int = 1) -> argparse.Namespace:
@@ -52,6 +53,37 @@ def test_flags_that_are_needed(flag):
         run_checks.RunError, match=f"^{flag} is not given: a run needs it; accepted"
     ):
         check(parse(*without(flag)))
+
+
+def test_all_that_is_missing_is_named_at_once():
+    words = "--num-layers 2 --hidden-size 32 --seq-length 32 --micro-batch-size 2 --skip-train"
+    with pytest.raises(run_checks.RunError) as info:
+        check(parse(*words.split()))
+    assert str(info.value).startswith(
+        "--num-attention-heads, --num-experts, --tokenizer-type, --data-path (or --mock-data) are not "
+        "given: a run needs them; accepted: all of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "is_warned"),
+    [
+        ("--moe-aux-loss-coeff 0", True),
+        ("--moe-aux-loss-coeff 0 0 --moe-router-load-balancing-type aux_loss seq_aux_loss", True),
+        (
+            "--moe-aux-loss-coeff 0 0.1 --moe-router-load-balancing-type aux_loss seq_aux_loss",
+            False,
+        ),
+        ("--moe-aux-loss-coeff 0 --moe-router-load-balancing-type sinkhorn", False),
+        ("--moe-aux-loss-coeff 0 --scmoe-expert-bias sign", False),
+        ("--moe-aux-loss-coeff 0 --num-experts 1", False),
+        ("--moe-aux-loss-coeff 0 --skip-train", False),
+    ],
+)
+def test_experts_whose_load_nothing_balances(words, is_warned, capsys):
+    check(parse(*FLAGS, *words.split()))
+    warned = "WARNING: --moe-aux-loss-coeff 0.0: nothing balances" in capsys.readouterr().out
+    assert warned == is_warned
 
 
 def test_a_checkpoint_may_bring_the_model():

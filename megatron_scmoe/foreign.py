@@ -24,8 +24,8 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_args,
     scmoe_config_from_environment,
 )
-from megatron_scmoe.checkpoints.arguments import SPEC
 from megatron_scmoe.config import OF_THE_RUN, ScMoEConfig
+from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.saved_run import SavedRun
 from megatron_scmoe.validation import ScMoEConfigError
 
@@ -81,10 +81,10 @@ def settle(args: argparse.Namespace) -> ScMoEConfig:
     return scmoe_config_from_args(args)
 
 
-def refuse(error: Exception) -> NoReturn:
+def refuse(error: ScMoEError) -> NoReturn:
     """End the script with one line."""
     prog = Path(sys.argv[0]).name
-    command_line.end(f"{prog}: error: --spec {' '.join(SPEC)}: {error}", status=2)
+    command_line.end(f"{prog}: error: {error}", status=error.status)
 
 
 _settled: list[argparse.Namespace] = []

@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.test_training import NO_DROPOUT, TINY
 from tests.harness import run_pretrain
 
-FLAGS = [*TINY, *NO_DROPOUT, "--make-vocab-size-divisible-by", "64", "--save-interval", "2"]
+FLAGS = [*TINY, *NO_DROPOUT, "--make-vocab-size-divisible-by", "64"]
 FLAGS[FLAGS.index("--num-layers") + 1] = "4"
 FLAGS[FLAGS.index("--moe-layer-freq") + 1] = "[0,1]*2"
 STEPS = 6
@@ -34,7 +34,8 @@ def undisturbed(tmp_path_factory):
     def of(optimizer: str):
         if optimizer not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
-            done[optimizer] = train("EP2", optimizer, "--save", str(folder)), folder
+            saving = ["--save", str(folder), "--save-interval", "2"]
+            done[optimizer] = train("EP2", optimizer, *saving), folder
         return done[optimizer]
 
     return of
@@ -65,7 +66,16 @@ def test_resume_on_another_layout(undisturbed, optimizer, layout):
 
 def test_there_and_back(undisturbed, tmp_path):
     straight, folder = undisturbed("plain")
-    there = ["--load", str(folder), "--ckpt-step", "2", "--save", str(tmp_path)]
+    there = [
+        "--load",
+        str(folder),
+        "--ckpt-step",
+        "2",
+        "--save",
+        str(tmp_path),
+        "--save-interval",
+        "2",
+    ]
     assert_goes_on(train("1 rank", "plain", *there, "--exit-interval", "4"), straight, 3, 4)
     back = train("EP2", "plain", "--load", str(tmp_path), "--save", str(tmp_path))
     assert_goes_on(back, straight, 5)
@@ -102,7 +112,8 @@ class TestSchedule:
 
 def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_path):
     _, folder = undisturbed("plain")
-    run = run_pretrain([*FLAGS, "--train-iters", "6", "--load", str(folder), "--scmoe-tap", "pos3"])
+    words = [*FLAGS, *LAYOUTS["1 rank"][1].split(), "--train-iters", "6", "--load", str(folder)]
+    run = run_pretrain([*words, "--scmoe-tap", "pos3"])
     assert run.status == 2
     assert "Traceback" not in run.output
     assert run.error.startswith("--scmoe-tap pos3: ")

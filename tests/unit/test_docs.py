@@ -213,6 +213,8 @@ def exists(name: str, page: str) -> bool:
     path, _, test = name.partition("::")
     here = Path(page).parent
     places = [Path(path), here / path, Path("megatron_scmoe") / path]
+    if "*" in path:
+        return any(REPOSITORY.glob(path))
     found = next((place for place in places if (REPOSITORY / place).exists()), None)
     if found is None and "/" not in path:
         same = [Path(file) for file in files() if Path(file).name == path]
@@ -260,7 +262,14 @@ def symbol_exists(span: str) -> bool:
         re.search(rf"^class {first}\b", text, re.MULTILINE) and re.search(rf"\b{last}\b", text)
         for text in sources().values()
     )
-    return in_class or resolves(f"megatron_scmoe.{name}") or resolves(name)
+    in_megatron = {first, last} <= words("megatron") and first[0].isupper()
+    named = VARIABLES.get(first, first) + name[len(first) :]
+    packages = ("megatron_scmoe.", "transformers.", "torch.", "")
+    return in_class or in_megatron or any(resolves(package + named) for package in packages)
+
+
+VARIABLES = {"tokenizer": "PreTrainedTokenizerFast", "model": "PreTrainedModel"}
+"""What pages call an object of a class in transformers."""
 
 
 def resolves(name: str) -> bool:

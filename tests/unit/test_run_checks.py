@@ -13,8 +13,8 @@ from megatron_scmoe import cpu, run_checks, run_defaults
 from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
 
 FLAGS = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4
-    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3 --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 64 --moe-aux-loss-coeff 0.01""".split()
+    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3
+    --tokenizer-type NullTokenizer --vocab-size 64 --moe-aux-loss-coeff 0.01 --mock-data""".split()
 
 
 def parse(*words: str, world_size: int = 1) -> argparse.Namespace:

@@ -243,6 +243,8 @@ def _meaning(name: str, args: argparse.Namespace) -> Any:
     value = getattr(args, name)
     if name == "moe_layer_freq":
         return moe_pattern(value, args.num_layers) if args.num_experts else None
+    if name == "add_qkv_bias":  # a converted checkpoint's was not derived by Megatron
+        return bool(value or args.add_bias_linear)
     if name == "num_query_groups":
         return value if args.group_query_attention else args.num_attention_heads
     if name == "scmoe_mla_norm_epsilon":

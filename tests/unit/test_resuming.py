@@ -186,6 +186,15 @@ def test_files_of_ranks_are_read_without_running_them(tmp_path):
         saved_run.find(args)
 
 
+def test_what_megatron_derives_from_other_flags_is_no_difference():
+    saved, args = arguments_of(), arguments_of()
+    saved.add_bias_linear = args.add_bias_linear = args.add_qkv_bias = True
+    saved.add_qkv_bias = False
+    assert resuming.differences(args, saved) == []
+    saved.add_bias_linear = args.add_bias_linear = False
+    assert resuming.differences(args, saved) == ["add_qkv_bias"]
+
+
 def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
     older = without(arguments_of(), "scmoe_post_norm", "scmoe_zero_experts", "use_mup")
     resuming.check(arguments_of(), of(older))

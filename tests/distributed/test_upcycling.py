@@ -1,13 +1,8 @@
 """Upcycling: dense models of each family, made by transformers, and stock Megatron checkpoints."""
 
 import argparse
-import io
 import json
-import multiprocessing
-import os
 import shutil
-import sys
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +27,7 @@ from megatron_scmoe.checkpoints.store import (
 from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding
 from tests import models
-from tests.harness import Run, run_distributed, run_pretrain
+from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
 
 transformers = pytest.importorskip("transformers")
@@ -382,24 +377,11 @@ def test_an_odd_vocabulary_is_shared_by_ranks_in_training(corpus, tmp_path):
     expected = train(corpus, save, 1, 1).losses[1]
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     layout += ("--expert-tensor-parallel-size", 1)
-    _, last = run_distributed(_train_here, 2, training_flags(corpus, save, 1, *layout))
-    assert Run(0, last).losses[1] == pytest.approx(expected, abs=2e-6)
+    assert train(corpus, save, 1, 2, *layout).losses[1] == pytest.approx(expected, abs=2e-6)
     given = argparse.Namespace(
         make_vocab_size_divisible_by=100, tensor_model_parallel_size=2, rank=1
     )
     assert vocab_size_with_padding(VOCAB, given) == 400
-
-
-def _train_here(flags) -> str:
-    """Train on this rank, with the variable that Megatron asks for; what is printed."""
-    from megatron_scmoe import training
-
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    sys.argv = ["pretrain_gpt_scmoe.py", *flags]
-    multiprocessing.set_start_method("fork", force=True)
-    with redirect_stdout(io.StringIO()) as printed:
-        training.main()
-    return printed.getvalue()
 
 
 STOCK = f"""

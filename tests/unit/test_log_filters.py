@@ -17,12 +17,15 @@ def installed(monkeypatch):
     monkeypatch.setattr(cpu, "is_enabled", lambda: True)
     loggers = [logging.getLogger(name) for name, *_ in log_filters._LOGGED]
     before = [list(logger.filters) for logger in loggers]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)  # tools that other tests run in this process are quiet
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         log_filters.install()
         yield caught
     for logger, filters in zip(loggers, before, strict=True):
         logger.filters = filters
+    logging.disable(disabled)
 
 
 def warn(message: str, module: str) -> None:

@@ -9,7 +9,7 @@ import transformers
 
 from megatron_scmoe.checkpoints.lazy import LazyTensor
 from megatron_scmoe.checkpoints.store import read_megatron, write_megatron
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.errors import ScMoEError
 from tests import checkpoints, models
 from tests.tools import tool
 
@@ -37,7 +37,7 @@ def convert(*words) -> None:
 
 
 def refusal(*words) -> str:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(ScMoEError) as refused:
         convert(*words)
     assert "\n" not in str(refused.value)
     return str(refused.value)

@@ -20,7 +20,8 @@ RANK = {
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """None of a launcher; what a test sets is taken back."""
-    for name in (*RANK, *launch._OTHER_LAUNCHERS, "LOCAL_WORLD_SIZE"):
+    also = ("LOCAL_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS")
+    for name in (*RANK, *launch._OTHER_LAUNCHERS, *also):
         monkeypatch.setenv(name, "")  # remembered, to be restored
         monkeypatch.delenv(name)
 
@@ -37,6 +38,7 @@ def test_a_launched_rank_is_left_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "is_enabled", lambda: True)
     launch.check()
     assert {name: os.environ[name] for name in RANK} == RANK
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # Megatron asks for it with TP
     assert capsys.readouterr().out == ""
 
 

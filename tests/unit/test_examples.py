@@ -177,7 +177,9 @@ def slurm(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "source", {*SOURCES, *LONGCAT_SOURCES}, ids=lambda path: f"{path.parent.name}/{path.name}"
+    "source",
+    sorted({*SOURCES, *LONGCAT_SOURCES}),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_shell_syntax(source):
     subprocess.run(["bash", "-n", source], check=True, timeout=30)

@@ -58,9 +58,11 @@ def check_types(config: Mapping[str, Any], kind: type) -> None:
         ConversionError: it names the field, and what is accepted.
     """
     check_dropouts(config)
+    is_own = kind.__module__.startswith("megatron_scmoe.")
     for name, expected in inspect.get_annotations(kind).items():
         value = config.get(name)
-        if expected is int and name in config and name.endswith(_SIZES) and value is None:
+        is_size = name.endswith(_SIZES) and expected is int and is_own  # others' int may be null
+        if is_size and name in config and value is None:
             raise ConversionError(f"config.json: {name} is null; accepted: 1 or more")
         if name.startswith("_") or value is None:  # None is the class's to judge
             continue

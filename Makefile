@@ -17,7 +17,8 @@ demo: $(INSTALLED)  ## train a small ScMoE GPT on the source of Python's standar
 	@$(BIN)/python tools/demo.py $(ARGS)
 
 test: $(INSTALLED)  ## all tests that need no GPU
-	@$(BIN)/python -m pytest tests/unit tests/distributed --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests/distributed $(ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)

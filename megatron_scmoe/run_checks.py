@@ -147,9 +147,13 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
+    return [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
+
+
 def _check_all_is_given(args, has_model: bool) -> None:
     """Name everything at once that a run needs and was not given."""
-    needed = [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
+    needed = _needed_numbers(has_model)
     missing = [_flag(name) for name, _ in needed if getattr(args, name) is None]
     if has_model and not args.num_experts:
         missing.append("--num-experts")
@@ -201,7 +205,7 @@ def _warn_of_balance(args) -> None:
 
 
 def _check_numbers(args, has_model: bool) -> None:
-    needed = [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
+    needed = _needed_numbers(has_model)
     for name, least in needed:
         if getattr(args, name) is None:
             raise RunError(f"{_flag(name)} is not given", "a run needs it", f"{least} or more")

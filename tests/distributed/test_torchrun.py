@@ -12,8 +12,8 @@ MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 
     --disable-bias-linear --num-experts 4 --moe-layer-freq [0,1]*1 --moe-router-topk 2
     --moe-shared-expert-intermediate-size 32 --position-embedding-type rope --normalization RMSNorm
     --untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 128 --micro-batch-size 2 --lr 1e-3 --log-interval 1 --train-iters 2
-    --eval-iters 0""".split()
+    --vocab-size 128 --micro-batch-size 2 --lr 1e-3 --moe-aux-loss-coeff 1e-2
+    --log-interval 1 --train-iters 2 --eval-iters 0""".split()
 
 
 def torchrun(*words: str, restarts: int = 0, ranks: int = 2) -> tuple[int, list[str]]:

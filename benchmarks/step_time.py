@@ -62,7 +62,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.layer_spec import build_block_spec, resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.async_all_to_all import AllToAll
-from megatron_scmoe.overlap.copy_engine import exchange_for
+from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from megatron_scmoe.platform.command_line import run_tool, staged_outputs
 
 MICRO_BATCHES_1F1B = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.router import ZeroExpertOutput
-from megatron_scmoe.overlap.copy_engine import exchange_for
+from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Boundary
 from megatron_scmoe.overlap.token_dispatcher import build_token_dispatcher

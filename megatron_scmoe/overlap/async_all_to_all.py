@@ -1,4 +1,4 @@
-"""The only module that touches streams, events and asynchronous collectives (but copy_engine.py,
+"""The only module that touches streams, events and asynchronous collectives (but copy_engine/,
 an all-to-all that is no collective).
 
 An *exchange* moves tensors between the expert-parallel ranks:

@@ -12,8 +12,19 @@ from shapes import SCMOE
 
 from megatron_scmoe.command_line import UsageError
 
-TIMES = ("step_ms", "forward_ms", "train_ms")
-"""What may be measured of a system: a step, a forward, a whole training iteration."""
+TIMES = {"step_ms": "step", "forward_ms": "forward", "train_ms": "iteration"}
+"""What may be measured of a system, and what it is called where people read of it."""
+
+SETTINGS_THEN = {
+    "chunks": 1,
+    "exchange": "collective",
+    "copied": None,
+    "ep_channels": None,
+    "ep_high_priority": False,
+    "train_micro_batches": 1,
+}
+SIZES_THEN = {"of_blocks": None, "router_fusion": False, "cuda_graphs": []}
+"""What was measured before there were flags for anything else."""
 
 
 def measured_keys(systems: dict[str, dict]) -> list[str]:
@@ -37,8 +48,14 @@ def baseline(systems: dict[str, dict]) -> str:
     return "top2" if "top2" in systems else next(iter(systems))
 
 
+def speed(systems: dict[str, dict], system: str, other: str, key: str) -> float | None:
+    """How many times as fast one system is as another; None if one of the times is missing."""
+    rows = [systems.get(name, {}) for name in (system, other)]
+    return rows[1][key] / rows[0][key] if all(key in row for row in rows) else None
+
+
 def read_result(path: Path) -> dict:
-    """The result in a file.
+    """The result in a file; settings that it is too old to hold have the values they had then.
 
     Raises:
         UsageError: if it holds none; the message is one line that names the file.
@@ -52,4 +69,7 @@ def read_result(path: Path) -> dict:
         whole = False
     if not whole:
         raise UsageError(f"{path}: it is no result of step_time.py; accepted: its --json")
-    return result
+    sizes = SIZES_THEN | result["sizes"]
+    if isinstance(sizes["cuda_graphs"], bool):  # whether attention was captured
+        sizes["cuda_graphs"] = ["attn"] if sizes["cuda_graphs"] else []
+    return SETTINGS_THEN | result | {"sizes": sizes}

@@ -45,7 +45,7 @@ def main() -> None:
     if lost:
         sys.exit(1)
     compared = ", ".join(name for name in stored["systems"] if name in new["systems"])
-    print(f"none of {compared} has lost more than {options.tolerance:.0%}")
+    print(f"none of {compared} has lost more than {options.tolerance:.1%}")
 
 
 def losses(new: dict, stored: dict, tolerance: float) -> Iterator[str]:

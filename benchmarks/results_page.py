@@ -145,8 +145,7 @@ def _result(result: dict, folder: Path) -> Iterator[str]:
                 for slot, row in enumerate(result["slots"])
             ),
         )
-    yield from ("    " + line for line in rerun_command(result).split("\n"))
-    yield ""
+    yield f"```bash\n{rerun_command(result)}\n```\n"
     if (folder / f"{name}.png").exists():
         yield f"![{title(result)}: {variant(result)}](results/{name}.png)\n"
 
@@ -155,17 +154,14 @@ def _times_table(result: dict) -> Iterator[str]:
     """Times of each system, and how many times as fast as the baseline it is."""
     systems = result["systems"]
     base, keys = baseline(systems), measured_keys(systems)
-    memory = result["device"] != "cpu" and not result["sizes"]["cuda_graphs"]
+    memory = _knows_memory(result)
     heads = [head for key in keys for head in (f"{TIMES[key]}, ms", f"over {_name(result, base)}")]
     rows = []
     for system, row in systems.items():
         cells = [_name(result, system)]
         for key in keys:
-            found = key in row
-            cells += [
-                f"{row[key]:.1f}" if found else "",
-                _times(speed(result["systems"], system, base, key)),
-            ]
+            cells.append(f"{row[key]:.1f}" if key in row else "")
+            cells.append(_times(speed(systems, system, base, key)))
         if memory:
             cells.append(f"{row['peak_memory_mb']:.0f}")
         rows.append(cells)
@@ -186,8 +182,7 @@ def _ratios(result: dict) -> Iterator[str]:
             rows.append([f"over {_name(result, other)}", *speeds])
     if rows:
         yield from _table(["ScMoE, overlapped", *(TIMES[key] for key in keys)], rows)
-    memory = result["device"] != "cpu" and not result["sizes"]["cuda_graphs"]
-    if memory and "shared" in systems:
+    if _knows_memory(result) and "shared" in systems:
         ratio = systems["scmoe"]["peak_memory_mb"] / systems["shared"]["peak_memory_mb"]
         yield f"Its peak memory is {ratio:.3f} times that of {_name(result, 'shared')}.\n"
 
@@ -224,6 +219,11 @@ def _table(heads: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
     for row in rows:
         yield f"| {' | '.join(row)} |"
     yield ""
+
+
+def _knows_memory(result: dict) -> bool:
+    """CUDA graphs hold theirs from the start; a CPU tells none."""
+    return result["device"] != "cpu" and not result["sizes"]["cuda_graphs"]
 
 
 def _name(result: dict, system: str) -> str:

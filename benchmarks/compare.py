@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("new", type=Path, help="JSON of step_time.py")
     parser.add_argument("stored", type=Path, help="the JSON it is compared with")
     parser.add_argument("--tolerance", type=_fraction, default=TOLERANCE, metavar="FRACTION",
-        help="of its stored ratio that a system may lose")  # fmt: skip
+        help="of its ratio that a system may lose")  # fmt: skip
     options = parser.parse_args()
     new, stored = read_result(options.new), read_result(options.stored)
     check_comparable(options.new, new, options.stored, stored)

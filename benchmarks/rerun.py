@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 
+from options import all_that_run
 from result import SETTINGS_THEN
-from shapes import SHAPES, SYSTEMS, Shape
+from shapes import SHAPES, Shape
 
 OWN_VARIABLES = ("NCCL_VERSION", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """What a container or Megatron sets by itself."""
@@ -56,8 +57,7 @@ def _parts(result: dict) -> Iterator[str]:
     yield from _of_training(result, default=0 if graphs else 5)
     if result.get("operators"):
         yield "--operators"
-    runs = [name for name in SYSTEMS if name != "top2-1f1b" or not (on_cpu or graphs)]
-    if list(result["systems"]) != runs:
+    if list(result["systems"]) != all_that_run(on_cpu, bool(graphs)):
         yield f"--systems {' '.join(result['systems'])}"
 
 

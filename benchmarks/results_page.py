@@ -3,8 +3,8 @@
     python benchmarks/results_page.py            # writes benchmarks/RESULTS.md
     python benchmarks/results_page.py --check    # exit status 1 if it is not what the files give
 
-The page's first part is results/intro.md. What a file does not hold (remarks, settings older than
-their record) is in results/notes.toml.
+What stands before the tables is results/intro.md. What a file does not hold (remarks, settings older
+than their record) is in results/notes.toml.
 """
 
 import json
@@ -49,13 +49,10 @@ def page(folder: Path) -> str:
     """The text of the page for all results in a folder."""
     results = read_all(folder)
     groups = [list(group) for _, group in groupby(results, title)]
-    return "\n".join(
-        [
-            (folder / "intro.md").read_text(),
-            *_summary(results),
-            *(line for group in groups for line in _section(group, folder)),
-            *_operator_times(results, folder),
-        ]
+    intro = (folder / "intro.md").read_text()
+    sections = (line for group in groups for line in _section(group, folder))
+    return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
+        (*sections, *_operator_times(results, folder))
     )
 
 
@@ -96,8 +93,7 @@ def _order(result: dict) -> tuple:
 
 def _summary(results: list[dict]) -> Iterator[str]:
     """One row for each result that has the baseline."""
-    yield "## All in one table\n"
-    yield "How many times as fast as stock top-2k the overlapped ScMoE is, and the share hidden.\n"
+    yield "How many times as fast as stock top-2k ScMoE is, and the share of communication hidden:\n"
     names = TIMES.values()
     yield from _table(
         ["model", "GPUs, link", "settings", *names, *(f"hidden, {name}" for name in names)],
@@ -107,7 +103,7 @@ def _summary(results: list[dict]) -> Iterator[str]:
                 place(result),
                 variant(result),
                 *(_times(speed(result["systems"], "scmoe", "top2", key)) for key in TIMES),
-                *(_share(result, key) for key in TIMES),
+                *("" if result["floor"] else _share(result, key) for key in TIMES),
             ]
             for result in results
             if "top2" in result["systems"]
@@ -173,9 +169,12 @@ def _ratios(result: dict) -> Iterator[str]:
     systems, keys = result["systems"], measured_keys(result["systems"])
     rows = []
     if "floor" in systems:
-        rows.append(["hidden", *(_share(result, key) for key in keys)])
-        exact = [speed(systems, "floor", "scmoe", key) for key in keys]
-        rows.append(["time over communication left out", *(f"{ratio:.3f}" for ratio in exact)])
+        against = f", against {result['floor']}" if result["floor"] else ""
+        slower = [speed(systems, "floor", "scmoe", key) for key in keys]
+        rows.append([f"hidden{against}", *(_share(result, key) for key in keys)])
+        rows.append(
+            [f"time over communication left out{against}", *(f"{ratio:.3f}" for ratio in slower)]
+        )
     for other in ("shared", "shared-overlap", "scmoe-serial"):
         if other in systems and other != baseline(systems):
             speeds = [_times(speed(systems, "scmoe", other, key)) for key in keys]
@@ -206,7 +205,10 @@ def _operator_times(results: list[dict], folder: Path) -> Iterator[str]:
     for name in alone:
         command, hardware, date = found[name]["source"].removeprefix("printed by ").rsplit(", ", 2)
         yield f"- {_link(name)}: {hardware}, {date}, `{command}`"
-    yield ""
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _link(name: str) -> str:

@@ -70,18 +70,6 @@ def variant(result: dict) -> str:
     return ", ".join(parts)
 
 
-def _carrier(result: dict) -> str:
-    """What carries the all-to-alls of ScMoE."""
-    copied = result["copied"]
-    if result["exchange"] == "collective":
-        return "NCCL"
-    if not copied:
-        return "copy engines"
-    if sorted(copied) == ["combine-backward", "dispatch-backward"]:
-        return "copy engines in backward"
-    return f"copy engines for {' and '.join(copied)}"
-
-
 def system_name(system: str, topk: int, floor: str | None) -> str:
     """A system; ``floor`` says what arrived in it where these were not copies of real tokens."""
     shared = f"stock top-{topk} + shared expert"
@@ -142,6 +130,18 @@ def graph_note(result: dict) -> str:
     return (
         f"All systems use CUDA graphs; those of ScMoE hold {', '.join(f'`{m}`' for m in modules)}."
     )
+
+
+def _carrier(result: dict) -> str:
+    """What carries the all-to-alls of ScMoE."""
+    copied = result["copied"]
+    if result["exchange"] == "collective":
+        return "NCCL"
+    if not copied:
+        return "copy engines"
+    if sorted(copied) == ["combine-backward", "dispatch-backward"]:
+        return "copy engines in backward"
+    return f"copy engines for {' and '.join(copied)}"
 
 
 def _device(result: dict) -> str:

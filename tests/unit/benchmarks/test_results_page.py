@@ -88,7 +88,7 @@ def test_a_table_of_round_numbers(tmp_path):
     }
     result["hidden_share"] = {"step": 5 / 6, "forward": 0.75}
     (tmp_path / "round.json").write_text(json.dumps(result))
-    for name, text in (("intro.md", "# Results\n"), ("notes.toml", "")):
+    for name, text in (("intro.md", "# Results\n\n{summary}\n"), ("notes.toml", "")):
         (tmp_path / name).write_text(text)
     operators = RESULTS / "2xh200-wide-operator-times.json"
     (tmp_path / operators.name).write_text(operators.read_text())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from result import baseline, measured_keys, read_result, speed
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
 
 SETTINGS = (
     "shape", "sizes", "tap", "slot", "chunks", "exchange", "copied", "ep_channels",

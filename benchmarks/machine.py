@@ -9,9 +9,9 @@ import tempfile
 import time
 from importlib import metadata
 
-from megatron_scmoe import cpu
+from megatron_scmoe.platform import cpu_backend
 
-ON_CPU = cpu.enable_if_no_gpu()
+ON_CPU = cpu_backend.enable_if_no_gpu()
 logging.getLogger("megatron").setLevel(logging.ERROR)  # lists of parameters, before every table
 
 import torch

@@ -26,9 +26,9 @@ from result import hidden_share, measured_keys
 from shapes import Shape
 from systems import flops, switch
 
-from megatron_scmoe import tuning
+from megatron_scmoe.analysis import slot_tuner
+from megatron_scmoe.analysis.simulator import OperatorTimes
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.timeline import OperatorTimes
 
 MICRO_BATCHES_1F1B = 8
 """Micro-batches in which top2-1f1b is timed: it overlaps one's forward with another's backward."""
@@ -95,12 +95,12 @@ def measure_operators(
 
     The first rank prints them.
     """
-    pair = tuning.find_pair([model])
-    times, measured = tuning.measure(pair, scmoe, shape.micro_batch, shape.sequence)
-    predicted = tuning.predict(scmoe, times)
+    pair = slot_tuner.find_pair([model])
+    times, measured = slot_tuner.measure(pair, scmoe, shape.micro_batch, shape.sequence)
+    predicted = slot_tuner.predict(scmoe, times)
     fastest = min(range(len(measured)), key=measured.__getitem__)
     if torch.distributed.get_rank() == 0:
-        print(tuning.describe(times, predicted, measured, fastest, None), flush=True)
+        print(slot_tuner.describe(times, predicted, measured, fastest, None), flush=True)
     slots = [
         {"predicted_ms": by_times, "measured_ms": found}
         for by_times, found in zip(predicted, measured, strict=True)

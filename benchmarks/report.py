@@ -5,7 +5,7 @@ from pathlib import Path
 
 from result import baseline, measured_keys
 
-from megatron_scmoe.command_line import staged_outputs
+from megatron_scmoe.platform.command_line import staged_outputs
 
 
 def write(result: dict, json_path: Path | None, plot_path: Path | None) -> None:

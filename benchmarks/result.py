@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shapes import SCMOE
 
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError
 
 TIMES = {"step_ms": "step", "forward_ms": "forward", "train_ms": "iteration"}
 """What may be measured of a system, and what it is called where people read of it."""

@@ -18,8 +18,8 @@ from result import TIMES, baseline, measured_keys, read_result, speed
 from shapes import SHAPES
 from spoken import graph_note, model, place, run_note, sizes_note, system_name, variant
 
-from megatron_scmoe.command_line import OneLineParser, run_tool
 from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.platform.command_line import OneLineParser, run_tool
 
 HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"

@@ -16,7 +16,7 @@ from functools import partial
 
 from options import parse
 
-from megatron_scmoe.command_line import asks_for_help
+from megatron_scmoe.platform.command_line import asks_for_help
 
 if __name__ == "__main__" and asks_for_help():
     parse(on_cpu=False)  # shows it and ends, before the seconds that the imports below take
@@ -27,8 +27,8 @@ from measurement import Batch, evaluate, measure, measure_operators, measure_tra
 from report import table, write
 from systems import build_all, capture, switch
 
-from megatron_scmoe.command_line import run_tool
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.platform.command_line import run_tool
 
 
 def main() -> None:

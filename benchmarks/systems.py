@@ -17,10 +17,10 @@ from megatron.training.training import num_floating_point_operations
 from shapes import SCMOE, STOCK, Shape
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.copy_engine import exchange_for
-from megatron_scmoe.exchange import AllToAll
-from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.spec import build_block_spec, resolve_schedule
+from megatron_scmoe.model.layer_spec import build_block_spec, resolve_schedule
+from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.async_all_to_all import AllToAll
+from megatron_scmoe.overlap.copy_engine import exchange_for
 
 
 def build_all(systems: list[str], shape: Shape, scmoe: ScMoEConfig) -> dict[str, GPTModel]:

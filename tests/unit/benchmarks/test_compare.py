@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError
 from tests.benchmarks import benchmark, stored
 
 STORED = stored("cpu-2hosts-400mbit")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError
 from tests.benchmarks import benchmark
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags, check_dtype
+from megatron_scmoe.checkpoints.arguments import arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.claims import (
     check_folder,
     check_types,
@@ -214,13 +214,6 @@ def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
         name: tensor if name.endswith(KEPT_IN_FP32) else tensor.cast(dtype)
         for name, tensor in tensors.items()
     }
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """``fp32``, ``bf16`` or ``fp16``; raises argparse.ArgumentTypeError for others."""
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ def accepted_flags(command: str) -> frozenset[str]:
     if name and (REPOSITORY / "benchmarks" / name).exists():
         return flags_of_script(f"benchmarks/{name}") | foreign
     return flags_of_training().union(
-        *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py") if file.stem != "corpus"),
+        *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py")),
         flags_of_script("benchmarks/step_time.py"),
         flags_of_script("examples/gpt2_moe_medium/train.sh"),
         *FOREIGN_FLAGS.values(),

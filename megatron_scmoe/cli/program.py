@@ -7,7 +7,6 @@ A command's module is imported when the command is known, so that ``scmoe --help
 of a checkout, ``pretrain_gpt_scmoe.py`` and those in ``tools/``, run the same commands by :func:`run`.
 """
 
-import argparse
 import difflib
 import importlib
 import sys
@@ -16,15 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import megatron_scmoe
+from megatron_scmoe import __version__
 from megatron_scmoe.cli.process import leave_nothing_at_signals
-from megatron_scmoe.command_line import (
-    HelpFormatter,
-    OneLineParser,
-    UsageError,
-    run_command,
-    run_tool,
-)
+from megatron_scmoe.command_line import UsageError, run_command, run_tool
 
 PROGRAM = "scmoe"
 
@@ -91,8 +84,12 @@ _EXTRAS = {"matplotlib": "plot", "safetensors": "convert", "transformers": "conv
 
 def _without_command(word: str) -> None:
     """Show the help or the version, or refuse the word."""
-    if word in ("-h", "--help", "--version"):
-        _parser().parse_args([word])
+    if word in ("-h", "--help"):
+        print(_help())
+        return
+    if word == "--version":
+        print(f"megatron_scmoe {__version__} from {Path(__file__).parents[1]}")
+        return
     accepted = f"accepted: {', '.join(COMMANDS)} (see {PROGRAM} --help)"
     if not word:
         raise UsageError(f"no command is named; {accepted}")
@@ -103,23 +100,17 @@ def _without_command(word: str) -> None:
     raise UsageError(f"{word}: there is no such command; {suggestion}{accepted}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Shows the commands; their flags are parsed by themselves."""
-    parser = OneLineParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} COMMAND FLAGS",
-        description="Train, evaluate and convert ScMoE models on Megatron-Core.",
-        epilog=f"{PROGRAM} COMMAND --help shows the flags of a command. On several ranks: "
-        f"torchrun --nproc-per-node N -m {__package__} COMMAND FLAGS",
-    )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"megatron_scmoe {megatron_scmoe.__version__} from {Path(__file__).parents[1]}",
-        help="show the version, and where it is installed",
-    )
-    parser.formatter_class = lambda prog: HelpFormatter(prog, max_help_position=28)  # a line each
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary)
-    return parser
+def _help() -> str:
+    commands = "\n".join(f"  {name:<17}{command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: {PROGRAM} COMMAND FLAGS
+
+Train, evaluate and convert ScMoE models on Megatron-Core.
+
+commands:
+{commands}
+
+options:
+  -h, --help       show this help; behind a command, its flags
+  --version        show the version, and where it is installed
+
+Several ranks: torchrun --nproc-per-node N -m {__package__} COMMAND FLAGS"""

@@ -1,10 +1,11 @@
 """Draw the two rails of one pair of ScMoE blocks, forward and backward, as SVG or PNG.
 
     scmoe plot-schedule --times times.json --tap pos2 --slot 1 --output schedule.svg
+    scmoe plot-schedule --times times.json --tap pos2 --slot 1 --compare --output two.svg
     scmoe plot-schedule --times times.json --tap pos2 --all-slots --output slots.svg
     scmoe plot-schedule --trace trace.json.gz --output kernels.png
 
-The first two predict, from measured operator times; the third shows the kernels that a profiler
+The first three predict, from measured operator times; the last shows the kernels that a profiler
 saw (`benchmarks/step_time.py --trace`). A table with the share of the communication that has compute
 beside it is printed.
 """
@@ -27,7 +28,7 @@ from megatron_scmoe.schedule_plot import Panel, share_beside
 from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError
 from megatron_scmoe.trace import TraceError, find_pairs, read_trace
 
-PREDICTED_ONLY = ("tap", "slot", "all_slots", "chunks", "overlap")
+PREDICTED_ONLY = ("tap", "slot", "all_slots", "compare", "chunks", "overlap")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     predicted.add_argument(
         "--all-slots", action="store_true", default=None, help="every slot, the fastest first"
     )
+    predicted.add_argument(
+        "--compare", action="store_true", default=None,
+        help="the same slot twice: all-to-alls waited for at once, and beside compute",
+    )  # fmt: skip
     predicted.add_argument(
         "--chunks", type=int, metavar="N", help="chunks of the routed tokens (default: 1)"
     )
@@ -92,6 +97,9 @@ def _check(args) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: works with {mode} only; leave it out")
     if args.slot is not None and args.all_slots:
         raise UsageError(f"--slot {args.slot}: --all-slots draws all of them; leave one out")
+    if args.compare and (args.all_slots or args.overlap is not None):
+        other = "--all-slots" if args.all_slots else "--overlap"
+        raise UsageError(f"--compare: draws one slot with and without overlap; leave {other} out")
     if args.chunks is not None and args.chunks < 1:
         raise UsageError(f"--chunks {args.chunks}: accepted is 1 or more")
 
@@ -113,27 +121,27 @@ def _predict(args):
             f"--slot {slots[0]}: with --tap {tap} accepted are 0 to {num_slots(tap) - 1}"
         )
     chunks = args.chunks or 1
-    found = {
-        slot: schedule_plot.simulated_panels(
-            build_schedule(tap, slot, overlap, chunks=chunks), times
-        )
-        for slot in slots
-    }
-    ordered = sorted(found, key=lambda slot: sum(panel.length for panel in found[slot]))
-    what = (
-        f"Pos-{tap[-1]}, {'overlapped' if overlap else 'serial'}, {chunks} chunk{'s'[: chunks > 1]}"
-    )
-    names = {
-        slot: f"slot {slot}" + (" (best)" if args.all_slots and slot == ordered[0] else "")
-        for slot in ordered
-    }
-    rows = [found[slot] for slot in ordered]
-    titles = [f"{names[slot]}: {_summary(found[slot])}" for slot in ordered]
-    if args.all_slots:
-        figure = schedule_plot.draw(rows, f"{what}: predicted", titles)
+
+    def panels(slot: int, overlap: bool) -> tuple[Panel, Panel]:
+        schedule = build_schedule(tap, slot, overlap, chunks=chunks)
+        return schedule_plot.simulated_panels(schedule, times)
+
+    split = f"{chunks} chunk{'s'[: chunks > 1]}"
+    if args.compare:
+        what = f"Pos-{tap[-1]}, slot {slots[0]}, {split}"
+        found = {"serial": panels(slots[0], False), "overlapped": panels(slots[0], True)}
     else:
-        figure = schedule_plot.draw(rows, f"{what}, {titles[0]}, predicted")
-    lines = [_line(names[slot], *found[slot]) for slot in ordered]
+        what = f"Pos-{tap[-1]}, {'overlapped' if overlap else 'serial'}, {split}"
+        found = {f"slot {slot}": panels(slot, overlap) for slot in slots}
+    if args.all_slots:
+        best, *others = sorted(found, key=lambda name: sum(panel.length for panel in found[name]))
+        found = {f"{best} (best)": found[best], **{name: found[name] for name in others}}
+    titles = [f"{name}: {_summary(pair)}" for name, pair in found.items()]
+    if len(found) > 1:
+        figure = schedule_plot.draw(list(found.values()), f"{what}: predicted", titles)
+    else:
+        figure = schedule_plot.draw(list(found.values()), f"{what}, {titles[0]}, predicted")
+    lines = [_line(name, *pair) for name, pair in found.items()]
     return figure, "\n".join([f"{what}, predicted from {args.times}", _HEAD, *lines])
 
 

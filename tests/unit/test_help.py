@@ -18,7 +18,6 @@ COMMANDS = {
         "--micro-batch-size",
         "(default: adam)",
     ),
-    "-m megatron_scmoe.cli train": ("-m megatron_scmoe.cli train FLAGS", "--scmoe-tap {pos1"),
     "-m megatron_scmoe.cli.train_tokenizer": ("usage: scmoe train-tokenizer",),
     "-m megatron_scmoe.run": ("torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT",),
     "tools/convert.py": ("megatron-to-hf",),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_scmoe import megatron_flags
 from megatron_scmoe.cli import program
 from tests.tools import REPOSITORY, TOOLS
 
@@ -50,7 +51,7 @@ def test_what_is_no_command_is_refused(words, told, said):
     assert all(name in line for name in program.COMMANDS)
 
 
-@pytest.mark.parametrize("name", program.COMMANDS.keys() - {"train"})
+@pytest.mark.parametrize("name", sorted(program.COMMANDS.keys() - {"train"}))
 def test_errors_name_the_command(name, said):
     status, line = said(name)
     assert status == 2
@@ -111,6 +112,17 @@ def test_help_has_a_line_for_each_command(capsys, monkeypatch):
     assert max(map(len, lines)) <= 80
     for name, command in program.COMMANDS.items():
         assert f"  {name:<17}{command.summary}" in lines
+
+
+def test_help_of_training_says_how_to_start_ranks(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    shown = {}
+    monkeypatch.setattr(
+        megatron_flags, "show_help", lambda started, about: shown.update(usage=started)
+    )
+    with pytest.raises(SystemExit) as ended:
+        program.main(["train", "--help"])
+    assert (ended.value.code, shown) == (0, {"usage": "-m megatron_scmoe.cli train"})
 
 
 def test_the_version_says_where_it_is_installed(capsys, monkeypatch):

@@ -180,7 +180,7 @@ def accepted_flags(command: str) -> frozenset[str]:
         return flags_of_script("examples/gpt2_moe_medium/train.sh") | passed | foreign | {"--"}
     if name in ("pretrain_gpt_scmoe.py", "pretrain_gpt.py"):
         return flags_of_training() | foreign
-    if subcommand := re.search(r"(?:^|\s)(?:scmoe|megatron_scmoe\.cli) ([a-z][a-z-]*)", command):
+    if subcommand := re.search(r"(?:^scmoe|-m megatron_scmoe\.cli) ([a-z][a-z-]*)", command):
         return flags_of_command(subcommand[1]) | foreign
     if name and (TOOLS / name).exists():
         known = flags_of_tool(Path(name).stem)

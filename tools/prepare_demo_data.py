@@ -33,7 +33,7 @@ from megatron_scmoe.cli.preprocess_data import (
 )
 from megatron_scmoe.cli.process import leave_nothing_at_signals
 from megatron_scmoe.cli.train_tokenizer import tokenizer_files, train_tokenizer
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 VOCAB_SIZE = 2048
 # One module in HELD_OUT_EVERY is kept from training. Of their text, validation reads the first

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.process import quiet_imports
-from megatron_scmoe.command_line import OneLineParser, positive
+from megatron_scmoe.platform.command_line import OneLineParser, positive
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_megatron_to_hf(commands: _SubParsersAction) -> None:
-    from megatron_scmoe.checkpoints.formats import NAMES
+    from megatron_scmoe.checkpoints.formats.registry import NAMES
 
     parser = commands.add_parser("megatron-to-hf", help="write a model folder for transformers")
     parser.add_argument(
@@ -158,7 +158,7 @@ def add_inspect(commands: _SubParsersAction) -> None:
 
 
 def run_inspect(args: Namespace) -> list[str]:
-    from megatron_scmoe.checkpoints.summary import describe
+    from megatron_scmoe.checkpoints.inspect import describe
 
     return describe(args.path, args.keys)
 
@@ -201,7 +201,7 @@ def add_shared(parser: OneLineParser, whose: str) -> None:
 
 def dtype(args: Namespace):
     """The torch.dtype of --dtype; None if it was not given."""
-    from megatron_scmoe.checkpoints.arguments import DTYPES
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
 
     return DTYPES[args.dtype] if args.dtype else None
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DEFAULT_SUFFIXES = (".txt", ".jsonl")

@@ -37,7 +37,7 @@ from megatron_scmoe.cli.documents import (
     no_text,
     read_documents,
 )
-from megatron_scmoe.command_line import (
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     refuse_overwrite,
@@ -262,7 +262,7 @@ def _ignore_interrupt() -> None:
 
 def _be_light() -> None:
     """In a process that does nothing else: no compiler of kernels is needed here."""
-    from megatron_scmoe import megatron_flags
+    from megatron_scmoe.platform import megatron_flags
 
     megatron_flags.import_lightly()
 

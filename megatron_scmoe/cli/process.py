@@ -8,11 +8,11 @@ import warnings
 
 def quiet_imports() -> None:
     """Megatron and PyTorch tell on import of what is not installed; map CUDA first, if need be."""
-    from megatron_scmoe import cpu  # seconds, which a wrong flag need not wait for
+    from megatron_scmoe.platform import cpu_backend  # seconds, which a wrong flag need not wait for
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+    cpu_backend.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 def leave_nothing_at_signals() -> None:

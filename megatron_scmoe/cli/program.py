@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from megatron_scmoe import __version__
 from megatron_scmoe.cli.process import leave_nothing_at_signals
-from megatron_scmoe.command_line import UsageError, run_command, run_tool
+from megatron_scmoe.platform.command_line import UsageError, run_command, run_tool
 
 PROGRAM = "scmoe"
 

@@ -6,9 +6,9 @@ Run it under torchrun. Without a GPU it trains on the CPU over gloo.
 import sys
 from pathlib import Path
 
-from megatron_scmoe import cpu, log_filters, megatron_flags
 from megatron_scmoe.cli import program
-from megatron_scmoe.command_line import asks_for_help
+from megatron_scmoe.platform import cpu_backend, log_filters, megatron_flags
+from megatron_scmoe.platform.command_line import asks_for_help
 
 
 def main() -> None:
@@ -18,9 +18,9 @@ def main() -> None:
         started = script if script.endswith(".py") else "-m megatron_scmoe.cli train"
         megatron_flags.show_help(started, __doc__)
         return
-    cpu.choose()  # before anything of Megatron is imported
+    cpu_backend.choose()  # before anything of Megatron is imported
     log_filters.install()
-    from megatron_scmoe.training import main as train
+    from megatron_scmoe.training.pretrain import main as train
 
     train()
 

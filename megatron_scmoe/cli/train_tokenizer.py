@@ -34,7 +34,7 @@ from megatron_scmoe.cli.documents import (
     no_text,
     read_documents,
 )
-from megatron_scmoe.command_line import (
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     refuse_overwrite,

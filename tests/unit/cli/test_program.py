@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scmoe import megatron_flags
 from megatron_scmoe.cli import program
+from megatron_scmoe.platform import megatron_flags
 from tests.tools import REPOSITORY, TOOLS
 
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.megatron_flags import add_run_args
+from megatron_scmoe.platform.megatron_flags import add_run_args
 
 PAGE = Path(__file__).with_name("flags.md")
 

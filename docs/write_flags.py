@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.megatron_flags import add_run_args
+from megatron_scmoe.platform.megatron_flags import add_run_args
 
 PAGE = Path(__file__).with_name("flags.md")
 
@@ -32,13 +32,16 @@ OF_THE_RUN = "The run"
 HEAD = """\
 # Flags
 
-This page is written by `python docs/write_flags.py`, from the same source as `--help`. All of Megatron's flags work
-beside these; what cannot work together stops at start-up with one line. Models need two of Megatron's flags as well:
-`--moe-layer-freq '[0,1]*N'`, which makes N pairs of a dense and a MoE block, and
-`--moe-shared-expert-intermediate-size`, the size of the shared expert.
+`python docs/write_flags.py` writes this page from the source of `--help`. All of Megatron's flags
+work beside these. What cannot work together stops at start-up with one line.
 
-"The model" and "Zero experts, biased choices, latent attention" say what the model computes: they are saved with a
-checkpoint and compared when it is loaded. All other flags may differ from run to run.
+A model also needs `--moe-layer-freq '[0,1]*N'`, which makes N pairs of a dense and a MoE block, and
+`--moe-shared-expert-intermediate-size`, the size of its shared expert.
+
+The flags of [the model](#the-model) and of
+[its LongCat-Flash parts](#zero-experts-biased-choices-latent-attention) say what is computed. They
+are saved with a checkpoint, and a run that loads it is held to them. All others may differ from run
+to run.
 """
 
 

@@ -26,7 +26,7 @@ from result import hidden_share, measured_keys
 from shapes import Shape
 from systems import flops, switch
 
-from megatron_scmoe.analysis import slot_tuner
+from megatron_scmoe.analysis import operator_timer, slot_tuner
 from megatron_scmoe.analysis.simulator import OperatorTimes
 from megatron_scmoe.config import ScMoEConfig
 
@@ -95,8 +95,8 @@ def measure_operators(
 
     The first rank prints them.
     """
-    pair = slot_tuner.find_pair([model])
-    times, measured = slot_tuner.measure(pair, scmoe, shape.micro_batch, shape.sequence)
+    pair = operator_timer.find_pair([model])
+    times, measured = operator_timer.measure(pair, scmoe, shape.micro_batch, shape.sequence)
     predicted = slot_tuner.predict(scmoe, times)
     fastest = min(range(len(measured)), key=measured.__getitem__)
     if torch.distributed.get_rank() == 0:

@@ -211,7 +211,7 @@ def test_files_exist(page):
 
 def named_files(page: str) -> Iterator[str]:
     for command in commands(page):
-        inputs = re.sub(r"--output \S+", "", command)
+        inputs = re.sub(r"--(output|json|plot) \S+", "", command)
         for word in re.findall(r"[\w.*{}<>$/+-]+(?:::\w+)?", inputs):
             path = word.partition("::")[0]
             below = path.split("/")[0] in FOLDERS and "/" in path

@@ -184,7 +184,7 @@ def _check_schedule(options: Namespace) -> None:
 
 
 def _graph_modules(options: Namespace) -> tuple[str, ...]:
-    """What is captured of ScMoE; by default all it can be (see validation.py)."""
+    """What is captured of ScMoE; by default all it can be (see validation/)."""
     if options.cuda_graphs is None:
         return ()
     if options.cuda_graphs:

@@ -99,7 +99,7 @@ def in_flags(name: str, value: Any) -> str:
         return flag
     is_list = action is not None and action.nargs and isinstance(value, list | tuple)
     words = value if is_list else [value]
-    return " ".join([flag, *(str(getattr(word, "name", word)).replace(" ", "") for word in words)])
+    return " ".join([flag, *map(_as_word, words)])
 
 
 def flag_of(name: str) -> str:
@@ -113,6 +113,11 @@ def name_of_flag(word: str) -> str | None:
     """The parsed argument of a flag without its dashes: ``scmoe_tap`` of ``scmoe-tap``; or None."""
     action = _parser()._option_string_actions.get(f"--{word}")
     return None if action is None else action.dest
+
+
+def _as_word(value: Any) -> str:
+    """A value as one word: text as it is, an enum by its name, a list without spaces."""
+    return value if isinstance(value, str) else str(getattr(value, "name", value)).replace(" ", "")
 
 
 def _words_of_environment() -> list[str]:

@@ -10,15 +10,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import GraphableMegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -26,7 +26,6 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEFlexTokenDispatcher,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments
@@ -42,19 +41,13 @@ LEDGER = re.findall(
 CLASSES = {
     kind.__name__: kind
     for kind in (
-        *(ArgumentGroupFactory, ChainedOptimizer, ColumnParallelLinear, DefaultLoadPlanner),
-        *(
-            DistributedOptimizer,
-            DotProductAttention,
-            GraphableMegatronModule,
-            MLASelfAttention,
-            MLP,
-        ),
-        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, MoELayer, RotaryEmbedding),
-        *(RouterReplay, RowParallelLinear, SharedExpertMLP, TopKRouter, TransformerLayer),
-        *(WrappedTorchNorm,),
+        *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
+        *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
+        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RowParallelLinear),
+        *(SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )
 }
+"""What :func:`source` knows by the name of a class."""
 
 
 def row(name: str) -> Callable:

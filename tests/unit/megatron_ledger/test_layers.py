@@ -107,6 +107,12 @@ def test_the_router_is_among_them():
     assert "self.mlp.router" in text
 
 
+@row("TransformerLayer.parameters")
+def test_a_graph_is_made_of_layers_alone():
+    text = source("TECudaGraphHelper.create_cudagraphs")
+    assert "make_graphed_callables(tuple(self.flattened_callables)" in text
+
+
 @row("TransformerLayer.get_layer_static_inputs")
 def test_a_mask_is_among_them():
     assert "attention_mask" in source("TransformerLayer.get_layer_static_inputs")
@@ -126,6 +132,12 @@ def test_forward_takes_all_steps():
     steps = ("shared_experts_compute", "route", "preprocess", "routed_experts_compute", "combine")
     text = source("MoELayer.forward")
     assert [step for step in steps if f"self.{step}(" not in text] == []
+
+
+@row("MoELayer.token_dispatcher")
+def test_dispatchers_are_built_by_their_type():
+    text = source("MoELayer.__init__")
+    assert "self.token_dispatcher = MoEAlltoAllTokenDispatcher(" in text
 
 
 @row("MoELayer.route")
@@ -157,6 +169,13 @@ def test_softmax_with_a_bias_is_refused_but_by_replay():
     call = "router_replay.get_replay_topk(scores, topk, num_groups, group_topk, _compute_topk)"
     name = "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function"
     assert call in source(name)
+
+
+@row("TransformerConfig.num_moe_experts")
+def test_the_router_is_sized_by_it():
+    assert "torch.empty((self.config.num_moe_experts, self.config.hidden_size)" in source(
+        "Router.__init__"
+    )
 
 
 @row("TransformerConfig.finalize_model_grads_func")
@@ -245,5 +264,6 @@ def test_the_norm_of_a_moe_is_saved_as_fused():
 
 @row("TransformerLayerSubmodules.mlp")
 def test_the_mlp_says_whether_it_is_a_moe():
-    assert get_gpt_layer_local_submodules(num_experts=4).mlp.func is MoELayer
+    mlp = get_gpt_layer_local_submodules(num_experts=4).mlp
+    assert mlp.func is MoELayer and "submodules" in mlp.keywords
     assert get_gpt_layer_local_submodules().mlp.func is not MoELayer

@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +100,21 @@ def test_some_help_text_cannot_be_formatted():
         return False
 
     assert any(fails(action) for action in parser._actions if action.help)
+
+
+@row("argparse.Action")
+def test_some_converter_raises_what_argparse_does_not_expect():
+    def fails(convert: Callable) -> bool:
+        try:
+            convert("nonsense")
+        except (argparse.ArgumentTypeError, TypeError, ValueError):
+            return False
+        except Exception:
+            return True
+        return False
+
+    converters = {action.type for action in megatron_parser()._actions}
+    assert any(fails(each) for each in converters if callable(each) and not isinstance(each, type))
 
 
 @row("argparse.ArgumentParser.parse_known_args")

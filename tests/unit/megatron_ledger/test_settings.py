@@ -144,7 +144,7 @@ def test_keys_and_extra_states_are_as_written():
     assert "_extra_state" in inspect.getsource(ColumnParallelLinear)
 
 
-@row("DefaultLoadPlanner.load_bytes")
+@row("torch.distributed.checkpoint.DefaultLoadPlanner.load_bytes")
 def test_the_planner_unpickles_anything():
     assert "weights_only=False" in source("DefaultLoadPlanner.load_bytes")
 

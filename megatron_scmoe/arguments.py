@@ -116,7 +116,7 @@ def in_flags(name: str, value: Any) -> str:
         return flag
     is_list = action is not None and action.nargs and isinstance(value, list | tuple)
     words = value if is_list else [value]
-    return " ".join([flag, *(str(getattr(word, "name", word)).replace(" ", "") for word in words)])
+    return " ".join([flag, *map(_as_word, words)])
 
 
 def flag_of(name: str) -> str:
@@ -150,6 +150,11 @@ def _say_once(line: str) -> None:
     """On the first rank; a command line is parsed several times."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
+
+
+def _as_word(value: Any) -> str:
+    """A value as one word: text as it is, an enum by its name, a list without spaces."""
+    return value if isinstance(value, str) else str(getattr(value, "name", value)).replace(" ", "")
 
 
 def _words_of_environment() -> list[str]:

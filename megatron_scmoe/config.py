@@ -1,4 +1,7 @@
-"""The one configuration of ScMoE; command-line flags are generated from it (see arguments.py)."""
+"""The one configuration of ScMoE, and which blocks it makes pairs of.
+
+Command-line flags are generated from it (see arguments.py).
+"""
 
 import argparse
 from dataclasses import dataclass, field
@@ -127,3 +130,19 @@ RUNTIME_FIELDS = (
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
 """Halves the window: each all-to-all keeps an attention or an MLP to hide under."""
+
+
+def needs_dense_partner(scmoe: ScMoEConfig) -> bool:
+    """Whether the routed path needs something of the preceding dense block.
+
+    If it does not (Pos-1 with a norm of its own), it reads nothing but its own block's input, and
+    the two blocks of a pair may lie in different pipeline stages or recompute chunks.
+    """
+    return scmoe.tap != "pos1" or scmoe.router_norm == "shared"
+
+
+def moe_pattern(moe_layer_freq: int | list[int], num_layers: int) -> list[int]:
+    """Megatron's ``--moe-layer-freq`` as one 0 (dense) or 1 (MoE) per block."""
+    if isinstance(moe_layer_freq, int):
+        return [int(i % moe_layer_freq == 0) for i in range(num_layers)]
+    return list(moe_layer_freq)

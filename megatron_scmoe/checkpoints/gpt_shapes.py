@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, OUTPUT_LAYER
+from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ConversionError
-from megatron_scmoe.validation.rules import moe_pattern
 
 Shape = tuple[int, ...]
 

@@ -42,9 +42,10 @@ from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.stock import read_stock
 from megatron_scmoe.checkpoints.torch_dist import write_megatron
 from megatron_scmoe.checkpoints.upcycle_settings import Upcycling
+from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ConversionError, ScMoEError, judged_by_megatron
 from megatron_scmoe.platform import megatron_workarounds
-from megatron_scmoe.validation.rules import moe_pattern, validate
+from megatron_scmoe.validation.rules import validate
 
 
 def upcycle(

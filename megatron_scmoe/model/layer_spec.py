@@ -17,7 +17,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig, needs_dense_partner
 from megatron_scmoe.model.biased_experts import BiasedExpertLinear, BiasedSharedExpert
 from megatron_scmoe.model.latent_attention import use_latent_attention
 from megatron_scmoe.model.moe_layer import ScMoELayer
@@ -31,7 +31,7 @@ from megatron_scmoe.model.transformer_layer import ScMoEDenseLayer, ScMoETransfo
 from megatron_scmoe.overlap.async_all_to_all import can_launch_late
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Schedule, build_schedule
-from megatron_scmoe.validation.rules import needs_dense_partner, validate
+from megatron_scmoe.validation.rules import validate
 
 
 def describe(scmoe: ScMoEConfig) -> str:

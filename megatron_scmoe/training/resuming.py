@@ -19,11 +19,11 @@ from megatron_scmoe.arguments import (
     name_of_flag,
 )
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS, is_scmoe, model_arguments
+from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training.run_defaults import leave_out_one_logger
 from megatron_scmoe.training.saved_run import SavedRun
-from megatron_scmoe.validation.rules import moe_pattern
 
 FREE = (
     "vocab_size",  # of the tokenizer: see check_vocabulary

@@ -1,7 +1,7 @@
 """What would stop a run, at once or hours later, said before it starts and by the flag's name.
 
 Megatron meets these in the midst of a run, or with an assertion that names no flag. What has to do
-with the model is in validation.py, with files in input_checks.py.
+with the model is in validation/, with files in input_checks.py.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
+from megatron_scmoe.arguments import flag_of, in_flags
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
@@ -143,10 +144,6 @@ _OPTIONAL_NUMBERS = (
 """Flags with the least value that a run can go on with."""
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
     return [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
 
@@ -154,7 +151,7 @@ def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
 def _check_all_is_given(args, has_model: bool) -> None:
     """Name everything at once that a run needs and was not given."""
     needed = _needed_numbers(has_model)
-    missing = [_flag(name) for name, _ in needed if getattr(args, name) is None]
+    missing = [flag_of(name) for name, _ in needed if getattr(args, name) is None]
     if has_model and not args.num_experts:
         missing.append("--num-experts")
     if not args.skip_train:
@@ -208,11 +205,11 @@ def _check_numbers(args, has_model: bool) -> None:
     needed = _needed_numbers(has_model)
     for name, least in needed:
         if getattr(args, name) is None:
-            raise RunError(f"{_flag(name)} is not given", "a run needs it", f"{least} or more")
+            raise RunError(f"{flag_of(name)} is not given", "a run needs it", f"{least} or more")
     for name, least in (*needed, *_OPTIONAL_NUMBERS):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise RunError(f"{_flag(name)} {value}", "it is too small", f"{least} or more")
+            raise RunError(in_flags(name, value), "it is too small", f"{least} or more")
     if args.lr is None and not args.skip_train:
         raise RunError("--lr is not given", "a run needs it", "a learning rate, 1e-4 for example")
 
@@ -222,10 +219,10 @@ def _check_layout(args) -> None:
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     context, expert = args.context_parallel_size, args.expert_model_parallel_size
     expert_tensor = args.expert_tensor_parallel_size or tensor
-    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
-        value = getattr(args, f"{name}_parallel_size")
-        if value < 1:
-            raise RunError(f"{_flag(name)}-parallel-size {value}", "it counts ranks", "1 or more")
+    for part in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        name = f"{part}_parallel_size"
+        if getattr(args, name) < 1:
+            raise RunError(in_flags(name, getattr(args, name)), "it counts ranks", "1 or more")
     if experts and experts % expert:
         raise RunError(
             f"--expert-model-parallel-size {expert}",
@@ -309,7 +306,7 @@ def _check_packages(args) -> None:
         value = getattr(args, name)
         if is_given(value) and importlib.util.find_spec(package) is None:
             raise RunError(
-                _shown(name, value),
+                in_flags(name, value),
                 f"the Python package {package} is not installed",
                 "install it, or leave the flag out",
             )
@@ -319,10 +316,6 @@ def _check_packages(args) -> None:
             "the experiment has no name",
             "--wandb-exp-name NAME with it",
         )
-
-
-def _shown(name: str, value) -> str:
-    return _flag(name) if value is True else f"{_flag(name)} {value}"
 
 
 def _check_device(args) -> None:
@@ -356,7 +349,7 @@ def _gpu_flags(args) -> Iterator[str]:
         "tp_comm_overlap",
     ):
         if getattr(args, name):
-            yield _flag(name)
+            yield flag_of(name)
     if args.fp8:
         yield f"--fp8-format {args.fp8}"
     if args.profile and not args.use_pytorch_profiler:
@@ -368,10 +361,10 @@ def _check_saving(args) -> None:
         for name in ("save_interval", "async_save", "save_retain_interval"):
             if getattr(args, name):
                 raise RunError(
-                    _shown(name, getattr(args, name)), "nothing is saved", "--save FOLDER with it"
+                    in_flags(name, getattr(args, name)), "nothing is saved", "--save FOLDER with it"
                 )
         stops = [
-            _shown(name, getattr(args, name))
+            in_flags(name, getattr(args, name))
             for name in ("exit_signal_handler", "exit_interval", "exit_duration_in_mins")
             if getattr(args, name)
         ]
@@ -391,7 +384,7 @@ def _check_logging(args) -> None:
             name = f"log_{name}_to_tensorboard"
             if getattr(args, name):
                 raise RunError(
-                    _flag(name), "nothing is written", "--tensorboard-dir FOLDER with it"
+                    flag_of(name), "nothing is written", "--tensorboard-dir FOLDER with it"
                 )
     folder = args.wandb_save_dir
     if args.wandb_project and not folder and args.save is None:

@@ -8,6 +8,7 @@ import importlib.util
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from megatron_scmoe.arguments import in_flags
 from megatron_scmoe.platform import cpu_backend
 
 INTERVAL = 1000
@@ -84,10 +85,7 @@ def has_validation_data(args: argparse.Namespace) -> bool:
 
 def describe(chosen: dict) -> str:
     """The line that says what was chosen."""
-    words = []
-    for name, value in chosen.items():
-        flag = name.removeprefix("apply_").replace("_", "-")
-        words.append(f"--no-{flag}" if value is False else f"--{flag} {value}")
+    words = " ".join(in_flags(name, value) for name, value in chosen.items())
     where = ""
     if cpu_backend.is_enabled():
         where = (
@@ -95,7 +93,7 @@ def describe(chosen: dict) -> str:
             if cpu_backend.is_asked_for()
             else "no GPU: on the CPU over gloo; "
         )
-    return f"> {where}chosen where not given: {' '.join(words)}"
+    return f"> {where}chosen where not given: {words}"
 
 
 class _Unset:

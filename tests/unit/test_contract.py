@@ -17,8 +17,9 @@ from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.training import pretrain, resuming, run_checks, run_defaults
-from megatron_scmoe.validation import rules
-from megatron_scmoe.validation.rules import _View, names_of_settings, validate
+from megatron_scmoe.validation import router, unsupported
+from megatron_scmoe.validation.rules import validate
+from megatron_scmoe.validation.settings import Settings, names_of_settings
 
 PACKAGE = Path(megatron_scmoe.__file__).parent
 SETTERS = (
@@ -27,8 +28,8 @@ SETTERS = (
 )
 
 TABLES = {
-    "refused settings": [row[0] for row in rules._REFUSED],
-    "refused with an own router": [row[0] for row in rules._NOT_WITH_OWN_ROUTER],
+    "refused settings": [row.name for row in unsupported.UNSUPPORTED],
+    "refused with an own router": [row.name for row in router.NOT_WITH_OWN_ROUTER],
     "model arguments": MODEL_ARGUMENTS,
     "compared on load": resuming.COMPARED,
     "free on load": resuming.FREE,
@@ -89,15 +90,15 @@ def test_names_that_are_read_exist(file):
 
 
 def test_a_name_that_neither_has_is_an_error():
-    view = _View(validation_settings())
+    view = Settings(validation_settings())
     assert view.num_moe_experts == 4 and view.fp8 is None
     with pytest.raises(AttributeError, match="Megatron-Core has no setting apply_layernorm_1p"):
         _ = view.apply_layernorm_1p
 
 
 def test_a_renamed_setting_is_an_error_not_a_pass(monkeypatch):
-    row = ("mtp_layers", bool, "--mtp-num-layers", "no block to tap", "leave the flag out")
-    monkeypatch.setattr(rules, "_REFUSED", (row,))
+    row = unsupported.Unsupported("mtp_layers", "--mtp-num-layers", "no block", "leave it out")
+    monkeypatch.setattr(unsupported, "UNSUPPORTED", (row,))
     with pytest.raises(AttributeError, match="mtp_layers"):
         validate(ScMoEConfig(), validation_settings())
 

@@ -20,8 +20,8 @@ from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, check_tensors, concatenate, stack
 from megatron_scmoe.checkpoints.model_arguments import LLAMA3_ROPE, rope_flags
+from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ConversionError, in_words
-from megatron_scmoe.validation.rules import moe_pattern
 
 MODEL_TYPE = ScMoEConfig.model_type
 

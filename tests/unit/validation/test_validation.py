@@ -35,6 +35,7 @@ BIASED = "--moe-router-pre-softmax --scmoe-expert-bias proportional"
 LATENT = "--multi-latent-attention --qk-layernorm"
 
 REFUSED = [
+    ("--num-experts 0", "--num-experts is not given", "2 or more"),
     ("--num-layers 7 --moe-layer-freq [0,1]*3+[0]", "--num-layers 7", "6 or 8"),
     ("--moe-layer-freq 2", "--moe-layer-freq 2", "'[0,1]*4'"),
     ("--moe-layer-freq [1,0]*4", "--moe-layer-freq [1, 0, ", "'[0,1]*4'"),

@@ -1,0 +1,174 @@
+"""What is replaced at run time still has to be.
+
+A test that fails says that Megatron has changed there. Read its row in docs/megatron.md, then drop the
+departure or fit it to the new Megatron.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from megatron_scmoe.training import optimizer_state
+from tests.unit.megatron_ledger.source import (
+    definition,
+    megatron_parser,
+    row,
+    source,
+)
+
+# Replaced at run time.
+
+
+@row("megatron.core.datasets.utils.compile_helpers")
+def test_make_is_run_without_a_makefile():
+    module = importlib.import_module("megatron.core.datasets.utils")
+    assert "make" in source("megatron.core.datasets.utils.compile_helpers")
+    assert not Path(module.__file__).with_name("Makefile").exists()
+    assert importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+
+
+@row("ChainedOptimizer.load_state_dict")
+def test_states_of_another_number_of_optimizers_are_refused():
+    chain = SimpleNamespace(chained_optimizers=[None, None])
+    with pytest.raises(RuntimeError, match="Expected 2 entries"):
+        optimizer_state._load_one_state(chain, {"one": "state"})
+
+
+ADAM_IS_CHOSEN_IN = "megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups"
+
+
+@row("megatron.core.optimizer.Adam")
+def test_adam_is_taken_from_the_module():
+    assert "adam_cls = Adam" in source(
+        "megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups"
+    )
+
+
+@row("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER")
+def test_pytorchs_adam_is_preferred_by_this():
+    assert "if USING_PYTORCH_OPTIMIZER" in source(ADAM_IS_CHOSEN_IN)
+
+
+@row("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE")
+def test_one_step_is_asserted_without_it():
+    assert "if not HAVE_APEX_OR_TE" in source("DistributedOptimizer.state_dict")
+    assert "len(steps) == 1" in source("DistributedOptimizer.load_state_dict")
+
+
+@row("megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER")
+def test_steps_of_groups_are_saved_with_it():
+    assert "USING_TE_OPTIMIZER or USING_APEX_OPTIMIZER" in source("DistributedOptimizer.state_dict")
+
+
+@row("DistributedOptimizer._set_main_param_and_optimizer_states")
+def test_it_writes_in_place_with_autograd():
+    method = definition("DistributedOptimizer._set_main_param_and_optimizer_states")
+    assert method.decorator_list == []
+    assert "dst_tensors[key].copy_(" in ast.unparse(method)
+
+
+@row("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue")
+def test_the_queue_has_a_server_process():
+    name = "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue"
+    assert "Manager().Queue()" in source(name)
+
+
+@row("argparse.ArgumentParser.error")
+def test_an_error_shows_the_usage():
+    assert "print_usage" in inspect.getsource(argparse.ArgumentParser.error)
+
+
+@row("argparse.HelpFormatter._expand_help")
+def test_some_help_text_cannot_be_formatted():
+    parser = megatron_parser()
+    formatter = argparse.HelpFormatter("x")
+
+    def fails(action: argparse.Action) -> bool:
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return True
+        return False
+
+    assert any(fails(action) for action in parser._actions if action.help)
+
+
+@row("argparse.Action")
+def test_some_converter_raises_what_argparse_does_not_expect():
+    def fails(convert: Callable) -> bool:
+        try:
+            convert("nonsense")
+        except (argparse.ArgumentTypeError, TypeError, ValueError):
+            return False
+        except Exception:
+            return True
+        return False
+
+    converters = {action.type for action in megatron_parser()._actions}
+    assert any(fails(each) for each in converters if callable(each) and not isinstance(each, type))
+
+
+@row("argparse.ArgumentParser.parse_known_args")
+def test_the_norms_epsilon_is_not_restored():
+    text = source("megatron.training.checkpointing.load_args_from_checkpoint")
+    assert "_set_arg('hidden_size')" in text
+    assert "norm_epsilon" not in text
+
+
+@row("torch.compile")
+def test_megatron_compiles_on_import():
+    jit = importlib.import_module("megatron.core.jit")
+    assert "jit_fuser = torch.compile" in Path(jit.__file__).read_text()
+
+
+# PyTorch on the CPU.
+
+
+@row("torch.cuda")
+def test_megatron_asks_for_a_device_without_looking():
+    assert "torch.cuda.current_device()" in source("TransformerLayer.get_layer_static_inputs")
+    assert "torch.cuda.Stream()" in source("MoEAlltoAllTokenDispatcher.__init__")
+
+
+@row("torch.Tensor.is_cuda")
+def test_optimizers_take_types_of_cuda():
+    text = Path(importlib.import_module("megatron.core.optimizer.optimizer").__file__).read_text()
+    assert "torch.cuda.FloatTensor" in text
+
+
+@row("torch.accelerator.is_available")
+def test_data_loaders_ask_for_an_accelerator():
+    from torch.utils.data import dataloader
+
+    assert "torch.accelerator.is_available()" in inspect.getsource(dataloader)
+
+
+@row("torch.utils.data.DataLoader")
+def test_an_iterator_draws_from_the_default_generator():
+    init = inspect.unwrap(DataLoader.__init__)
+    loader = DataLoader.__new__(DataLoader)
+    init(loader, TensorDataset(torch.zeros(1)))
+    before = torch.default_generator.get_state()
+    next(iter(loader))
+    assert not torch.equal(before, torch.default_generator.get_state())
+
+
+@row("torch.distributed.all_gather")
+def test_tensors_of_unequal_length_are_gathered():
+    text = source("megatron.core.tensor_parallel.mappings._gather_along_first_dim")
+    assert "torch.distributed.all_gather(output_tensor_list" in text
+
+
+@row("torch.distributed.reduce_scatter")
+def test_tensors_of_unequal_length_are_scattered():
+    text = source("megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim")
+    assert "torch.distributed.reduce_scatter(output" in text

@@ -3,8 +3,8 @@
 Run it under torchrun. Without a GPU it trains on the CPU over gloo.
 """
 
-from megatron_scmoe import cpu, log_filters, megatron_flags
-from megatron_scmoe.command_line import asks_for_help, run_command
+from megatron_scmoe.platform import cpu_backend, log_filters, megatron_flags
+from megatron_scmoe.platform.command_line import asks_for_help, run_command
 
 
 def main() -> None:
@@ -12,9 +12,9 @@ def main() -> None:
     if asks_for_help():
         megatron_flags.show_help("pretrain_gpt_scmoe.py", __doc__)
         return
-    cpu.choose()  # before anything of Megatron is imported
+    cpu_backend.choose()  # before anything of Megatron is imported
     log_filters.install()
-    from megatron_scmoe.training import main as train
+    from megatron_scmoe.training.pretrain import main as train
 
     train()
 

@@ -15,10 +15,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, positive, run_tool
+from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError, simulate
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
-from megatron_scmoe.schedule import build_schedule
-from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError, simulate
+from megatron_scmoe.overlap.schedule import build_schedule
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
 
 VOLUME = {"top2": 2, "shared": 1, "scmoe-serial": 1}
 """Tokens sent by systems that wait for all of their communication, in those of ScMoE."""

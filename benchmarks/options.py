@@ -9,9 +9,9 @@ from typing import get_args
 
 from shapes import SCMOE, SHAPES, SYSTEMS, Shape
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, check_output, positive
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, AllToAllName, Exchange, slot_or_auto
-from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots, slot_behind_second_attention
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, num_slots, slot_behind_second_attention
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
 
 OF_SCMOE = ("tap", "slot", "chunks", "exchange", "copied", "operators", "trace")
 """Options that say something of ScMoE only."""

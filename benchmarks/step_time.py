@@ -27,14 +27,14 @@ from typing import ClassVar
 
 from options import parse
 
-from megatron_scmoe.command_line import asks_for_help
+from megatron_scmoe.platform.command_line import asks_for_help
 
 if __name__ == "__main__" and asks_for_help():
     parse(on_cpu=False)  # shows it and ends, before the seconds that the imports below take
 
-from megatron_scmoe import cpu
+from megatron_scmoe.platform import cpu_backend
 
-ON_CPU = cpu.enable_if_no_gpu()
+ON_CPU = cpu_backend.enable_if_no_gpu()
 logging.getLogger("megatron").setLevel(logging.ERROR)  # lists of parameters, before every table
 
 import torch
@@ -56,14 +56,14 @@ from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 from megatron.training.training import num_floating_point_operations
 from shapes import SCMOE, STOCK, Shape
 
-from megatron_scmoe import tuning
-from megatron_scmoe.command_line import run_tool, staged_outputs
+from megatron_scmoe.analysis import slot_tuner
+from megatron_scmoe.analysis.simulator import OperatorTimes
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.copy_engine import exchange_for
-from megatron_scmoe.exchange import AllToAll
-from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.spec import build_block_spec, resolve_schedule
-from megatron_scmoe.timeline import OperatorTimes
+from megatron_scmoe.model.layer_spec import build_block_spec, resolve_schedule
+from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.async_all_to_all import AllToAll
+from megatron_scmoe.overlap.copy_engine import exchange_for
+from megatron_scmoe.platform.command_line import run_tool, staged_outputs
 
 MICRO_BATCHES_1F1B = 8
 """Micro-batches in which top2-1f1b is timed: it overlaps one's forward with another's backward."""
@@ -559,12 +559,12 @@ def tune(
 
     The first rank prints them.
     """
-    pair = tuning.find_pair([model])
-    times, measured = tuning.measure(pair, scmoe, shape.micro_batch, shape.sequence)
-    predicted = tuning.predict(scmoe, times)
+    pair = slot_tuner.find_pair([model])
+    times, measured = slot_tuner.measure(pair, scmoe, shape.micro_batch, shape.sequence)
+    predicted = slot_tuner.predict(scmoe, times)
     fastest = min(range(len(measured)), key=measured.__getitem__)
     if torch.distributed.get_rank() == 0:
-        print(tuning.describe(times, predicted, measured, fastest, None), flush=True)
+        print(slot_tuner.describe(times, predicted, measured, fastest, None), flush=True)
     slots = [
         {"predicted_ms": by_times, "measured_ms": found}
         for by_times, found in zip(predicted, measured, strict=True)

@@ -114,7 +114,15 @@ class ScMoEConfig:
     (docs/checkpoints.md). Default: none."""
 
 
-OF_THE_RUN = ("overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied", "changed")
+RUNTIME_FIELDS = (
+    "overlap",
+    "expert_slot",
+    "operator_times",
+    "chunks",
+    "exchange",
+    "copied",
+    "changed",
+)
 """Fields that say how a model is computed, not what it computes: another run need not share them."""
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}

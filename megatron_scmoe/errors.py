@@ -25,6 +25,36 @@ class SettingsError(ScMoEError, ValueError):
     """Settings that Megatron itself refuses, in the words of its assertion."""
 
 
+class ScMoEConfigError(ScMoEError, ValueError):
+    """A setting that ScMoE cannot work with.
+
+    Args:
+        setting: the flag and its value, as given.
+        reason: why it cannot work.
+        accepted: the nearest settings that can.
+    """
+
+    def __init__(self, setting: str, reason: str, accepted: str):
+        super().__init__(f"{setting}: {reason}; accepted: {accepted}")
+
+
+class InputError(ScMoEError, ValueError):
+    """A file or folder that cannot serve; the message names the flag and the path.
+
+    Args:
+        given: the flag and its value, as given.
+        flaw: what is wrong with it.
+        accepted: what could be given instead.
+    """
+
+    def __init__(self, given: str, flaw: str, accepted: str):
+        super().__init__(f"{given}: {flaw}; accepted: {accepted}")
+
+
+class ConversionError(ScMoEError, ValueError):
+    """What stops a conversion, in one line that names the file, tensor or flag."""
+
+
 @contextmanager
 def judged_by_megatron() -> Iterator[None]:
     """Turn what Megatron says of settings into one line: assertions, ValueErrors, and the

@@ -18,9 +18,14 @@ from argparse import ArgumentParser, HelpFormatter, Namespace
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_scmoe import cpu, launch, log_filters
-from megatron_scmoe.command_line import UsageError, asks_for_help, is_first_rank, run_command
 from megatron_scmoe.errors import ScMoEError, SettingsError, in_words
+from megatron_scmoe.platform import cpu_backend, launch, log_filters
+from megatron_scmoe.platform.command_line import (
+    UsageError,
+    asks_for_help,
+    is_first_rank,
+    run_command,
+)
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT [--scmoe-* ...] [Megatron's flags]"
@@ -49,21 +54,21 @@ def main() -> None:
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))
-    if cpu.FLAG in scmoe:
-        os.environ[cpu.VARIABLE] = "1"
-    cpu.choose()
+    if cpu_backend.FLAG in scmoe:
+        os.environ[cpu_backend.VARIABLE] = "1"
+    cpu_backend.choose()
     log_filters.install()
     _make_parsers_readable()
     if asks_for_help():
         _show_own_flags()
     else:
         launch.check()
-        given = shlex.join(word for word in scmoe if word != cpu.FLAG)
+        given = shlex.join(word for word in scmoe if word != cpu_backend.FLAG)
         os.environ["SCMOE_ARGS"] = f"{os.environ.get('SCMOE_ARGS', '')} {given}".strip()
         added = missing_flags(flags)
         sys.argv += added
         if added and is_first_rank():
-            where = "on the CPU over gloo; " if cpu.is_enabled() else ""
+            where = "on the CPU over gloo; " if cpu_backend.is_enabled() else ""
             print(f"> {where}added where not given: {shlex.join(added)}", flush=True)
         _close_gaps(flags)
     try:
@@ -93,7 +98,7 @@ def missing_flags(given: list[str]) -> list[str]:
         ["--moe-token-dispatcher-type", "alltoall"],
         ["--eval-interval", "1000"],
     ]
-    if cpu.is_enabled():
+    if cpu_backend.is_enabled():
         wanted += [
             ["--distributed-backend", "gloo"],
             ["--transformer-impl", "local"],
@@ -110,7 +115,7 @@ def missing_flags(given: list[str]) -> list[str]:
 
 def _show_own_flags() -> None:
     """Before the script shows the flags of its own parser."""
-    from megatron_scmoe.megatron_flags import add_run_args, prepare_parser
+    from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 
     parser = ArgumentParser(prog="megatron_scmoe.run", usage=USAGE, add_help=False)
     prepare_parser(add_run_args, parser).print_help()
@@ -119,9 +124,9 @@ def _show_own_flags() -> None:
 
 def _close_gaps(flags: list[str]) -> None:
     """What pretrain_gpt_scmoe.py does before it starts the loop."""
-    from megatron_scmoe import compat
+    from megatron_scmoe.platform import megatron_workarounds
 
-    compat.apply(Namespace(async_save="--async-save" in flags))
+    megatron_workarounds.apply(Namespace(async_save="--async-save" in flags))
 
 
 def _make_parsers_readable() -> None:

@@ -1,45 +1,40 @@
-"""The layer spec: which block of the model is built of what.
+"""The layer spec for another entry point than ``pretrain_gpt_scmoe.py``.
 
-Two ways in:
+    SCMOE_ARGS='--scmoe-tap pos3' torchrun ... pretrain_gpt.py --spec megatron_scmoe.spec scmoe_spec ...
 
-- ``pretrain_gpt_scmoe.py`` calls :func:`build_block_spec` with the configuration its flags gave.
-- A Megatron-LM checkout's own ``pretrain_gpt.py``: ``--spec megatron_scmoe.spec scmoe_spec``, with the
-  ``--scmoe-*`` flags in ``$SCMOE_ARGS`` (see arguments.py).
+Such a script's parser knows no ``--scmoe-*``; they are in ``$SCMOE_ARGS``. Here they become Megatron's
+arguments, so that checkpoints hold them, and what the run loads is compared with it, as
+``pretrain_gpt_scmoe.py`` does both on its own.
 """
 
-import functools
-from dataclasses import fields, replace
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
 
-import torch
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import print_rank_0
 
-from megatron_scmoe import compat, foreign
-from megatron_scmoe.arguments import scmoe_config_from_environment
-from megatron_scmoe.biases import BiasedExpertLinear, BiasedSharedExpert
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
-from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.exchange import can_launch_late
-from megatron_scmoe.latent_attention import use_latent_attention
-from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.routed_path import RoutedPath
-from megatron_scmoe.router import (
-    ScMoERouter,
-    finalize_model_grads,
-    move_biases_with,
-    needs_own_router,
+from megatron_scmoe.arguments import (
+    ENVIRONMENT_VARIABLE,
+    PREFIX,
+    given_in_environment,
+    scmoe_arguments,
+    scmoe_config_from_args,
+    scmoe_config_from_environment,
 )
-from megatron_scmoe.schedule import Schedule, build_schedule
-from megatron_scmoe.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
-from megatron_scmoe.validation import needs_dense_partner, validate
+from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
+from megatron_scmoe.errors import ScMoEConfigError, ScMoEError
+from megatron_scmoe.model.layer_spec import build_block_spec, describe
+from megatron_scmoe.platform import command_line, megatron_workarounds
+from megatron_scmoe.training import optimizer_state, resuming, saved_run
+from megatron_scmoe.training.saved_run import SavedRun
+
+WHERE = f"${ENVIRONMENT_VARIABLE} with "
+"""Before flags of ScMoE, in what is recommended."""
 
 
 def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -54,185 +49,85 @@ def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodule
         vp_stage: virtual pipeline stage, if any.
     """
     config = getattr(config, "transformer", config)
-    args = foreign.arguments()
+    args = _arguments()
     if args is None:
         return build_block_spec(config, scmoe_config_from_environment(), vp_stage)
     try:
-        scmoe = foreign.settle(args)
-        keys = compat.has_local_norm_keys(args.load, args.ckpt_step)
+        scmoe = _settle(args)
+        keys = megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step)
         block_spec = build_block_spec(config, scmoe, vp_stage, keys)
     except ScMoEError as error:
-        foreign.refuse(error)
+        _refuse(error)
     if not vp_stage:
         print_rank_0(describe(scmoe))
     return block_spec
 
 
-def describe(scmoe: ScMoEConfig) -> str:
-    """Configuration and schedule, for the log."""
-    schedule = resolve_schedule(scmoe)
-    partner = "a pair of blocks" if needs_dense_partner(scmoe) else "each MoE block"
-    return f"> {scmoe}\n> schedule of {partner}:\n{schedule}"
+def _arguments() -> argparse.Namespace | None:
+    """Megatron's arguments of this run; None in a program that builds models without them."""
+    try:
+        return get_args()
+    except AssertionError:
+        return None
 
 
-def build_block_spec(
-    config: TransformerConfig,
-    scmoe: ScMoEConfig,
-    vp_stage: int | None = None,
-    local_norm_keys: bool = False,
-) -> TransformerBlockSubmodules:
-    """The specs of the blocks of this pipeline stage. Build a new one for each model.
+def _settle(args: argparse.Namespace) -> ScMoEConfig:
+    """The configuration of this run, which ``args`` hold from now on; what is loaded is judged by it.
 
-    Args:
-        config: Megatron's settings of the model.
-        scmoe: the configuration of ScMoE.
-        vp_stage: virtual pipeline stage, if any.
-        local_norm_keys: use the checkpoint key that Megatron's local implementation gives the norm
-            of a MoE block, to load its checkpoints (see :func:`_moe_block`).
+    Flags that the script's own parser took (``add_scmoe_args``) count as they are. With
+    ``--use-checkpoint-args`` what defines the model is the checkpoint's.
 
     Raises:
-        ScMoEConfigError: if configuration and model do not go together.
+        ScMoEConfigError, InputError, ConversionError: if the run cannot go on from what it loads.
     """
-    validate(scmoe, config)
-    if scmoe.expert_bias != "none":
-        if config.finalize_model_grads_func is None:
-            config.finalize_model_grads_func = finalize_model_grads  # Megatron's loop keeps it
-        move_biases_with(config)
-    use_te = config.transformer_impl == "transformer_engine"
-    stock = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=use_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
-    norm = LocalNorm if stock.layer_norm is WrappedTorchNorm else stock.layer_norm
-    specs: list[ModuleSpec] = []
-    path = None
-    # From the last block to the first: a dense block needs the path of the MoE block behind it.
-    for spec in reversed(stock.layer_specs):
-        submodules = replace(spec.submodules)
-        _use_local_norms(submodules)
-        if config.multi_latent_attention:
-            use_latent_attention(submodules, config, scmoe, norm)
-        if _is_moe(spec):
-            path = RoutedPath(resolve_schedule(scmoe))
-            if config.moe_shared_expert_intermediate_size is None:
-                submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
-            specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
-        elif needs_dense_partner(scmoe):
-            if path is None:
-                raise TypeError("no block that Megatron builds is known as a MoE")
-            specs.append(_dense_block(submodules, scmoe, path, norm, use_te))
-        else:
-            specs.append(ModuleSpec(module=spec.module, submodules=submodules))
-    return TransformerBlockSubmodules(layer_specs=specs[::-1], layer_norm=norm)
-
-
-def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
-    """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
-    untold = scmoe.expert_slot in (None, "auto")
-    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if untold else scmoe.expert_slot
-    return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
-
-
-class LocalNorm:
-    """PyTorch's LayerNorm or RMSNorm, for the local implementation.
-
-    Megatron's own wrapper (``WrappedTorchNorm``) refuses sequence parallelism, though all it needs
-    is the mark which makes Megatron sum the gradients over the tensor-parallel ranks.
-    """
-
-    def __new__(
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
-    ) -> torch.nn.Module:
-        """Build the norm over the last dimension of [s, b, hidden_size]."""
-        kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-
-def _is_moe(spec: ModuleSpec) -> bool:
-    """Whether Megatron's layer spec builds a MoE layer; an MLP is a partial, in 0.19."""
-    return spec.submodules.mlp.func is MoELayer
-
-
-def _moe_block(
-    config, submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, local_norm_keys: bool
-) -> ModuleSpec:
-    """The MoE block's spec: Megatron's, with our MLP and with the keys of Transformer Engine.
-
-    Megatron's local spec saves the norm of a MoE block as if it were fused into a dense MLP
-    (``mlp.linear_fc1.layer_norm_weight``). Without that mapping, checkpoints of the local and of the
-    Transformer Engine implementation have the same keys.
-    """
-    parts = submodules.mlp.keywords["submodules"]
-    if needs_own_router(scmoe):
-        parts = replace(parts, router=functools.partial(ScMoERouter, scmoe=scmoe))
-    if config.add_bias_linear:
-        parts = _with_biases(parts)
-    if scmoe.combine == "cg1":
-        parts = replace(parts, shared_experts=functools.partial(_with_gate, parts.shared_experts))
-    submodules.mlp = functools.partial(
-        ScMoELayer, submodules=parts, scmoe=scmoe, path=path, norm=norm
-    )
-    if not local_norm_keys:
-        keys_map = dict(submodules.sharded_state_dict_keys_map)
-        keys_map.pop("pre_mlp_layernorm.", None)
-        submodules.sharded_state_dict_keys_map = keys_map
-    return ModuleSpec(
-        module=ScMoETransformerLayer,
-        params={"path": path, "taps_own_input": not needs_dense_partner(scmoe)},
-        submodules=submodules,
-    )
-
-
-def _with_biases(parts: MoESubmodules) -> MoESubmodules:
-    """Replace what of Megatron's experts cannot have biases."""
-    shared = functools.partial(BiasedSharedExpert, **parts.shared_experts.keywords)
-    linears = parts.experts.keywords["submodules"]
-    if linears.linear_fc2 is RowParallelLinear:
-        linears = replace(linears, linear_fc2=BiasedExpertLinear)
-    experts = functools.partial(parts.experts.func, submodules=linears)
-    return replace(parts, shared_experts=shared, experts=experts)
-
-
-def _with_gate(build_shared_experts, *, gate: bool, **kwargs):
-    """Build the shared expert with its sigmoid gate, which is CG-1, whatever Megatron's flag says."""
-    return build_shared_experts(gate=True, **kwargs)
-
-
-def _dense_block(submodules, scmoe: ScMoEConfig, path: RoutedPath, norm, use_te) -> ModuleSpec:
-    """The dense block's spec: Megatron's; with a shared router norm, that norm is not fused."""
-    if scmoe.router_norm == "shared" and use_te:
-        mlp = submodules.mlp.keywords["submodules"]
-        submodules.mlp = functools.partial(
-            submodules.mlp.func,
-            submodules=replace(mlp, linear_fc1=TESpecProvider().column_parallel_linear()),
+    if _settled and _settled[0] is args:
+        return scmoe_config_from_args(args)
+    if not hasattr(args, f"{PREFIX}tap"):
+        scmoe = scmoe_config_from_environment()
+        vars(args).update(scmoe_arguments(scmoe))
+        if ENVIRONMENT_VARIABLE not in os.environ:
+            print_rank_0(
+                f"WARNING: ${ENVIRONMENT_VARIABLE} is not set: every --scmoe-* has its default "
+                f"({ENVIRONMENT_VARIABLE}='--scmoe-tap pos3 ...' gives others, '' says that they are "
+                "meant)"
+            )
+    if args.scmoe_expert_slot == "auto":
+        raise ScMoEConfigError(
+            "--scmoe-expert-slot auto under --spec",
+            "a foreign entry point does not measure at start-up",
+            "a number, or pretrain_gpt_scmoe.py",
         )
-        submodules.pre_mlp_layernorm = norm
-        submodules.sharded_state_dict_keys_map = {
-            **submodules.sharded_state_dict_keys_map,
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        }
-    return ModuleSpec(
-        module=ScMoEDenseLayer, params={"scmoe": scmoe, "path": path}, submodules=submodules
-    )
+    saved = saved_run.find(args)
+    if saved is not None:
+        if args.use_checkpoint_args:
+            _restore(args, saved)
+        resuming.check(args, saved, WHERE)
+        resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
+        optimizer_state.check(args, saved)
+        optimizer_state.settle_schedule(args, saved)
+    optimizer_state.load_on_any_layout()
+    args.moe_shared_expert_gate = args.scmoe_combine == "cg1"
+    _settled[:] = [args]
+    return scmoe_config_from_args(args)
 
 
-def _use_local_norms(submodules) -> None:
-    """Replace Megatron's wrapper of PyTorch's norms wherever the local spec uses it."""
-    for name in ("input_layernorm", "pre_mlp_layernorm"):
-        if getattr(submodules, name) is WrappedTorchNorm:
-            setattr(submodules, name, LocalNorm)
-    attention = submodules.self_attention
-    inner = {
-        field.name: LocalNorm
-        for field in fields(attention.submodules)
-        if getattr(attention.submodules, field.name) is WrappedTorchNorm
-    }
-    submodules.self_attention = replace(
-        attention, submodules=replace(attention.submodules, **inner)
-    )
+def _refuse(error: ScMoEError) -> NoReturn:
+    """End the script with one line."""
+    prog = Path(sys.argv[0]).name
+    command_line.end(f"{prog}: error: {error}", status=error.status)
+
+
+_settled: list[argparse.Namespace] = []
+"""The arguments that have been settled: the spec of each virtual stage asks for them."""
+
+
+def _restore(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Take over the fields of the model, and say which were given otherwise."""
+    changed = resuming.changed(args)
+    names = [PREFIX + f.name for f in fields(ScMoEConfig) if f.name not in RUNTIME_FIELDS]
+    before = saved.args
+    found = {n: getattr(before, n) for n in names if hasattr(before, n) and n not in changed}
+    given = {name: value for name, value in given_in_environment().items() if name in found}
+    vars(args).update(found)
+    for line in resuming.overridden(given, args, "it is the checkpoint's (--use-checkpoint-args)"):
+        print_rank_0(line)

@@ -9,8 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_scmoe.arguments import scmoe_config_from_args
-from megatron_scmoe.checkpoints.arguments import arguments_from_flags
-from megatron_scmoe.spec import build_block_spec
+from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
+from megatron_scmoe.model.layer_spec import build_block_spec
 from tests import models
 
 ROWS = 96

@@ -8,9 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _modules = tempfile.TemporaryDirectory()
 os.environ["HF_MODULES_CACHE"] = _modules.name
 
-from megatron_scmoe import cpu
+from megatron_scmoe.platform import cpu_backend
 
-cpu.enable_if_no_gpu()
+cpu_backend.enable_if_no_gpu()
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ import torch
 def _process_group(tmp_path_factory):
     """A process group of one rank, for tests that build models in this process."""
     store = tmp_path_factory.mktemp("store") / "store"
-    backend = "gloo" if cpu.is_enabled() else "nccl"
+    backend = "gloo" if cpu_backend.is_enabled() else "nccl"
     torch.distributed.init_process_group(
         backend, init_method=f"file://{store}", rank=0, world_size=1
     )

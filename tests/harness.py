@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
-from megatron_scmoe import cpu
+from megatron_scmoe.platform import cpu_backend
 from tests.resident import RankFailure, ResidentRanks
 
-cpu.enable_if_no_gpu()
+cpu_backend.enable_if_no_gpu()
 
 TIMEOUT_S = 300
 """Longest run of any test's ranks; a hang is a failure."""
 
-_context = get_context("forkserver" if cpu.is_enabled() else "spawn")
-if cpu.is_enabled():
+_context = get_context("forkserver" if cpu_backend.is_enabled() else "spawn")
+if cpu_backend.is_enabled():
     _context.set_forkserver_preload(["tests.preload"])
 
 
@@ -73,7 +73,7 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as folder:
         task = (folder, backend, world_size, environment, function, args, kwargs)
-        if not cpu.is_enabled():
+        if not cpu_backend.is_enabled():
             return gpu_ranks(environment).call(_in_process_group, world_size, TIMEOUT_S, *task)
         return _run(world_size, _send_result, task)
 
@@ -130,7 +130,7 @@ def run_pretrain(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         task = (world_size, _free_port(), flags, str(log), script, environment)
-        if not cpu.is_enabled():
+        if not cpu_backend.is_enabled():
             try:
                 statuses = gpu_ranks(environment).call(
                     _status_of_pretrain, world_size, timeout_s, *task
@@ -163,9 +163,10 @@ def _status_of_pretrain(
         os.environ |= environment or {}
         sys.argv = ["pretrain_gpt_scmoe.py", *flags]
         set_start_method("fork", force=True)  # what a rank started by a launcher has
-        from megatron_scmoe import command_line, training
+        from megatron_scmoe.platform import command_line
+        from megatron_scmoe.training import pretrain
 
-        main = training.main
+        main = pretrain.main
         if script is not None:
             from megatron_scmoe.run import main
 

@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from megatron_scmoe.checkpoints.convert import hf_to_megatron
-from megatron_scmoe.checkpoints.lazy import LazyTensor
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.config import ScMoEConfig
 from tests import models
 

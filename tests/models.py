@@ -10,7 +10,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.spec import build_block_spec
+from megatron_scmoe.model.layer_spec import build_block_spec
 
 VOCAB = 64
 SEQUENCE = 16

@@ -2,11 +2,11 @@
 
 import warnings
 
-from megatron_scmoe import cpu
+from megatron_scmoe.platform import cpu_backend
 
-cpu.enable_if_no_gpu()
+cpu_backend.enable_if_no_gpu()
 warnings.simplefilter("ignore")  # Megatron warns of what is not installed, on every rank
 
 
 import megatron_scmoe.spec
-import megatron_scmoe.training  # noqa: F401
+import megatron_scmoe.training.pretrain  # noqa: F401

@@ -104,10 +104,10 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     os.environ |= environment
     import torch
 
-    from megatron_scmoe import cpu
+    from megatron_scmoe.platform import cpu_backend
     from tests import preload  # noqa: F401  (imports Megatron)
 
-    if not cpu.is_enabled():
+    if not cpu_backend.is_enabled():
         torch.cuda.set_device(rank)
         torch.zeros(1, device="cuda")
     before = dict(os.environ), list(sys.argv)

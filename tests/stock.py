@@ -22,11 +22,11 @@ def main(finalize=None) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_scmoe import compat
-    from megatron_scmoe.training import datasets_provider, forward_step
+    from megatron_scmoe.platform import megatron_workarounds
+    from megatron_scmoe.training.pretrain import datasets_provider, forward_step
 
     args = parse_and_validate_args()
-    compat.apply(args)  # what Megatron needs on a CPU
+    megatron_workarounds.apply(args)  # what Megatron needs on a CPU
     config = core_transformer_config_from_args(args)
     config.finalize_model_grads_func = finalize
     model = gpt_config_from_args(args, config=config)
@@ -67,10 +67,10 @@ def run(flags: list[str], world_size: int, scmoe_args: str | None, script=main) 
 
 
 def _main(script, scmoe_args: str | None, *args) -> None:
-    from megatron_scmoe import training
+    from megatron_scmoe.training import pretrain
 
     os.environ.pop("SCMOE_ARGS", None)
     if scmoe_args is not None:
         os.environ["SCMOE_ARGS"] = scmoe_args
-    training.main = script
+    pretrain.main = script
     harness._pretrain(*args)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from corpus import quiet_imports
 
-from megatron_scmoe.command_line import OneLineParser, positive, run_tool
+from megatron_scmoe.platform.command_line import OneLineParser, positive, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_megatron_to_hf(commands: _SubParsersAction) -> None:
-    from megatron_scmoe.checkpoints.formats import NAMES
+    from megatron_scmoe.checkpoints.formats.registry import NAMES
 
     parser = commands.add_parser("megatron-to-hf", help="write a model folder for transformers")
     parser.add_argument(
@@ -158,7 +158,7 @@ def add_inspect(commands: _SubParsersAction) -> None:
 
 
 def run_inspect(args: Namespace) -> list[str]:
-    from megatron_scmoe.checkpoints.summary import describe
+    from megatron_scmoe.checkpoints.inspect import describe
 
     return describe(args.path, args.keys)
 

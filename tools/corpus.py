@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scmoe.command_line import UsageError, asks_for_help
+from megatron_scmoe.platform.command_line import UsageError, asks_for_help
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DEFAULT_SUFFIXES = (".txt", ".jsonl")
@@ -34,17 +34,14 @@ _SHOWN_KEYS = 8
 
 def quiet_imports() -> None:
     """Megatron and PyTorch tell on import of what is not installed; map CUDA first, if need be."""
-    from megatron_scmoe import (  # seconds, which the data tools need not wait for
-        cpu,
-        megatron_flags,
-    )
+    from megatron_scmoe.platform import cpu_backend, megatron_flags
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if asks_for_help():
         megatron_flags.import_lightly()
         return
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+    cpu_backend.enable_if_no_gpu()  # before anything of Megatron is imported
 
 
 def leave_nothing_at_signals() -> None:

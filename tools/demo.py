@@ -40,8 +40,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

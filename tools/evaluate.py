@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from corpus import quiet_imports
 
-from megatron_scmoe import cpu
-from megatron_scmoe.command_line import (
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     check_output,
@@ -114,20 +114,21 @@ def evaluate_checkpoint(args: Namespace):
     """Evaluate what --load names; on every rank."""
     import torch
 
-    from megatron_scmoe import evaluation, loading
-    from megatron_scmoe.checkpoints.arguments import DTYPES
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
+    from megatron_scmoe.evaluation import perplexity
+    from megatron_scmoe.training import load_model
 
-    checkpoint = loading.Checkpoint(args.load, args.ckpt_step)
+    checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
     kind = checkpoint.args.tokenizer_type
-    if args.text is not None and kind == loading.NULL_TOKENIZER and args.tokenizer_model is None:
+    if args.text is not None and kind == load_model.NULL_TOKENIZER and args.tokenizer_model is None:
         raise UsageError(
             f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
             "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
         )
     rows, vocab_size = checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size
     if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
-        tokenizer = loading.tokenizer_of(checkpoint, args.tokenizer_model)
+        tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model)
         vocab_size = count_tokens(rows, vocab_size, tokenizer.vocab_size)
     sequences = read_sequences(
         args,
@@ -135,7 +136,7 @@ def evaluate_checkpoint(args: Namespace):
         args.sequence_length or checkpoint.args.seq_length,
     )
     sequences.check(data_flag(args), vocab_size)
-    layout = loading.Layout(
+    layout = load_model.Layout(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
@@ -143,8 +144,8 @@ def evaluate_checkpoint(args: Namespace):
     checkpoint.check_length(sequences.tokens.shape[1], layout)
     is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = loading.build_model(checkpoint, layout, dtype)
-    report = evaluation.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
+    model = load_model.build_model(checkpoint, layout, dtype)
+    report = perplexity.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
     if is_mine:
         torch.distributed.destroy_process_group()
     return report
@@ -152,10 +153,10 @@ def evaluate_checkpoint(args: Namespace):
 
 def evaluate_hf(args: Namespace):
     """Evaluate what --hf names."""
-    from megatron_scmoe import evaluation
-    from megatron_scmoe.checkpoints.arguments import DTYPES
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
+    from megatron_scmoe.evaluation import perplexity
 
-    model = evaluation.HuggingFaceModel(args.hf, args.trust_remote_code)
+    model = perplexity.HuggingFaceModel(args.hf, args.trust_remote_code)
     length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
     sequences = read_sequences(args, model.tokenize, length)
     sequences.check(data_flag(args), model.vocab_size)
@@ -167,7 +168,7 @@ def evaluate_hf(args: Namespace):
 def read_sequences(args: Namespace, tokenize, length: int):
     """The sequences of --text or --tokens, cut to --limit."""
     from megatron_scmoe.errors import in_words
-    from megatron_scmoe.evaluation import Sequences
+    from megatron_scmoe.evaluation.perplexity import Sequences
 
     if args.text is not None:
         try:
@@ -218,7 +219,7 @@ def initialise_ranks() -> bool:
 
     if torch.distributed.is_initialized():
         return False
-    backend = "gloo" if cpu.is_enabled() else "nccl"
+    backend = "gloo" if cpu_backend.is_enabled() else "nccl"
     if "WORLD_SIZE" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend)

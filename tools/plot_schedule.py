@@ -12,19 +12,19 @@ beside it is printed.
 import argparse
 from pathlib import Path
 
-from megatron_scmoe import schedule_plot
-from megatron_scmoe.command_line import (
+from megatron_scmoe.analysis import schedule_plot
+from megatron_scmoe.analysis.profiler_trace import TraceError, find_pairs, read_trace
+from megatron_scmoe.analysis.schedule_plot import Panel, share_beside
+from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, build_schedule, num_slots
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     refuse_overwrite,
     run_tool,
     staged_outputs,
 )
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
-from megatron_scmoe.schedule import TAP_BOUNDARY, build_schedule, num_slots
-from megatron_scmoe.schedule_plot import Panel, share_beside
-from megatron_scmoe.timeline import OperatorTimes, OperatorTimesError
-from megatron_scmoe.trace import TraceError, find_pairs, read_trace
 
 PREDICTED_ONLY = ("tap", "slot", "all_slots", "chunks", "overlap")
 

@@ -28,7 +28,7 @@ from corpus import Document, leave_nothing_at_signals, read_documents
 from preprocess_data import dataset_files, dataset_prefix, load_tokenizer, preprocess
 from train_tokenizer import tokenizer_files, train_tokenizer
 
-from megatron_scmoe.command_line import OneLineParser, UsageError, run_tool, staged_outputs
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 VOCAB_SIZE = 2048
 # One module in HELD_OUT_EVERY is kept from training. Of their text, validation reads the first

@@ -36,7 +36,7 @@ from corpus import (
 )
 from tqdm import tqdm
 
-from megatron_scmoe.command_line import (
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     refuse_overwrite,
@@ -265,7 +265,7 @@ def _import_megatron():
     quietly, as what it says about missing GPU libraries is of no interest to a tokenizer.
     """
     if __name__ == "__main__":  # in a process of its own: no compiler is needed here
-        from megatron_scmoe import megatron_flags
+        from megatron_scmoe.platform import megatron_flags
 
         megatron_flags.import_lightly()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -34,7 +34,7 @@ from corpus import (
 )
 from tqdm import tqdm
 
-from megatron_scmoe.command_line import (
+from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
     refuse_overwrite,

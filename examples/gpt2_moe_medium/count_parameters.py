@@ -30,14 +30,14 @@ NEUTRAL_FLAGS = (
 
 def main() -> None:
     """Print both counts in millions, and nothing of what Megatron says on the way."""
-    from megatron_scmoe.command_line import OneLineParser
+    from megatron_scmoe.platform.command_line import OneLineParser
 
     OneLineParser(description=__doc__.split("\n")[0]).parse_args()
-    from megatron_scmoe import cpu
+    from megatron_scmoe.platform import cpu_backend
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    cpu.enable_if_no_gpu()  # before anything of Megatron is imported
+    cpu_backend.enable_if_no_gpu()  # before anything of Megatron is imported
     with contextlib.redirect_stdout(io.StringIO()):
         total, active = count(model_flags())
     print(f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M of them active for a token")
@@ -67,13 +67,13 @@ def count(flags: list[str]) -> tuple[int, int]:
     from megatron.core.models.gpt import GPTModel
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_scmoe import compat
-    from megatron_scmoe.spec import build_block_spec
-    from megatron_scmoe.training import parse_settings
+    from megatron_scmoe.model.layer_spec import build_block_spec
+    from megatron_scmoe.platform import megatron_workarounds
+    from megatron_scmoe.training.pretrain import parse_settings
 
     sys.argv = [sys.argv[0], *flags, *NEUTRAL_FLAGS]
     args, scmoe = parse_settings()
-    compat.leave_out_missing_fusions(args)
+    megatron_workarounds.leave_out_missing_fusions(args)
     config = core_transformer_config_from_args(args)
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()

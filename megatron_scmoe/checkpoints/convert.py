@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoints.arguments import DTYPES, arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.claims import (
     check_folder,
     check_types,
@@ -19,14 +18,9 @@ from megatron_scmoe.checkpoints.claims import (
     settle_head,
 )
 from megatron_scmoe.checkpoints.folder import new_folder
-from megatron_scmoe.checkpoints.formats import Tensors, find_format
-from megatron_scmoe.checkpoints.lazy import (
-    ConversionError,
-    check_weights,
-    main_dtype,
-    naming,
-    total_bytes,
-)
+from megatron_scmoe.checkpoints.formats.registry import Tensors, find_format
+from megatron_scmoe.checkpoints.lazy_tensor import check_weights, main_dtype, naming, total_bytes
+from megatron_scmoe.checkpoints.model_arguments import DTYPES, arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.model_card import model_card
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
@@ -44,6 +38,7 @@ from megatron_scmoe.checkpoints.tokenizers import (
 )
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, Padding, count_tokens, set_rows
+from megatron_scmoe.errors import ConversionError
 
 KEPT_IN_FP32 = (".expert_bias", ".e_score_correction_bias")
 """Ends of the names of tensors that no dtype casts: choices of experts hang on their last bits."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import maybe_load_config
 
-from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.errors import ConversionError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """What Megatron keeps in a folder of checkpoints."""

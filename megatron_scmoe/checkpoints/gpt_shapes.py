@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Iterator, Mapping
 
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, OUTPUT_LAYER
-from megatron_scmoe.validation import moe_pattern
+from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.validation.rules import moe_pattern
 
 Shape = tuple[int, ...]
 

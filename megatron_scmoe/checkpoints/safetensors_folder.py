@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_scmoe.checkpoints.kinds import what_is
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
+from megatron_scmoe.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, have_equal_values, naming
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, have_equal_values, naming
 from megatron_scmoe.checkpoints.tokenizers import NONE, find_tokenizer, tokenizer_flags
 from megatron_scmoe.checkpoints.torch_dist import LAYOUT, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import (
@@ -18,6 +18,7 @@ from megatron_scmoe.checkpoints.vocabulary import (
     count_tokens,
     set_rows,
 )
+from megatron_scmoe.errors import ConversionError
 
 
 def read_stock(

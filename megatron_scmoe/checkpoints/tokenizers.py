@@ -14,7 +14,7 @@ from tokenizers.models import BPE, Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
-from megatron_scmoe.checkpoints.lazy import ConversionError
+from megatron_scmoe.errors import ConversionError
 
 NONE = "none"
 """What ``--tokenizer`` takes to leave the tokenizer out."""

@@ -46,12 +46,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tqdm import tqdm
 
-from megatron_scmoe.checkpoints.arguments import with_defaults
 from megatron_scmoe.checkpoints.folder import TRACKER
 from megatron_scmoe.checkpoints.kinds import what_is
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, total_bytes
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
-from megatron_scmoe.errors import in_words
+from megatron_scmoe.checkpoints.model_arguments import with_defaults
+from megatron_scmoe.errors import ConversionError, in_words
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 

@@ -26,26 +26,25 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
-from megatron_scmoe import compat
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
-from megatron_scmoe.checkpoints.arguments import arguments_from_flags
-from megatron_scmoe.checkpoints.dense import read_hugging_face
+from megatron_scmoe.checkpoints.folder import new_folder
+from megatron_scmoe.checkpoints.formats.dense import read_hugging_face
 from megatron_scmoe.checkpoints.gpt_shapes import check_tensors_of
-from megatron_scmoe.checkpoints.stock import read_stock
-from megatron_scmoe.checkpoints.store import (
-    ConversionError,
+from megatron_scmoe.checkpoints.lazy_tensor import (
     LazyTensor,
     concatenate,
     naming,
-    new_folder,
     stack,
     total_bytes,
-    write_megatron,
 )
+from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
+from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
+from megatron_scmoe.checkpoints.stock import read_stock
+from megatron_scmoe.checkpoints.torch_dist import write_megatron
 from megatron_scmoe.checkpoints.vocabulary import Padding
-from megatron_scmoe.errors import ScMoEError, judged_by_megatron
-from megatron_scmoe.loading import settings_of_the_model
-from megatron_scmoe.validation import moe_pattern, validate
+from megatron_scmoe.errors import ConversionError, ScMoEError, judged_by_megatron
+from megatron_scmoe.platform import megatron_workarounds
+from megatron_scmoe.validation.rules import moe_pattern, validate
 
 INITS = ("copy", "drop", "noise")
 
@@ -158,7 +157,7 @@ def _upcycle_megatron(source: Path, how: Upcycling):
     given = vars(_parse(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
     gained = ("scmoe_",) if is_moe else ("scmoe_", "moe_", "num_experts")
     vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
-    if compat.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
+    if megatron_workarounds.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
         args.openai_gelu, args.bias_gelu_fusion = True, False
     if is_moe:
         return args, _upcycle_moe(tensors, args)
@@ -248,7 +247,7 @@ def _judge(args) -> None:
     scmoe = scmoe_config_from_args(args)
     validate(scmoe, trial)
     with judged_by_megatron():
-        config = compat.transformer_config(trial)
+        config = megatron_workarounds.transformer_config(trial)
     validate(scmoe, config)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_scmoe.checkpoints.lazy import ConversionError, LazyTensor, concatenate
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, concatenate
+from megatron_scmoe.errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"

@@ -214,11 +214,11 @@ def _is_of_run(process: psutil.Process, port: int) -> bool:
 
 
 def _pretrain_and_die(moment: str, rank: int, *args) -> None:
-    from megatron_scmoe import training
+    from megatron_scmoe.training import pretrain
 
     module, name, calls = {
-        "in mid-step": (training, "forward_step", 3 * CALLS_PER_STEP),
-        "with a bug": (training, "forward_step", 3 * CALLS_PER_STEP),
+        "in mid-step": (pretrain, "forward_step", 3 * CALLS_PER_STEP),
+        "with a bug": (pretrain, "forward_step", 3 * CALLS_PER_STEP),
         "in mid-save": (os, "fsync", 2),  # of the second save: its data is not on the disk yet
     }[moment]
     if rank == 1:

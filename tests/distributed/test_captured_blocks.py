@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.module import GraphableMegatronModule
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.transformer_layer import _CapturableLayer
+from megatron_scmoe.model.transformer_layer import _CapturableLayer
 from tests import models
 from tests.harness import run_distributed
 

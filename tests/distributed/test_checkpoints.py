@@ -9,10 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_scmoe.checkpoints import convert
-from megatron_scmoe.checkpoints.arguments import model_arguments
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_scmoe.checkpoints.store import ConversionError, read_megatron, read_safetensors
+from megatron_scmoe.checkpoints.model_arguments import model_arguments
+from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.vocabulary import Padding, set_rows
+from megatron_scmoe.errors import ConversionError
 from tests import checkpoints, models
 from tests.distributed.test_training import NO_DROPOUT, TINY
 from tests.harness import run_distributed, run_pretrain

@@ -8,11 +8,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
-from megatron_scmoe import dispatcher
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.exchange import Flight, OnLaunchStream
-from megatron_scmoe.schedule import Boundary
-from megatron_scmoe.spec import build_block_spec, scmoe_spec
+from megatron_scmoe.model.layer_spec import build_block_spec
+from megatron_scmoe.overlap import token_dispatcher
+from megatron_scmoe.overlap.async_all_to_all import Flight, OnLaunchStream
+from megatron_scmoe.overlap.schedule import Boundary
+from megatron_scmoe.spec import scmoe_spec
 from tests import models
 from tests.harness import run_distributed
 
@@ -88,7 +89,7 @@ def test_exchange_of_the_flex_dispatcher_gives_the_same_bits():
 def _compare_launch_stream() -> None:
     expected = gradients(ScMoEConfig())
 
-    class Blocking(dispatcher.ScMoEAlltoAllTokenDispatcher):
+    class Blocking(token_dispatcher.ScMoEAlltoAllTokenDispatcher):
         def launch_dispatch(self, flight):
             flight.launch(OnLaunchStream(self.token_dispatch))
 
@@ -97,12 +98,12 @@ def _compare_launch_stream() -> None:
             flight.launch(OnLaunchStream(lambda tokens: (self.token_combine(tokens),)))
             return flight
 
-    original = dispatcher._DISPATCHERS["alltoall"]
-    dispatcher._DISPATCHERS["alltoall"] = Blocking
+    original = token_dispatcher._DISPATCHERS["alltoall"]
+    token_dispatcher._DISPATCHERS["alltoall"] = Blocking
     try:
         assert_same_bits(gradients(ScMoEConfig()), expected)
     finally:
-        dispatcher._DISPATCHERS["alltoall"] = original
+        token_dispatcher._DISPATCHERS["alltoall"] = original
 
 
 NEW_KEYS = {f"decoder.layers.{block}.mlp.shortcut_layernorm.weight" for block in (1, 3)}

@@ -17,11 +17,11 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file, save_file
 
-from megatron_scmoe import evaluation
 from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checkpoints.metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.evaluation import perplexity
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -105,14 +105,15 @@ def evaluate(world_size, folder, data, out, run=(), **layout) -> dict:
 
 def _evaluate(folder, data, out, layout, run):
     micro_batch = 2 if layout else 1
-    from megatron_scmoe import evaluation, loading
+    from megatron_scmoe.evaluation import perplexity
+    from megatron_scmoe.training import load_model
 
-    checkpoint = loading.Checkpoint(folder)
+    checkpoint = load_model.Checkpoint(folder)
     vars(checkpoint.args).update(run)
-    model = loading.build_model(checkpoint, loading.Layout(**layout))
-    sequences = evaluation.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
-    vocab_size = loading.tokenizer_of(checkpoint).vocab_size
-    report = evaluation.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
+    model = load_model.build_model(checkpoint, load_model.Layout(**layout))
+    sequences = perplexity.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
+    vocab_size = load_model.tokenizer_of(checkpoint).vocab_size
+    report = perplexity.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
     return vars(report)
 
 
@@ -161,7 +162,7 @@ def _losses_of_tokens():
         logits = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
         labels = torch.randint(tokens, (2, 5), generator=torch.Generator().manual_seed(4))
         own = logits.chunk(2, dim=-1)[torch.distributed.get_rank()]
-        losses = evaluation._cross_entropy(own, labels, tokens)
+        losses = perplexity._cross_entropy(own, labels, tokens)
         expected = torch.nn.functional.cross_entropy(
             logits[..., :tokens].flatten(0, 1), labels.flatten(), reduction="none"
         )
@@ -375,7 +376,7 @@ def test_logits_that_do_not_fit_are_refused_before_the_model_computes(
 
 
 def test_space_for_logits_is_taken_at_once(tmp_path):
-    with evaluation._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
+    with perplexity._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
         (part,) = tmp_path.iterdir()
         assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_scmoe import evaluation, loading
-from megatron_scmoe.checkpoints import summary
+from megatron_scmoe.checkpoints import inspect
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
-from megatron_scmoe.checkpoints.store import read_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.evaluation import perplexity
+from megatron_scmoe.training import load_model
 from tests import stock
 from tests.distributed.test_training import NO_DROPOUT, TINY
 from tests.harness import run_pretrain
@@ -44,15 +45,15 @@ def test_checkpoint_knows_what_it_is(trained):
     args = read_megatron(folder).args
     assert (args.scmoe_tap, args.scmoe_combine) == ("pos3", "cg2")
     assert args.scmoe_router_norm == "own" and not args.moe_shared_expert_gate
-    assert any("ScMoE GPT: tap pos3, combine cg2" in line for line in summary.describe(folder))
+    assert any("ScMoE GPT: tap pos3, combine cg2" in line for line in inspect.describe(folder))
 
 
 def test_exported_and_evaluated(trained, tmp_path):
     _, folder = trained
     rows = np.random.default_rng(0).integers(0, 128, (2, 33))
-    model = loading.build_model(loading.Checkpoint(str(folder)), loading.Layout())
-    sequences = evaluation.Sequences.from_rows(rows)
-    report = evaluation.evaluate(model, sequences, 128, 1, tmp_path / "logits.npy")
+    model = load_model.build_model(load_model.Checkpoint(str(folder)), load_model.Layout())
+    sequences = perplexity.Sequences.from_rows(rows)
+    report = perplexity.evaluate(model, sequences, 128, 1, tmp_path / "logits.npy")
     assert 3 < report.loss < 6
     megatron_to_hf(folder, tmp_path / "hf")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()

@@ -4,7 +4,7 @@ import pytest
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_scmoe.checkpoints.store import read_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from tests import models
 from tests.harness import run_distributed

@@ -8,10 +8,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from transformers import LongcatFlashForCausalLM
 
-from megatron_scmoe.checkpoints.longcat import to_longcat
-from megatron_scmoe.checkpoints.store import read_megatron, read_safetensors, write_safetensors
+from megatron_scmoe.checkpoints.formats.longcat_flash import to_longcat
+from megatron_scmoe.checkpoints.safetensors_folder import read_safetensors, write_safetensors
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.vocabulary import set_rows
-from megatron_scmoe.router import ScMoERouter, bias_step, finalize_model_grads
+from megatron_scmoe.model.router import ScMoERouter, bias_step, finalize_model_grads
 from tests import longcat, models
 from tests.harness import run_distributed
 

@@ -8,8 +8,8 @@ import torch
 from transformers import LongcatFlashForCausalLM
 
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
-from megatron_scmoe.checkpoints.longcat import megatron_flags
-from megatron_scmoe.checkpoints.store import read_megatron
+from megatron_scmoe.checkpoints.formats.longcat_flash import megatron_flags
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from tests import longcat
 from tests.harness import Run, run_pretrain
 

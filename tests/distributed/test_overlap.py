@@ -5,9 +5,9 @@ import hashlib
 import pytest
 import torch
 
-from megatron_scmoe import exchange
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
-from megatron_scmoe.schedule import TAP_BOUNDARY, Boundary, Step, build_schedule, num_slots
+from megatron_scmoe.overlap import async_all_to_all
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Boundary, Step, build_schedule, num_slots
 from tests import models
 from tests.harness import run_distributed
 
@@ -166,7 +166,7 @@ def _record(model) -> tuple[list[str], list[str]]:
     expert = layers["decoder.layers.1.mlp.experts.local_experts.0"]
     expert.register_full_backward_hook(lambda *_: backward.append("experts"))
 
-    class Recording(exchange.AllToAll):
+    class Recording(async_all_to_all.AllToAll):
         def launch_backward(self, grads):
             backward.append(f"launch {self.name} backward")
             return super().launch_backward(grads)

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from megatron_scmoe import cpu
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import UsageError
 from megatron_scmoe.run import main, missing_flags, split_flags
 from tests import harness
 from tests.distributed.test_torchrun import MODEL
@@ -111,7 +111,7 @@ def test_given_flags_are_not_added():
     assert "--distributed-backend" not in added
     place = added.index("--max-position-embeddings")
     assert added[place + 1] == "32"
-    assert ("--transformer-impl" in added) == cpu.is_enabled()
+    assert ("--transformer-impl" in added) == cpu_backend.is_enabled()
 
 
 def test_without_a_script_nothing_is_run(monkeypatch):

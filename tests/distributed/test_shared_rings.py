@@ -19,8 +19,8 @@ from typing import ClassVar, get_args
 import pytest
 import torch
 
-from megatron_scmoe import copy_engine
 from megatron_scmoe.config import AllToAllName, ScMoEConfig
+from megatron_scmoe.overlap import copy_engine
 from tests import models
 from tests.harness import run_distributed
 

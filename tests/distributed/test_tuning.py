@@ -7,11 +7,11 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-from megatron_scmoe import tuning
+from megatron_scmoe.analysis import slot_tuner
+from megatron_scmoe.analysis.simulator import OPERATORS, OperatorTimes
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe_layer import ScMoELayer
-from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots
-from megatron_scmoe.timeline import OPERATORS, OperatorTimes
+from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, num_slots
 from tests import models
 from tests.distributed.test_training import TINY, train
 from tests.harness import run_distributed, run_pretrain
@@ -60,9 +60,9 @@ def _tune(scmoe: ScMoEConfig) -> dict:
     models.forward(chunks[0], *models.batch(0))  # statistics to preserve
     before = _state(chunks)
     found = {}
-    choose, tuning.block_time = tuning.block_time, _remember(found, tuning.block_time)
-    tuning.choose_slot(chunks, scmoe, models.MICRO_BATCH, models.SEQUENCE)
-    tuning.block_time = choose
+    choose, slot_tuner.block_time = slot_tuner.block_time, _remember(found, slot_tuner.block_time)
+    slot_tuner.choose_slot(chunks, scmoe, models.MICRO_BATCH, models.SEQUENCE)
+    slot_tuner.block_time = choose
     after = _state(chunks)
     found["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
     found["changed"] += [n for n, p in chunks[0].named_parameters() if p.grad is not None]
@@ -149,6 +149,6 @@ def test_pipeline_stages_agree():
 def _tune_pipeline() -> int:
     scmoe = ScMoEConfig(expert_slot="auto")
     chunks = models.build_scmoe(scmoe, models.LAYOUTS["PP2"])
-    tuning.choose_slot(chunks, scmoe, models.MICRO_BATCH, models.SEQUENCE)
+    slot_tuner.choose_slot(chunks, scmoe, models.MICRO_BATCH, models.SEQUENCE)
     (slot,) = {int(m.path.schedule.slot) for m in chunks[0].modules() if isinstance(m, ScMoELayer)}
     return slot - TAP_BOUNDARY["pos2"]

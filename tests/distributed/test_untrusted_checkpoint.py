@@ -53,7 +53,7 @@ def harm(folder: Path, part: str, file: Path) -> None:
         data.write(content.ljust(place.length, b"\0"))
 
 
-# That .metadata is not executed either is in tests/unit/test_preflight.py.
+# That .metadata is not executed either is in tests/unit/training/test_input_checks.py.
 @pytest.mark.parametrize("part", ["common_state", "rng_state"])
 def test_training_executes_nothing_of_it(part, folder, tmp_path):
     harm(folder, part, tmp_path / "executed")

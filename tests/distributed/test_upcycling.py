@@ -16,16 +16,15 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelBuilder
 from safetensors.torch import load_file, save_file
 
-from megatron_scmoe import compat, evaluation, loading
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
-from megatron_scmoe.checkpoints.store import (
-    ConversionError,
-    LazyTensor,
-    read_megatron,
-    write_megatron,
-)
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
+from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding
+from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.evaluation import perplexity
+from megatron_scmoe.platform import megatron_workarounds
+from megatron_scmoe.training import load_model
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -117,11 +116,11 @@ def dense_logits(folder, tokens, change=None, **settings) -> np.ndarray:
 
 def logits(checkpoint, tokens, **layout) -> np.ndarray:
     """Logits by Megatron on this rank's part of a layout."""
-    found = loading.Checkpoint(str(checkpoint))
-    model = loading.build_model(found, loading.Layout(**layout))
+    found = load_model.Checkpoint(str(checkpoint))
+    model = load_model.build_model(found, load_model.Layout(**layout))
     out = Path(checkpoint) / "logits.npy"
-    sequences = evaluation.Sequences.from_rows(tokens)
-    evaluation.evaluate(model, sequences, found.args.vocab_size, 1, out)
+    sequences = perplexity.Sequences.from_rows(tokens)
+    perplexity.evaluate(model, sequences, found.args.vocab_size, 1, out)
     torch.distributed.barrier()
     return np.load(out)
 
@@ -328,8 +327,8 @@ def test_gradient_of_the_shared_experts_bias(folders, tokens, tmp_path):
 
 def bias_gradient(save, tokens, shift=None, **layout):
     """Of the mean loss; or that loss, with the bias shifted."""
-    found = loading.Checkpoint(save)
-    model = loading.build_model(found, loading.Layout(**layout))
+    found = load_model.Checkpoint(save)
+    model = load_model.build_model(found, load_model.Layout(**layout))
     bias = model.decoder.layers[1].mlp.shared_experts.linear_fc2.bias
     if shift is not None:
         bias.data += torch.from_numpy(shift)
@@ -404,10 +403,10 @@ def save_stock(folder: Path, flags: list[str], routed_scale=1.0, **run) -> None:
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args(flags)
     args.params_dtype, args.padded_vocab_size, args.kv_channels = torch.float32, 384, 8
     args.expert_tensor_parallel_size = 1
-    compat.leave_out_missing_fusions(args)
-    config = compat.transformer_config(args)
+    megatron_workarounds.leave_out_missing_fusions(args)
+    config = megatron_workarounds.transformer_config(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = GPTModelBuilder(compat.gpt_config(args, config)).build_model(groups)
+    model = GPTModelBuilder(megatron_workarounds.gpt_config(args, config)).build_model(groups)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
         if ".experts." in name and "linear_fc2" in name:

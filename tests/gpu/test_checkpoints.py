@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_scmoe.checkpoints.store import read_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from tests.gpu import test_gpu
 from tests.harness import run_pretrain
 

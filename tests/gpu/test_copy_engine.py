@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from megatron_scmoe import copy_engine
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.exchange import AllToAll, Flight
+from megatron_scmoe.overlap import copy_engine
+from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight
 from tests.gpu.test_gpu import (
     EXACT,
     GPUS,

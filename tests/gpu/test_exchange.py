@@ -7,9 +7,9 @@ memory is free and fills it with NaN.
 import pytest
 import torch
 
-from megatron_scmoe import copy_engine
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.exchange import AllToAll, Flight, OnLaunchStream
+from megatron_scmoe.overlap import copy_engine
+from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight, OnLaunchStream
 from tests.gpu.test_gpu import pytestmark, requires_multi_gpu  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed
 

@@ -10,13 +10,13 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_scmoe import cpu
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.schedule import TAP_BOUNDARY, num_slots
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, num_slots
+from megatron_scmoe.platform import cpu_backend
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 
-GPUS = 0 if cpu.is_enabled() else torch.cuda.device_count()
+GPUS = 0 if cpu_backend.is_enabled() else torch.cuda.device_count()
 pytestmark = [
     pytest.mark.skipif(GPUS == 0, reason="needs a GPU"),
     pytest.mark.skipif(

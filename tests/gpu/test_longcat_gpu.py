@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_scmoe.checkpoints.longcat import megatron_flags
+from megatron_scmoe.checkpoints.formats.longcat_flash import megatron_flags
 from tests import longcat
 from tests.gpu.test_gpu import EXACT, FLAGS, pytestmark  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed, run_pretrain

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from megatron_scmoe.command_line import UsageError, run_command
+from megatron_scmoe.platform.command_line import UsageError, run_command
 
 
 class Lost(RuntimeError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scmoe.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ["top2", "shared", "scmoe-serial", "scmoe", "floor"]

@@ -12,11 +12,13 @@ import megatron.training
 import pytest
 
 import megatron_scmoe
-from megatron_scmoe import loading, resuming, run_checks, run_defaults, training, validation
-from megatron_scmoe.checkpoints import longcat, refusals, scmoe_hf, torch_dist
-from megatron_scmoe.checkpoints.arguments import MODEL_ARGUMENTS
+from megatron_scmoe.checkpoints import runtime_settings, torch_dist
+from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
+from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.validation import _View, names_of_settings, validate
+from megatron_scmoe.training import pretrain, resuming, run_checks, run_defaults
+from megatron_scmoe.validation import rules
+from megatron_scmoe.validation.rules import _View, names_of_settings, validate
 
 PACKAGE = Path(megatron_scmoe.__file__).parent
 SETTERS = (
@@ -25,12 +27,12 @@ SETTERS = (
 )
 
 TABLES = {
-    "refused settings": [row[0] for row in validation._REFUSED],
-    "refused with an own router": [row[0] for row in validation._NOT_WITH_OWN_ROUTER],
+    "refused settings": [row[0] for row in rules._REFUSED],
+    "refused with an own router": [row[0] for row in rules._NOT_WITH_OWN_ROUTER],
     "model arguments": MODEL_ARGUMENTS,
     "compared on load": resuming.COMPARED,
     "free on load": resuming.FREE,
-    "foreign flags": training._FOREIGN,
+    "foreign flags": pretrain._FOREIGN,
     "chosen where not given": run_defaults.OPEN,
     "numbers of a run": [
         name
@@ -38,11 +40,11 @@ TABLES = {
         for name, _ in table
     ],
     "flags that need a package": [row[0] for row in run_checks._PACKAGES],
-    "settings of a run": [*loading._OF_THE_RUN, *loading._WITHOUT_TE],
+    "settings of a run": [*runtime_settings._OF_ONE_RANK, *runtime_settings._WITHOUT_TE],
     "layouts": torch_dist.LAYOUT,
     "in no format": [row[0] for row in refusals.IN_NO_FORMAT],
-    "not in scmoe's format": [row[0] for row in scmoe_hf._REFUSED],
-    "not in LongCat's format": longcat._FIXED_ARGUMENTS,
+    "not in scmoe's format": [row[0] for row in scmoe._REFUSED],
+    "not in LongCat's format": longcat_flash._FIXED_ARGUMENTS,
 }
 
 
@@ -89,7 +91,7 @@ def test_a_name_that_neither_has_is_an_error():
 
 def test_a_renamed_setting_is_an_error_not_a_pass(monkeypatch):
     row = ("mtp_layers", bool, "--mtp-num-layers", "no block to tap", "leave the flag out")
-    monkeypatch.setattr(validation, "_REFUSED", (row,))
+    monkeypatch.setattr(rules, "_REFUSED", (row,))
     with pytest.raises(AttributeError, match="mtp_layers"):
         validate(ScMoEConfig(), validation_settings())
 

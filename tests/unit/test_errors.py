@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scmoe.checkpoints.lazy import ConversionError
-from megatron_scmoe.command_line import UsageError
-from megatron_scmoe.copy_engine import CopyEngineError
-from megatron_scmoe.errors import ScMoEError, SettingsError, in_words, judged_by_megatron
-from megatron_scmoe.preflight import PreflightError
-from megatron_scmoe.timeline import OperatorTimesError
-from megatron_scmoe.trace import TraceError
-from megatron_scmoe.validation import ScMoEConfigError
+from megatron_scmoe.analysis.profiler_trace import TraceError
+from megatron_scmoe.analysis.simulator import OperatorTimesError
+from megatron_scmoe.errors import (
+    ConversionError,
+    InputError,
+    ScMoEConfigError,
+    ScMoEError,
+    SettingsError,
+    in_words,
+    judged_by_megatron,
+)
+from megatron_scmoe.overlap.copy_engine import CopyEngineError
+from megatron_scmoe.platform.command_line import UsageError
 
 
 def caught(function, *args, **kwargs) -> Exception:
@@ -87,7 +92,7 @@ def test_lines_are_joined_and_may_be_limited():
 
 class TestOwnErrors:
     def test_all_have_one_base(self):
-        kinds = [ConversionError, CopyEngineError, OperatorTimesError, PreflightError]
+        kinds = [ConversionError, CopyEngineError, OperatorTimesError, InputError]
         kinds += [ScMoEConfigError, SettingsError, TraceError, UsageError]
         assert all(issubclass(kind, ScMoEError) for kind in kinds)
 

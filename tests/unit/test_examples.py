@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_scmoe.checkpoints.longcat import longcat_config, megatron_flags
+from megatron_scmoe.checkpoints.formats.longcat_flash import longcat_config, megatron_flags
 from tests.harness import run_distributed, run_pretrain
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -95,7 +95,7 @@ def accept(commands: list[list[str]]) -> list[tuple]:
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
-    from megatron_scmoe.validation import validate
+    from megatron_scmoe.validation.rules import validate
 
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     for name in dir(moe_utils):  # kernels of Transformer Engine that the configuration asks for

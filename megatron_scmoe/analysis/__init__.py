@@ -1,0 +1,1 @@
+"""What a schedule costs: simulated, measured at start-up, read from a trace, drawn."""

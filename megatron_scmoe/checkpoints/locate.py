@@ -1,0 +1,143 @@
+"""Where in a folder Megatron keeps a checkpoint, and whether its files are whole."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
+
+from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.errors import InputError
+
+
+def find_checkpoint(
+    flag: str, folder: str, step: int | None = None, ckpt_format: str = "torch_dist"
+) -> Path:
+    """The folder of one complete checkpoint below ``folder``, which ``flag`` names.
+
+    Args:
+        step: its iteration; None for the last one.
+
+    Raises:
+        InputError: if there is none, or files of it are missing or cut off.
+    """
+    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+    if step is None:
+        if not _has_tracker(folder):
+            raise InputError(
+                given,
+                f"there is no checkpoint (no {get_checkpoint_tracker_filename(folder)})",
+                "a folder that was a --save",
+            )
+        step = _read_tracker(flag, folder)
+    path = _step_folder(folder, step)
+    flaw = _find_flaw(path, ckpt_format)
+    if flaw is not None:
+        nearest = _nearest_complete(folder, step, ckpt_format)
+        accepted = "another folder; no checkpoint in this one is complete"
+        if nearest is not None:
+            accepted = f"--ckpt-step {nearest}, the nearest complete checkpoint"
+        raise InputError(given, f"the checkpoint is not complete: {flaw}", accepted)
+    return path
+
+
+def named_checkpoint(args) -> tuple[str, str] | None:
+    """The flag that names the checkpoint to load, and its folder; None if training begins anew."""
+    flag, folder = "--load", args.load
+    if args.pretrained_checkpoint is not None and not (folder and _has_tracker(folder)):
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if folder is None or "://" in folder:
+        return None
+    nothing_yet = not (_has_tracker(folder) or args.ckpt_step)
+    if flag == "--load" and nothing_yet and not args.exit_on_missing_checkpoint:
+        return None  # a first start; Megatron says so and begins at random
+    return flag, folder
+
+
+def is_iteration(folder: str) -> bool:
+    """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
+    marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
+    return not _has_tracker(folder) and any(mark.is_file() for mark in marks)
+
+
+def check_iteration(flag: str, folder: str) -> Path:
+    """``folder`` as a path, if it is one complete torch_dist checkpoint.
+
+    Raises:
+        InputError: if files of it are missing or cut off.
+    """
+    flaw = _find_flaw(Path(folder), "torch_dist")
+    if flaw is not None:
+        raise InputError(
+            f"{flag} {folder}", f"the checkpoint is not complete: {flaw}", "another folder"
+        )
+    return Path(folder)
+
+
+def _has_tracker(folder: str) -> bool:
+    return os.path.isfile(get_checkpoint_tracker_filename(folder))
+
+
+def _read_tracker(flag: str, folder: str) -> int | str:
+    """The iteration of the last complete checkpoint, or "release"."""
+    file = get_checkpoint_tracker_filename(folder)
+    word = Path(file).read_text(errors="replace").strip()
+    if word == "release" or (word.isascii() and word.isdigit()):
+        return word if word == "release" else int(word)
+    nearest = _nearest_complete(folder, float("inf"), "torch_dist")
+    accepted = "the number of a complete checkpoint in it"
+    raise InputError(
+        f"{flag} {folder}",
+        f"{file} names no iteration (it holds {word[:20]!r})",
+        accepted if nearest is None else f"{accepted}: echo {nearest} > {file}",
+    )
+
+
+def _step_folder(folder: str, step: int | str) -> Path:
+    release = step == "release"
+    return Path(get_checkpoint_name(folder, 0 if release else step, release, return_base_dir=True))
+
+
+def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | None:
+    """The complete checkpoint nearest to ``step``, an earlier one if there is any."""
+    found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+    wanted = float("inf") if step == "release" else step
+    earlier = sorted((s for s in found if s < wanted), reverse=True)
+    later = sorted(s for s in found if s > wanted)
+    complete = (s for s in earlier + later if not _find_flaw(_step_folder(folder, s), ckpt_format))
+    return next(complete, None)
+
+
+def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
+    """What a checkpoint lacks, as far as names and sizes tell; None if it is complete."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    whole_files = [*folder.glob("mp_rank_*/*.pt"), *folder.glob("common.pt")]
+    for file in sorted(whole_files):  # torch.save writes an archive; its end is its directory
+        if not zipfile.is_zipfile(file):
+            return f"{file} is truncated ({file.stat().st_size} bytes)"
+    distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
+    if not distributed and any(file.name != "common.pt" for file in whole_files):
+        return None  # one file for each rank: Megatron's format "torch"
+    if ckpt_format != "torch_dcp":  # written last
+        try:
+            json.loads((folder / "metadata.json").read_text())
+        except (OSError, ValueError) as error:
+            return f"{folder / 'metadata.json'} is missing or unreadable ({_reason(error)})"
+    return _find_flaw_of_shards(folder)
+
+
+def _find_flaw_of_shards(folder: Path) -> str | None:
+    """Compare the files of a distributed checkpoint with the byte ranges in its ``.metadata``."""
+    try:
+        metadata = read_metadata(folder)
+    except FileNotFoundError:
+        return f"{folder / '.metadata'} is missing"
+    except Exception as error:  # what a damaged pickle raises is anyone's guess
+        return f"{folder / '.metadata'} is unreadable ({_reason(error)})"
+    return find_flaw_of_files(folder, metadata)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Loss, perplexity and logits of a trained model."""

@@ -1,0 +1,1 @@
+"""What a ScMoE model is built of: the layer spec and its modules."""

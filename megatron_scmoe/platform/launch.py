@@ -1,0 +1,62 @@
+"""How a run's ranks are started: what a launcher sets is checked; without one there is one rank."""
+
+import os
+import socket
+
+import torch
+
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import UsageError
+
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
+"""What says how many processes a launcher has started that does not set torchrun's variables."""
+
+
+def check() -> None:
+    """Check that this process knows its rank, and has a GPU. A process started alone is rank 0 of 1.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    missing = [name for name in _OF_A_RANK if name not in os.environ]
+    if len(missing) == len(_OF_A_RANK):
+        _refuse_other_launchers()
+        _be_the_only_rank()
+    elif missing:
+        raise UsageError(
+            f"the environment has no {missing[0]}: the ranks cannot find each other; accepted: "
+            f"torchrun --nproc-per-node N, or a launcher that sets {', '.join(_OF_A_RANK)}"
+        )
+    if cpu_backend.is_enabled():  # Megatron asks for it with tensor parallelism, as of older GPUs
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    gpus, needed = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
+    if not cpu_backend.is_enabled() and needed > gpus:
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", needed))
+        raise UsageError(
+            f"--nproc-per-node {needed}: PyTorch sees {gpus} GPU{'s' * (gpus != 1)} here; accepted: "
+            f"--nproc-per-node {gpus}, or {cpu_backend.FLAG}"
+        )
+
+
+def _refuse_other_launchers() -> None:
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        number = os.environ.get(name, "1")
+        if number.isdigit() and int(number) > 1:
+            raise UsageError(
+                f"{launcher} with {number} tasks, and no RANK in the environment: each would train "
+                f"alone; accepted: {launcher} of one task a node, which starts torchrun"
+            )
+
+
+def _be_the_only_rank() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+    print("> one rank; for more: torchrun --nproc-per-node N ...", flush=True)

@@ -1,0 +1,83 @@
+"""Lines of a run's log that say nothing to whoever reads it, left out by their exact words.
+
+Each has its reason. Everything else of Megatron's log stays as it is.
+"""
+
+import logging
+import re
+import warnings
+
+from megatron_scmoe.platform import cpu_backend
+
+
+def install() -> None:
+    """Leave the lines out from now on; call it before anything of Megatron is imported."""
+    for message, module in _WARNINGS_ON_IMPORT:
+        warnings.filterwarnings("ignore", f"{re.escape(message)}$", module=module)
+    if cpu_backend.is_enabled():
+        for message, module in _WARNINGS_OF_A_GPU:
+            warnings.filterwarnings("ignore", re.escape(message), module=f"{re.escape(module)}$")
+    for name, message, only_on_cpu in _LOGGED:
+        if cpu_backend.is_enabled() or not only_on_cpu:
+            logging.getLogger(name).addFilter(_LeaveOut(message))
+
+
+class _LeaveOut(logging.Filter):
+    """Leaves out the records whose message begins like this."""
+
+    def __init__(self, beginning: str):
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+_WARNINGS_ON_IMPORT = (
+    # A docstring of an inference class, compiled anew where the wheel's folder cannot be written.
+    ("invalid escape sequence '\\-'", r".*\bkv_block_allocator$"),
+    # Imported with the training loop, and not used.
+    (
+        "MimoModelConfig is experimental and still under active development. The API may change "
+        "without notice in future releases.",
+        r"megatron\.core\.models\.mimo\.config\.base_configs$",
+    ),
+)
+
+_NEITHER = "Transformer Engine and Apex are not installed. Falling back to "
+_WARNINGS_OF_A_GPU = (
+    # What is missing are kernels of GPUs; on a GPU these warnings say why it is slow.
+    (f"{_NEITHER}Torch optimizers.", "megatron.core.optimizer"),
+    (f"{_NEITHER}local implementations", "megatron.core.optimizer.optimizer"),
+    (f"{_NEITHER}local implementations", "megatron.core.optimizer.clip_grads"),
+    (f"{_NEITHER}local implementations", "megatron.training.utils.common_utils"),
+    (
+        f"{_NEITHER}local implementations",
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.mixed_precision",
+    ),
+    ("Apex is not installed. Falling back to Torch Norm", "megatron.core.models.backends"),
+    (
+        "Apex is not installed. Falling back to Torch Norm",
+        "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs",
+    ),
+    (
+        "Apex is not installed. Falling back to Torch Norm",
+        "megatron.core.models.gpt.gpt_layer_specs",
+    ),
+    (
+        "Only transformer-engine>=1.7.0 supports MoE experts, but your version is 0.0.0.",
+        "megatron.core.extensions.transformer_engine_spec_provider",
+    ),
+)
+
+_LOGGED = (
+    # Logger, message, and whether it means nothing on the CPU alone.
+    # There the generator of "the GPU" is that of the CPU, so of course it has changed.
+    (
+        "megatron.core.tensor_parallel.random",
+        "CPU RNG state changed within GPU RNG context",
+        True,
+    ),
+    # It recommends a class that has no place for ScMoE; nothing follows for the user.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED.", False),
+)

@@ -1,0 +1,119 @@
+"""Megatron's parser of flags, and what a command line needs of it.
+
+Its help and its errors are mended on the way: a stray ``%`` in a help text ends argparse in a
+traceback, a wrong value is answered with the usage of 600 flags, or by a ``KeyError``.
+"""
+
+import argparse
+import enum
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+from unittest.mock import MagicMock
+
+import torch
+
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
+
+AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+"""An ``extra_args_provider`` of Megatron's."""
+
+
+def prepare_parser(
+    add_arguments: AddArguments, parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Add arguments to Megatron's parser, and make its help and its errors readable."""
+    parser = add_arguments(parser)
+    parser.error = _refuse
+    parser.formatter_class = HelpFormatter
+    for action in parser._actions:
+        action.help = _printable(action, parser)
+        if action.choices is not None and any(isinstance(c, enum.Enum) for c in action.choices):
+            names = ",".join(choice.name for choice in action.choices)
+            action.metavar = f"{{{names}}}"
+        if callable(action.type) and not isinstance(action.type, type):
+            action.type = _with_argparse_errors(action.type, action.metavar)
+    return parser
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of ``pretrain_gpt_scmoe.py``: ``--scmoe-*``, of the model and of the run."""
+    from megatron_scmoe.arguments import add_scmoe_args
+
+    parser = add_scmoe_args(parser)
+    group = parser.add_argument_group("scmoe, the run")
+    group.add_argument(
+        cpu_backend.FLAG,
+        action="store_true",
+        help=f"train on the CPU, even beside a GPU (${cpu_backend.VARIABLE}=1)",
+    )
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="save the state of the distributed optimizer as it lies in memory: without gathering "
+        "it, and for the same TP, PP and EP sizes only",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+    return parser
+
+
+def show_help(prog: str, description: str) -> None:
+    """Print every flag of a run: those of ScMoE first, then Megatron's."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import_lightly()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description.replace("``", ""),
+        usage=f"torchrun ... {prog} FLAGS",
+        allow_abbrev=False,
+    )
+    add_run_args(parser)
+    prepare_parser(add_megatron_arguments, parser).print_help()
+
+
+def import_lightly() -> None:
+    """Halve the time that importing Megatron takes, in a process that asks it for its flags alone.
+
+    What compiles kernels is not imported: PyTorch's compiler, and the algebra of symbolic shapes.
+    """
+    torch.compile = lambda model=None, **kwargs: model or (lambda function: function)
+    sys.modules.setdefault("torch.fx.experimental.symbolic_shapes", MagicMock())
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(f"{message} (see --help)")
+
+
+def _printable(action: argparse.Action, parser: argparse.ArgumentParser) -> str | None:
+    """The help text as it was meant: a ``%`` that formats nothing stands for itself."""
+    if action.help in (None, argparse.SUPPRESS):
+        return action.help
+    try:
+        parser._get_formatter()._expand_help(action)
+    except (ValueError, TypeError, KeyError):
+        return action.help.replace("%", "%%")
+    return action.help
+
+
+def _with_argparse_errors(convert: Callable, metavar: str | None) -> Callable:
+    """argparse gives one line for the errors it expects of a ``type``, and leaves a trace of others."""
+
+    @functools.wraps(convert)
+    def converted(text: str):
+        try:
+            return convert(text)
+        except (argparse.ArgumentTypeError, TypeError, ValueError):
+            raise
+        except Exception as error:
+            accepted = f"; accepted: {metavar}" if metavar else ""
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}{accepted}") from error
+
+    return converted

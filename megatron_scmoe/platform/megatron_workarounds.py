@@ -1,0 +1,209 @@
+"""Gaps of Megatron-Core 0.19.2, closed in one place; each with the reason and when it applies."""
+
+import functools
+import importlib.util
+import os
+import queue
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.checkpointing import (
+    get_checkpoint_name,
+    get_checkpoint_tracker_filename,
+    read_metadata,
+)
+from megatron.training.utils import warn_rank_0
+from torch.optim.adam import adam
+
+from megatron_scmoe.platform import cpu_backend
+
+
+def leave_out_missing_fusions(args) -> None:
+    """Turn off the fused kernels that Megatron asks for by default and does not have here.
+
+    No installed package has them, or Megatron has none for such experts. Megatron stops instead.
+    """
+    if args.apply_rope_fusion and not HAVE_TE:
+        args.apply_rope_fusion = False
+        warn_rank_0("no Transformer Engine: RoPE is not fused (--no-rope-fusion)")
+    have_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if args.gradient_accumulation_fusion and not have_apex:
+        args.gradient_accumulation_fusion = False
+        warn_rank_0("no Apex: no fused accumulation (--no-gradient-accumulation-fusion)")
+    if args.masked_softmax_fusion and not importlib.util.find_spec("scaled_masked_softmax_cuda"):
+        args.masked_softmax_fusion = False
+        if args.transformer_impl == "local":
+            warn_rank_0("no fused softmax kernels: PyTorch's are used (--no-masked-softmax-fusion)")
+    if args.num_experts and _is_gelu(args) and args.bias_gelu_fusion:
+        args.bias_gelu_fusion = False
+        warn_rank_0("experts with gelu: not fused with the bias (--no-bias-gelu-fusion)")
+    if args.num_experts and args.add_bias_linear and args.bias_dropout_fusion:
+        args.bias_dropout_fusion = False
+        warn_rank_0("experts with biases: not fused with dropout (--no-bias-dropout-fusion)")
+
+
+def has_tanh_gelu(args) -> bool:
+    """Whether the MLPs of these arguments compute gelu's tanh form; the fused kernel does, too."""
+    is_fused = args.bias_gelu_fusion and args.add_bias_linear
+    return _is_gelu(args) and bool(args.openai_gelu or is_fused)
+
+
+def transformer_config(args):
+    """Megatron's ``TransformerConfig`` of parsed flags, with the one that it parses and forgets.
+
+    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu.
+    """
+    config = core_transformer_config_from_args(args)
+    if args.openai_gelu and not config.gated_linear_unit:
+        config.activation_func = tanh_gelu
+    return config
+
+
+def gpt_config(args, config):
+    """Megatron's ``GPTModelConfig``, with what it does not take from the arguments.
+
+    ``--rope-scaling-factor`` would stay 8, and with CUDA graphs it asks for the generators that
+    ``--te-rng-tracker`` has chosen already.
+    """
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    config.use_te_rng_tracker = args.te_rng_tracker
+    return model_config
+
+
+def _is_gelu(args) -> bool:
+    return not (args.swiglu or args.quick_geglu or args.squared_relu)
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@functools.cache
+def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> bool:
+    """Whether a checkpoint was written by Megatron's own local implementation of a MoE.
+
+    That one saves the norm before a MoE as ``mlp.linear_fc1.layer_norm_weight``, where Transformer
+    Engine and this package save ``pre_mlp_layernorm.weight``.
+
+    Args:
+        folder: what ``--load`` names; None and folders without a checkpoint have no such keys.
+        iteration: the checkpoint in it; None for the last one.
+    """
+    if folder is None or not os.path.isfile(get_checkpoint_tracker_filename(folder)):
+        return False
+    if iteration is None:
+        iteration, release = read_metadata(get_checkpoint_tracker_filename(folder))
+    else:
+        release = False
+    path = get_checkpoint_name(folder, iteration, release, return_base_dir=True)
+    return has_local_norm_keys_at(path)
+
+
+def has_local_norm_keys_at(path: str) -> bool:
+    """As :func:`has_local_norm_keys`, of the folder of one iteration."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(path):
+        return False
+    keys = dist_checkpointing.load_tensors_metadata(path).keys()
+    blocks_with_router = {key.split(".mlp.")[0] for key in keys if ".mlp.router." in key}
+    return any(f"{block}.mlp.linear_fc1.layer_norm_weight" in keys for block in blocks_with_router)
+
+
+def apply(args) -> None:
+    """Close the gaps that need a change in Megatron itself; all but the first on the CPU only."""
+    _use_built_dataset_helper()
+    if cpu_backend.is_enabled():
+        _use_adam_with_group_steps()
+        if not args.async_save:
+            _keep_write_results_in_process()
+
+
+def _use_built_dataset_helper() -> None:
+    """``compile_helpers`` runs make, for which the wheel has no Makefile, and exits the first rank.
+
+    The wheel has the built helper. Applies wherever that is so; a source checkout is left alone.
+    """
+    from megatron.core.datasets import utils
+
+    folder = os.path.dirname(utils.__file__)
+    built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    if built and not os.path.exists(os.path.join(folder, "Makefile")):
+        utils.compile_helpers = lambda: None
+
+
+def _use_adam_with_group_steps() -> None:
+    """``DistributedOptimizer`` over PyTorch's Adam loads ``step`` as 0, and asserts on the way.
+
+    PyTorch counts steps per parameter, Apex and Transformer Engine per group, and only the latter
+    finds its way through a checkpoint. So on the CPU Megatron gets an Adam of Apex's kind.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    # In fp32 the main parameters are the model's own leaves: loading writes to them in place.
+    kind = distrib_optimizer.DistributedOptimizer
+    kind._set_main_param_and_optimizer_states = torch.no_grad()(
+        kind._set_main_param_and_optimizer_states
+    )
+    optimizer.Adam = AdamWithGroupSteps
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _keep_write_results_in_process() -> None:
+    """A synchronous save hands its results to itself through a server process.
+
+    That costs seconds of the first save and half a gigabyte on every rank, and if the rank is killed
+    it stays and keeps the rank's output open: ``torchrun ... | tee log`` never ends.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+
+
+class AdamWithGroupSteps(torch.optim.Optimizer):
+    """PyTorch's Adam and AdamW with the step count of Apex's FusedAdam: one per group.
+
+    Args:
+        adam_w_mode: decoupled weight decay (AdamW) instead of L2 regularisation (Adam).
+    """
+
+    def __init__(self, params, lr, weight_decay, betas, eps, capturable=False, adam_w_mode=True):
+        if capturable:
+            raise ValueError("--optimizer-cuda-graph: there are no CUDA graphs on the CPU")
+        defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            done = group.get("step", 0)
+            beta1, beta2 = group["betas"]
+            adam(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(done)) for _ in params],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self.adam_w_mode,
+            )
+            group["step"] = done + 1

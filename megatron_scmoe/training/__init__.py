@@ -1,0 +1,1 @@
+"""A training run: what it loads, what is checked before it starts, the loop."""

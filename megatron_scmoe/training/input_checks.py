@@ -1,0 +1,391 @@
+"""Files and folders that the flags name, checked before a process group or a model exists.
+
+What is wrong with them is said in one line that names the flag, instead of minutes later in a stack
+trace of every rank. The checks are cheap whatever the size of the data: sizes, headers, and bounded
+samples.
+
+The first rank alone checks, as thousands of ranks would keep a file system busy with it. The others
+go on to the rendezvous; if the first one stops, the launcher ends them there.
+"""
+
+import copy
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+from megatron.core.datasets.utils import Split
+from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
+from megatron_scmoe.checkpoints import locate
+from megatron_scmoe.errors import InputError
+
+SAMPLE = 4_000_000
+"""Tokens of a dataset that are looked at: beginning, middle and end."""
+
+SAMPLE_OF_ALL = 64_000_000
+"""Tokens looked at in all datasets of a blend together."""
+
+INDEX_SAMPLE = 1_000_000
+"""Sequences whose entries in the index are looked at."""
+
+
+def check_files(args) -> None:
+    """Check what the flags name; to be called before Megatron acts on ``args``.
+
+    Raises:
+        InputError: at the first file or folder that cannot serve.
+    """
+    if args.rank != 0:
+        return
+    to_split = []
+    for dataset in _datasets(args):
+        _, starts = dataset.check()
+        if dataset.is_split:
+            to_split.append((dataset, starts))
+        if args.data_cache_path is None:
+            _check_cache_beside(dataset)
+    _check_split("969, 30, 1" if args.split is None else args.split, to_split)  # Megatron's default
+    if not args.use_checkpoint_args:  # they name another tokenizer
+        _check_tokenizer(args)
+    _check_checkpoint(args)
+    _check_vocabulary(args)
+    for flag in ("--save", "--data-cache-path", "--tensorboard-dir"):
+        if _value(args, flag) is not None:
+            _check_writable(flag, _value(args, flag))
+    _check_operator_times(args)
+
+
+def make_paths_absolute(args) -> None:
+    """Name the files of the tokenizer from the root: a checkpoint stores them for any other folder.
+
+    What is no file or folder here is left as it is: a name on the Hugging Face Hub, for example.
+    """
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, name)
+        if path is not None and os.path.exists(path):
+            setattr(args, name, os.path.abspath(path))
+
+
+def check_tokens(args, tokenizer) -> None:
+    """Check that the tokenizer's vocabulary has the ids that the data has (a sample of them).
+
+    Raises:
+        InputError: at the first dataset with an id that the tokenizer does not have.
+    """
+    if args.rank != 0:
+        return
+    datasets = list(_datasets(args))
+    size = tokenizer.vocab_size
+    for dataset in datasets:
+        found = dataset.find_token_outside(size, min(SAMPLE, SAMPLE_OF_ALL // len(datasets)))
+        if found is not None:
+            position, token = found
+            raise InputError(
+                dataset.given,
+                f"token {position} of {dataset.bin} has the id {token}, but the vocabulary of "
+                f"{_given_tokenizer(args)} has {size} ids",
+                f"the tokenizer that the data was made with, or data with ids from 0 to {size - 1}",
+            )
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""
+
+    given: str  # the flag and its value
+    prefix: str
+    is_split: bool  # whether --split divides it
+
+    # Magic, version, code of the data type, number of sequences and of document boundaries. Then
+    # follow the length of each sequence (int32), its first byte (int64) and the boundaries (int64).
+    _HEADER = struct.Struct("<9sQBQQ")
+    _MAGIC = b"MMIDIDX\x00\x00"
+    _MADE_BY = "a pair of .bin and .idx files written by tools/preprocess_data.py"
+
+    @property
+    def bin(self) -> str:
+        return get_bin_path(self.prefix)
+
+    @property
+    def idx(self) -> str:
+        return get_idx_path(self.prefix)
+
+    def check(self) -> tuple[np.dtype, np.ndarray]:
+        """Check that index and data are whole.
+
+        Returns:
+            The type of a token, and the first byte of each sequence in the .bin file.
+        """
+        for file in (self.idx, self.bin):
+            self._require(os.path.isfile(file), f"there is no file {file}")
+            self._require(os.access(file, os.R_OK), f"{file} cannot be read")
+        with open(self.idx, "rb") as stream:
+            header = stream.read(self._HEADER.size)
+        whole = len(header) == self._HEADER.size and header.startswith(self._MAGIC)
+        self._require(whole, f"{self.idx} does not begin like an index")
+        _, version, code, sequences, documents = self._HEADER.unpack(header)
+        self._require(version == 1, f"{self.idx} has version {version}, not 1")
+        self._require(code in {d.value for d in DType}, f"{self.idx} has the data type {code}")
+        self._require(sequences > 0 and documents > 0, f"{self.idx} has no sequence")
+        size, expected = os.path.getsize(self.idx), len(header) + 12 * sequences + 8 * documents
+        self._require(  # one more byte for each sequence of a multimodal dataset
+            size in (expected, expected + sequences),
+            f"{self.idx} has {size} bytes, and {expected} by its header",
+        )
+        dtype = np.dtype(DType.dtype_from_code(code))
+        return dtype, self._check_entries(sequences, documents, dtype.itemsize)
+
+    def find_token_outside(self, vocab_size: int, sample: int) -> tuple[int, int] | None:
+        """Position and id of a token outside the vocabulary, among ``sample`` tokens; or None."""
+        dtype, _ = self.check()
+        tokens = np.memmap(self.bin, dtype, mode="r")
+        for window in _windows(tokens.size, sample):
+            ids = tokens[window]
+            if ids.max() >= vocab_size or ids.min() < 0:
+                position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+                return window.start + position, int(ids[position])
+        return None
+
+    def part_without_token(self, split: str, starts: np.ndarray) -> str | None:
+        """The name of a part of ``split`` that gets no token; None if all get some."""
+        for part, share in zip(Split, convert_split_vector_to_split_matrix(_parse_split(split))):
+            if share is None:
+                continue
+            first, last = (round(edge * starts.size) for edge in share)
+            end = starts[last] if last < starts.size else os.path.getsize(self.bin)
+            if first == last or starts[first] == end:
+                return part.name
+        return None
+
+    def _check_entries(self, sequences: int, documents: int, itemsize: int) -> np.ndarray:
+        offset = self._HEADER.size
+        lengths = np.memmap(self.idx, "<i4", "r", offset, sequences)
+        starts = np.memmap(self.idx, "<i8", "r", offset + 4 * sequences, sequences)
+        bounds = np.memmap(self.idx, "<i8", "r", offset + 12 * sequences, documents)
+        agree = starts[0] == 0 and bounds[-1] == sequences
+        for window in _windows(sequences, INDEX_SAMPLE):
+            length, start = lengths[window].astype(np.int64), starts[window]
+            agree &= (length >= 0).all() and (np.diff(start) == length[:-1] * itemsize).all()
+        self._require(agree, f"{self.idx} has entries that do not agree")
+        size, expected = os.path.getsize(self.bin), int(starts[-1]) + int(lengths[-1]) * itemsize
+        self._require(
+            size == expected, f"{self.bin} has {size} bytes, and {expected} by its .idx file"
+        )
+        self._require(size > 0, f"{self.bin} has no token")
+        return starts
+
+    def _require(self, whole: bool, flaw: str) -> None:
+        if not whole:
+            raise InputError(self.given, flaw, self._MADE_BY)
+
+
+def _datasets(args) -> Iterator[_Dataset]:
+    """The datasets that the flags name."""
+    source = _data_source(args)
+    if source in (None, "--mock-data"):
+        return
+    in_file = source in _LISTS
+    given = f"{source} {_value(args, source)}" if in_file else source
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except OSError as error:
+        raise InputError(given, _reason(error), "a readable file") from error
+    except AssertionError as error:
+        raise InputError(given, "weights and prefixes do not alternate", _BLEND) from error
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = _LISTS.get(source, _BLEND)
+        raise InputError(given, f"cannot be parsed ({_reason(error)})", wanted) from error
+    splits = ("", "train-", "valid-", "test-")
+    for split, part in zip(splits, (blend, *(per_split or ()))):
+        for prefix in part[0] if part else ():
+            if "://" not in prefix:  # object storage is left to its own library
+                flag = given if in_file else f"--{split}data-path {prefix}"
+                yield _Dataset(flag, prefix, is_split=part is blend)
+
+
+_BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
+_LISTS = {
+    "--data-args-path": f"a file with {_BLEND}",
+    "--per-split-data-args-path": 'a JSON file {"train": [PREFIX, ...], "valid": ..., "test": ...}',
+}
+_SOURCES = (
+    ("--mock-data",),
+    ("--data-path",),
+    ("--train-data-path", "--valid-data-path", "--test-data-path"),
+    *((flag,) for flag in _LISTS),
+)
+
+
+def _data_source(args) -> str | None:
+    """The (first) flag that says where the data is; None if a checkpoint is converted without."""
+    given = [next((f for f in flags if _value(args, f)), None) for flags in _SOURCES]
+    given = [flag for flag in given if flag is not None]
+    if len(given) > 1:
+        raise InputError(" with ".join(given), "the data is named twice", "one of them")
+    if not given and args.ckpt_convert_format is None:
+        raise InputError(
+            "no data is given",
+            "there is nothing to train on",
+            "--data-path PREFIX, --train-data-path PREFIX (and valid, test), or --mock-data",
+        )
+    return given[0] if given else None
+
+
+def _value(args, flag: str):
+    return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _check_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> None:
+    """Refuse a part without a token: Megatron would go round in it for ever."""
+    for dataset, starts in datasets:
+        part = dataset.part_without_token(split, starts)
+        if part is not None:
+            raise InputError(
+                dataset.given,
+                f"no token of its {starts.size} sequences falls to the {part} part of --split {split}",
+                f"more documents, or {_nearest_split(split, datasets)}",
+            )
+
+
+def _nearest_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> str:
+    """The flags of a split that gives every part of every dataset some tokens.
+
+    Without the part for tests; else one sequence of the smallest dataset for validation; else none,
+    and then there is nothing to evaluate on.
+    """
+    train, valid, *_ = (*re.findall(r"[.0-9]+", split), "0")  # as Megatron reads it
+    smallest = min(starts.size for _, starts in datasets)
+    for wanted in (f"{train},{valid},0", f"{smallest - 1},1,0"):
+        both = float(wanted.split(",")[0]) > 0 and float(wanted.split(",")[1]) > 0
+        if both and not any(d.part_without_token(wanted, starts) for d, starts in datasets):
+            return f"--split {wanted}"
+    return "--split 1,0,0 --eval-iters 0"
+
+
+def _parse_split(split: str) -> list[float]:
+    try:
+        with np.errstate(invalid="ignore"):  # 0,0,0
+            shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = []
+    if not shares or not np.isfinite(shares).all():
+        raise InputError(f"--split {split}", "cannot be parsed", "shares such as 969,30,1")
+    return shares
+
+
+def _windows(total: int, limit: int) -> list[slice]:
+    """At most ``limit`` of ``total`` elements: the beginning, the middle and the end."""
+    part = limit // 3
+    if total <= 3 * part:
+        return [slice(0, total)]
+    return [slice(start, start + part) for start in (0, (total - part) // 2, total - part)]
+
+
+def _check_cache_beside(dataset: _Dataset) -> None:
+    """Without --data-cache-path, Megatron keeps the order of the samples in PREFIX/cache."""
+    folder = os.path.dirname(dataset.prefix) or "."
+    if not os.path.isdir(f"{dataset.prefix}/cache") and not os.access(folder, os.W_OK):
+        raise InputError(
+            dataset.given,
+            f"cannot write the order of the samples into {dataset.prefix}/cache",
+            "--data-cache-path FOLDER with a writable folder",
+        )
+
+
+def _given_tokenizer(args) -> str:
+    model = f" --tokenizer-model {args.tokenizer_model}" if args.tokenizer_model else ""
+    return f"--tokenizer-type {args.tokenizer_type}{model}"
+
+
+def _check_tokenizer(args) -> None:
+    """Load the tokenizer once, since Megatron's own attempt ends in a stack trace."""
+    given, model = _given_tokenizer(args), args.tokenizer_model
+    if args.tokenizer_type is None:
+        raise InputError(
+            "--tokenizer-type is not given",
+            "the vocabulary has no size",
+            "SentencePieceTokenizer, HuggingFaceTokenizer, ... (see --help)",
+        )
+    accepted = "the tokenizer that the data was made with"
+    if args.tokenizer_type in (*SP_TOKENIZERS, "TikTokenizer"):
+        if model is None:
+            raise InputError(given, "--tokenizer-model is not given", accepted)
+        if not os.path.isfile(model):
+            raise InputError(given, "there is no such file", accepted)
+    trial = copy.copy(args)
+    trial.pad_vocab_size = False
+    try:
+        build_tokenizer(trial)
+    except Exception as error:  # its library may raise anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(given, f"it cannot be loaded ({reason})", accepted) from error
+
+
+def _check_vocabulary(args) -> None:
+    """Check that the ranks can share the rows of a vocabulary that a checkpoint or a flag fixes."""
+    rows, ranks = args.padded_vocab_size, args.tensor_model_parallel_size
+    if rows is not None and rows % ranks:
+        raise InputError(
+            f"--tensor-model-parallel-size {ranks}",
+            f"the vocabulary has {rows} rows, padding included",
+            f"a divisor of {rows}, or a checkpoint converted with --target-tensor-parallel {ranks}",
+        )
+
+
+def _check_checkpoint(args) -> None:
+    """Check that the checkpoint to load, if there is one, is complete."""
+    if args.non_persistent_ckpt_type is not None:
+        return  # there are two, and which is newer is only known to Megatron
+    if named := locate.named_checkpoint(args):
+        locate.find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _check_operator_times(args) -> None:
+    """The file is read if it exists, and written otherwise."""
+    flag = "--scmoe-operator-times"
+    path = _value(args, flag)
+    if path is None:
+        return
+    if not Path(path).exists():
+        _check_writable(flag, str(Path(path).absolute().parent))
+        return
+    try:
+        OperatorTimes.read(path)
+    except OperatorTimesError as error:
+        raise InputError(
+            f"{flag} {error}",
+            "it does not hold operator times",
+            "a file that this flag has written",
+        ) from error
+
+
+def _check_writable(flag: str, folder: str) -> None:
+    """Try to write where ``folder`` is or would be; leaves nothing behind."""
+    if "://" in folder:
+        return
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder}", f"cannot write there ({error.strerror})", "a writable folder"
+        ) from error

@@ -1,0 +1,250 @@
+"""The optimizer's state and the learning rate's schedule, resumed on any layout and any length.
+
+Megatron stores the optimizer's tensors one by one and finds them again on any layout. Around them it
+stores lists of parameter groups, one for each optimizer: one without expert parallelism, and two with
+it (dense parameters and experts), each with as many parameters as one rank had. Of all that, only the
+count of steps is state; the rest follows from the flags and the model at hand.
+"""
+
+import argparse
+from typing import Any
+
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from megatron.training import get_args
+from megatron.training.utils import print_rank_0
+
+from megatron_scmoe.arguments import in_flags
+from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.training.saved_run import SavedRun
+
+RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
+"""Megatron's formats of the distributed optimizer's state that load on any layout."""
+
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+_FRESH = "--no-load-optim, which begins with a fresh optimizer"
+
+
+def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
+    """Whether the run goes on with the state of the checkpoint's optimizer and schedule."""
+    pretrained = saved.given.startswith("--pretrained-checkpoint")
+    omitted = args.finetune or args.no_load_optim or getattr(saved.args, "no_save_optim", False)
+    return not (saved.is_release or pretrained or omitted)
+
+
+def check(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Refuse files, and a state of the optimizer, that cannot be loaded into this run's.
+
+    Raises:
+        ScMoEConfigError: it names what has to be otherwise.
+    """
+    before = saved.args
+    if before is None:
+        return
+    theirs = [in_flags(n, getattr(before, n)) for n in _SIZES if _differs(n, args, before)]
+    mine = [in_flags(n, getattr(args, n)) for n in _SIZES if _differs(n, args, before)]
+    if theirs and not saved.is_distributed:
+        raise ScMoEConfigError(
+            " ".join(mine),
+            f"{saved.path} has a file for each rank of {' '.join(theirs)}",
+            f"{' '.join(theirs)}; from these --ckpt-convert-format torch_dist converts it",
+        )
+    if not is_loaded(args, saved):
+        return
+    if getattr(before, "optimizer", args.optimizer) != args.optimizer:
+        raise ScMoEConfigError(
+            f"--optimizer {args.optimizer}",
+            f"{saved.path} holds the state of {before.optimizer}",
+            f"--optimizer {before.optimizer}, or {_FRESH}",
+        )
+    if not saved.is_distributed:
+        return
+    content = saved.state.get("content_metadata") or {}
+    form = content.get("distrib_optim_sharding_type")
+    if theirs and form is not None and form not in RESHARDABLE:
+        raise ScMoEConfigError(
+            " ".join(mine),
+            f"{saved.path} holds the optimizer's state as it lay in the memory of "
+            f"{' '.join(theirs)} (no --dist-ckpt-optim-fully-reshardable)",
+            f"{' '.join(theirs)}, or {_FRESH}",
+        )
+    _check_kind(args, saved, form)
+
+
+def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Let a run of another length or batch size go on, by the schedule that its flags describe.
+
+    Megatron refuses it when the checkpoint is loaded, unless ``--override-opt-param-scheduler`` is
+    given; this gives it. Another learning rate or style is left to the user.
+
+    Raises:
+        ScMoEConfigError: for a schedule that differs in more than its lengths.
+    """
+    before = saved.state.get("opt_param_scheduler")
+    chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if before is None or chosen or not trains or not is_loaded(args, saved):
+        return
+    mine = _schedule(args)
+    for name, (value, flag) in mine.items():
+        if name not in _LENGTHS and before.get(name, value) != value:
+            raise ScMoEConfigError(
+                f"{flag} {value}",
+                f"{saved.path} was trained with {flag} {before[name]}",
+                f"{flag} {before[name]}; --override-opt-param-scheduler for this run's flags; "
+                "--use-checkpoint-opt-param-scheduler for the checkpoint's",
+            )
+    changed = {
+        name: (before[name], mine[name][0])
+        for name in _LENGTHS
+        if before.get(name, mine[name][0]) != mine[name][0]
+    }
+    if changed:
+        args.override_opt_param_scheduler = True
+    if before.get("wd_incr_style") == "constant":
+        changed.pop("wd_incr_steps", None)
+    if changed:
+        told = ", ".join(f"{_LENGTHS[n]} {int(new)} samples, not {int(old)}"
+                         for n, (old, new) in changed.items())  # fmt: skip
+        print_rank_0(
+            f"> the schedule is that of this run's flags, not of the checkpoint: {told} "
+            "(--use-checkpoint-opt-param-scheduler keeps the checkpoint's)"
+        )
+
+
+def load_on_any_layout() -> None:
+    """Make Megatron load the optimizer's state of a checkpoint of any layout."""
+    ChainedOptimizer.load_state_dict = _load_state_dict
+
+
+_LENGTHS = {
+    "lr_warmup_steps": "warmup of",
+    "lr_decay_steps": "decay over",
+    "wd_incr_steps": "weight decay increasing over",
+}
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
+    """What Megatron's ``get_optimizer_param_scheduler`` will make of the flags, and their flags."""
+    if args.train_iters:
+        batch = args.global_batch_size
+        total, warmup = args.train_iters * batch, args.lr_warmup_iters * batch
+        decay = total if args.lr_decay_iters is None else args.lr_decay_iters * batch
+    else:
+        total, warmup = args.train_samples, args.lr_warmup_samples
+        decay = total if args.lr_decay_samples is None else args.lr_decay_samples
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return {
+        "max_lr": (args.lr, "--lr"),
+        "min_lr": (args.min_lr, "--min-lr"),
+        "lr_decay_style": (args.lr_decay_style, "--lr-decay-style"),
+        "start_wd": (args.start_weight_decay, "--weight-decay (at the start)"),
+        "end_wd": (args.end_weight_decay, "--weight-decay (at the end)"),
+        "wd_incr_style": (args.weight_decay_incr_style, "--weight-decay-incr-style"),
+        "lr_warmup_steps": (warmup, "--lr-warmup-iters"),
+        "lr_decay_steps": (decay, "--lr-decay-iters"),
+        "wd_incr_steps": (total, "--train-iters"),
+    }
+
+
+def _differs(name: str, args: argparse.Namespace, saved: argparse.Namespace) -> bool:
+    return (getattr(saved, name, None) or 1) != (getattr(args, name) or 1)
+
+
+def _check_kind(args: argparse.Namespace, saved: SavedRun, form: str | None) -> None:
+    """Compare the kinds of tensors: main weights in fp32, and those of a distributed optimizer."""
+    if args.use_distributed_optimizer and form is None:
+        raise ScMoEConfigError(
+            "--use-distributed-optimizer",
+            f"{saved.path} was trained without it",
+            f"leave the flag out, or {_FRESH}",
+        )
+    if not args.use_distributed_optimizer and form not in (None, *RESHARDABLE):
+        raise ScMoEConfigError(
+            "no --use-distributed-optimizer",
+            f"{saved.path} was trained with it, and without --dist-ckpt-optim-fully-reshardable",
+            f"--use-distributed-optimizer, or {_FRESH}",
+        )
+    has_main_weights = "fp32_param" in saved.optimizer_states() or form is not None
+    needs_main_weights = args.bf16 or args.fp16 or args.use_distributed_optimizer
+    if bool(needs_main_weights) != has_main_weights:
+        before = next((f"--{n}" for n in ("bf16", "fp16") if getattr(saved.args, n)), "fp32")
+        mine = next((f"--{n}" for n in ("bf16", "fp16") if getattr(args, n)), "fp32")
+        raise ScMoEConfigError(
+            mine,
+            f"the optimizer's state in {saved.path} is that of a model in {before}",
+            f"{before}, or {_FRESH}",
+        )
+
+
+_load_one_state = ChainedOptimizer.load_state_dict
+
+
+def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
+    """In place of ``ChainedOptimizer.load_state_dict``: see :func:`load_on_any_layout`.
+
+    What comes in is merged: tensors under the optimizers of this layout, the rest under those of the
+    checkpoint's, each of them by number if there are several.
+    """
+    optimizers = chain.chained_optimizers
+    kinds = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
+    if isinstance(state_dict, dict) and all(type(each) in kinds for each in optimizers):
+        several = [part for key, part in state_dict.items() if isinstance(key, int)]
+        saved = [part for part in (state_dict, *several) if _is_of_the_checkpoint(part)]
+        if saved:
+            if len(optimizers) == 1:
+                parts = {0: state_dict}
+            else:
+                parts = {i: state_dict.get(i, {}) for i in range(len(optimizers))}
+            for optimizer, part in zip(optimizers, parts.values(), strict=True):
+                _complete(optimizer, part, saved)
+            state_dict = parts[0] if len(optimizers) == 1 else parts
+    _load_one_state(chain, state_dict)
+
+
+def _inner(part: dict) -> dict:
+    """The state of PyTorch's optimizer in that of Megatron's."""
+    return part.get("optimizer", part)
+
+
+def _is_of_the_checkpoint(part: dict) -> bool:
+    """Whether it has parameter groups that were stored, not those of this layout: bare lists."""
+    return any("lr" in group for group in _inner(part).get("param_groups", ()))
+
+
+def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> None:
+    """Give a state of this layout the parameter groups of this run and the steps of the checkpoint."""
+    if optimizer.is_stub_optimizer:
+        return
+    inner = part if isinstance(optimizer, FP32Optimizer) else part.setdefault("optimizer", {})
+    groups = [group for other in saved for group in _inner(other)["param_groups"]]
+    keep = _KEPT if get_args().use_checkpoint_opt_param_scheduler else ("step",)
+    found = optimizer.optimizer.state_dict()["param_groups"]
+    inner["param_groups"] = [group | _kept(group, groups, keep) for group in found]
+    if "common_step" in (state := _inner(saved[0]).get("state", {})):
+        inner.setdefault("state", {})["common_step"] = state["common_step"]
+    for name in ("grad_scaler", "param_state_sharding_type"):
+        if name not in part and name in saved[0]:
+            part[name] = saved[0][name]
+
+
+_KEPT = ("step", "max_lr", "min_lr", "start_wd", "end_wd")
+_ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+
+
+def _kept(group: dict, saved: list[dict], names: tuple[str, ...]) -> dict:
+    """What of a checkpoint's groups goes on in this group; steps are the same in all."""
+    alike = [g for g in saved if all(g.get(n) == group.get(n) for n in _ALIKE)] or saved
+    steps = [g for g in saved if "step" in g]
+    return {n: g[n] for n in names for g in (steps if n == "step" else alike)[:1] if n in g}

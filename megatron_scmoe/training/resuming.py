@@ -1,0 +1,254 @@
+"""A run compared with the checkpoint that it loads, before a process group or a model exists.
+
+Megatron compares few of the arguments that define a model. The others, and all of ScMoE's, would be
+those of the command line: the weights load, and another model goes on.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from megatron.training.utils import print_rank_0
+
+from megatron_scmoe.arguments import (
+    PREFIX,
+    defaults,
+    flag_of,
+    in_flags,
+    name_of_flag,
+)
+from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS, is_scmoe, model_arguments
+from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.platform.megatron_flags import add_run_args
+from megatron_scmoe.training.run_defaults import leave_out_one_logger
+from megatron_scmoe.training.saved_run import SavedRun
+from megatron_scmoe.validation.rules import moe_pattern
+
+FREE = (
+    "vocab_size",  # of the tokenizer: see check_vocabulary
+    "padded_vocab_size",  # depends on the tensor-parallel size
+    "max_position_embeddings",  # compared where positions are learned
+    "moe_router_dtype",
+    "scmoe_active_experts",  # what the moving biases aim at
+)
+"""Arguments of the model that another run may change as it likes: dtypes and how it is trained."""
+
+COMPARED = (
+    *(name for name in MODEL_ARGUMENTS if name not in FREE),
+    "moe_router_load_balancing_type",
+)
+"""The arguments that have to be the checkpoint's, or named by ``--scmoe-changed``."""
+
+
+def adding_args(
+    given: argparse.Namespace, chosen: Mapping[str, Any], saved: SavedRun | None
+) -> tuple[Callable, dict[str, Any]]:
+    """An ``extra_args_provider`` for Megatron's parser, of a run that loads ``saved``.
+
+    With ``--use-checkpoint-args`` what defines the model is the checkpoint's, whatever the command line
+    says; :func:`overridden` tells the user. Megatron does that for some of it alone (not for the norms'
+    epsilon, the rope's scaling, the router's groups), and knows nothing of ``--scmoe-*``.
+
+    Args:
+        given: the parsed flags.
+        chosen: what the run chooses where no flag is given.
+
+    Returns:
+        The provider, and what of ``chosen`` it takes.
+    """
+    free, fixed = {}, {}
+    if saved is not None and saved.args is not None and given.use_checkpoint_args:
+        free_too = changed(given)
+        for name, value in model_arguments(saved.args).items():
+            (free if name in FREE or name in free_too else fixed)[name] = value
+    taken = {name: value for name, value in chosen.items() if name not in {*free, *fixed}}
+    return partial(_add_args, defaults=taken | free, fixed=fixed), taken
+
+
+def changed(args: argparse.Namespace) -> set[str]:
+    """What ``--scmoe-changed`` names, by the arguments' names."""
+    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model"}
+    names = set()
+    for word in args.scmoe_changed or ():
+        name = name_of_flag(word)
+        if name not in accepted:
+            raise ScMoEConfigError(
+                f"--scmoe-changed {word}",
+                "it is no setting of the model",
+                "flags without the dashes in front: rotary-base, moe-router-topk, scmoe-tap, ...",
+            )
+        names.add(name)
+    return names
+
+
+def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
+    """Refuse to go on from a checkpoint of another model.
+
+    Args:
+        args: of this run, validated by Megatron.
+        saved: what it loads.
+        where: before flags of ScMoE, in what is recommended: "$SCMOE_ARGS with ".
+
+    Raises:
+        ScMoEConfigError: at all settings of the model that differ, by flag, saved and given value.
+    """
+    before, free_too = saved.args, changed(args)
+    if before is None:
+        print_rank_0(
+            f"WARNING: {saved.given}: {saved.path} says nothing of its model that could be compared "
+            "with the flags"
+        )
+        return
+    refuse_stock(saved)
+    if not hasattr(before, f"{PREFIX}tap"):
+        print_rank_0(
+            f"WARNING: {saved.given}: an older version saved {saved.path} under --spec without its "
+            "--scmoe-* flags; they are taken to be those of this run"
+        )
+    found = {n: value for n, value in differences(args, before).items() if n not in free_too}
+    if found:
+        mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
+        theirs = ", ".join(in_flags(name, value) for name, value in found.items())
+        words = " ".join(flag_of(name).removeprefix("--") for name in found)
+        raise ScMoEConfigError(
+            mine,
+            f"{saved.path} was trained with {theirs}",
+            f"{where}{theirs}; --use-checkpoint-args; or, for another model on purpose, "
+            f"--scmoe-changed {words}",
+        )
+
+
+def refuse_stock(saved: SavedRun) -> None:
+    """Raise ScMoEConfigError if the checkpoint is of a model without a tap."""
+    if saved.args is not None and not is_scmoe(saved.args):
+        raise ScMoEConfigError(
+            saved.given,
+            f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
+            "a ScMoE model made of it: tools/convert.py upcycle --load "
+            f"{saved.given.split()[1]} --save FOLDER",
+        )
+
+
+def differences(args: argparse.Namespace, saved: argparse.Namespace) -> dict[str, Any]:
+    """The arguments in :data:`COMPARED` by which another model would go on, and their saved values.
+
+    An argument that Megatron or this package did not have yet when it was saved had the value that is
+    the default now. What the model does not use does not count.
+    """
+    standard = {
+        name: value
+        for name, value in defaults().items()
+        if value is not None and not name.startswith(PREFIX)  # with_defaults knows these
+    }
+    older = argparse.Namespace(**standard | vars(saved))
+    names = [name for name in COMPARED if hasattr(older, name) and hasattr(args, name)]
+    if args.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
+    return {
+        name: getattr(older, name)
+        for name in names
+        if _is_used(name, args) and _meaning(name, args) != _meaning(name, older)
+    }
+
+
+def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> list[str]:
+    """A line for each argument that was given and has another value now.
+
+    Args:
+        given: what the command line says and leaves to no default.
+        args: what the run has.
+        reason: who decided.
+    """
+    shown = {name: (in_flags(name, value), in_flags(name, getattr(args, name)))
+             for name, value in given.items()}  # fmt: skip
+    return [
+        f"WARNING: {words} was given, and {used} is used: {reason}"
+        for words, used in shown.values()
+        if words != used
+    ]
+
+
+def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> None:
+    """Refuse a tokenizer of another size: Megatron cuts or fills up the embedding without a word.
+
+    Args:
+        tokens: of this run's tokenizer.
+
+    Raises:
+        ScMoEConfigError: if the checkpoint's embedding has fewer rows, or more than padding explains.
+    """
+    before = saved.args
+    rows = getattr(before, "padded_vocab_size", None)
+    if not rows or {"vocab_size", "tokenizer_type", "tokenizer_model"} & changed(args):
+        return
+    known = getattr(before, "vocab_size", None)
+    unit = getattr(before, "make_vocab_size_divisible_by", 1)
+    unit *= getattr(before, "tensor_model_parallel_size", 1)
+    has_flag_alone = known and getattr(before, "tokenizer_type", None) == "NullTokenizer"
+    explained = tokens == known or (not has_flag_alone and tokens + unit > rows)
+    if tokens > rows or not explained:
+        was = f"{known} tokens and " if known else ""
+        raise ScMoEConfigError(
+            f"a tokenizer of {tokens} tokens ({args.tokenizer_type} {args.tokenizer_model or ''})",
+            f"{saved.path} was trained with {was}an embedding of {rows} rows",
+            "its tokenizer, or --scmoe-changed tokenizer-type for another one on purpose",
+        )
+
+
+def _add_args(parser, *, defaults: dict[str, Any], fixed: dict[str, Any]):
+    """Add the flags of a run; ``fixed`` holds whatever flag is given, ``defaults`` where none is."""
+    parser = leave_out_one_logger(add_run_args(parser))
+    parser.set_defaults(**defaults)
+    parse = parser.parse_known_args
+
+    def parse_and_fix(*args, **kwargs):
+        found, rest = parse(*args, **kwargs)
+        vars(found).update(fixed)
+        return found, rest
+
+    parser.parse_known_args = parse_and_fix
+    return parser
+
+
+_ROPE = ("rope", "yarn", "mrope")
+_OF_MLA = {
+    "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
+    "rotary_scaling_factor", "mscale", "mscale_all_dim", "scmoe_mla_scale", "scmoe_mla_norm_epsilon",
+}  # fmt: skip
+
+
+def _is_used(name: str, args: argparse.Namespace) -> bool:
+    """Whether a model of these arguments computes anything with this one."""
+    if name in _OF_MLA:
+        return bool(args.multi_latent_attention)
+    if name.startswith("yarn_"):
+        return args.position_embedding_type == "yarn"
+    if name == "rope_scaling_factor":
+        return bool(args.use_rope_scaling)
+    if "rotary" in name or "rope" in name:
+        return bool(args.multi_latent_attention or args.position_embedding_type in _ROPE)
+    if name.startswith("mup_"):
+        return bool(args.use_mup)
+    if name == "openai_gelu":
+        return not args.swiglu
+    return name != "group_query_attention"  # the number of groups says it
+
+
+def _meaning(name: str, args: argparse.Namespace) -> Any:
+    """What an argument's value comes to, in one form for all ways to say it."""
+    value = getattr(args, name)
+    if name == "moe_layer_freq":
+        return moe_pattern(value, args.num_layers) if args.num_experts else None
+    if name == "add_qkv_bias":  # a converted checkpoint's was not derived by Megatron
+        return bool(value or args.add_bias_linear)
+    if name == "num_query_groups":
+        return value if args.group_query_attention else args.num_attention_heads
+    if name == "scmoe_mla_norm_epsilon":
+        return args.layernorm_epsilon if value is None else value
+    if name == "scmoe_expert_bias":
+        return value != "none"  # the rule by which it moves is a matter of training
+    if name == "moe_router_load_balancing_type":  # these choose experts in their own way
+        kinds = value if isinstance(value, list) else [value]
+        return {"sinkhorn", "quantile_balancing"}.intersection(kinds)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,404 @@
+"""What would stop a run, at once or hours later, said before it starts and by the flag's name.
+
+Megatron meets these in the midst of a run, or with an assertion that names no flag. What has to do
+with the model is in validation.py, with files in input_checks.py.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
+from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import is_first_rank
+from megatron_scmoe.training.run_defaults import has_validation_data
+
+
+class RunError(ScMoEError):
+    """Settings of a run that would stop it.
+
+    Args:
+        given: the flag and its value, as given.
+        reason: what would happen.
+        accepted: what could be given instead.
+    """
+
+    def __init__(self, given: str, reason: str, accepted: str):
+        super().__init__(f"{given}: {reason}; accepted: {accepted}")
+
+
+def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
+    """Check parsed flags, before Megatron judges them.
+
+    Args:
+        has_model: whether the flags describe the model; if not, a checkpoint does, later.
+
+    Raises:
+        RunError: at the first that would stop the run.
+    """
+    _check_all_is_given(args, has_model)
+    _check_numbers(args, has_model)
+    if has_model:
+        _check_layout(args)
+        _warn_of_balance(args)
+    _check_length(args)
+    _check_packages(args)
+    _check_device(args)
+    _check_saving(args)
+    _check_logging(args)
+    if args.eval_iters and not (args.skip_train or has_validation_data(args)):
+        raise RunError(
+            f"--eval-iters {args.eval_iters}",
+            "there is no validation data, and the first evaluation would end the run",
+            "--eval-iters 0, --valid-data-path PREFIX, or a --split with a second part above 0",
+        )
+
+
+def check_disk(args: argparse.Namespace) -> None:
+    """Check that a checkpoint fits on the disk; on the first rank, which writes there as well.
+
+    Raises:
+        RunError: if it does not.
+    """
+    if args.save is None or "://" in args.save or not is_first_rank():
+        return
+    existing = Path(args.save).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    needed, free = checkpoint_bytes(args), shutil.disk_usage(existing).free
+    if needed > free:
+        smaller = "" if args.no_save_optim else ", or --no-save-optim"
+        raise RunError(
+            f"--save {args.save}",
+            f"a checkpoint has about {_gigabytes(needed)}, and {_gigabytes(free)} are free",
+            f"a folder on another disk{smaller}",
+        )
+    iterations = (args.train_iters or 0) - (args.iteration if hasattr(args, "iteration") else 0)
+    number = -(-iterations // args.save_interval)
+    if number * needed > free:
+        print(
+            f"WARNING: --save {args.save}: {number} checkpoints of about {_gigabytes(needed)} will be "
+            f"written, and {_gigabytes(free)} are free; the run stops when the disk is full",
+            flush=True,
+        )
+
+
+def checkpoint_bytes(args: argparse.Namespace) -> float:
+    """About how many bytes one checkpoint of the whole model takes, from validated arguments."""
+    whole = argparse.Namespace(**vars(args))
+    for name in ("tensor", "pipeline", "expert", "expert_tensor"):
+        vars(whole)[f"{name}_model_parallel_size"] = 1
+    vars(whole).update(
+        expert_tensor_parallel_size=1, data_parallel_size=1, use_distributed_optimizer=False
+    )
+    parameters = compute_weight_and_optimizer_memory(whole) / _MEGATRON_BYTES
+    weights = torch.empty((), dtype=args.params_dtype).element_size()
+    if args.no_save_optim:
+        return parameters * weights
+    moments = 4 * {"adam": 2, "sgd": 1}.get(args.optimizer, 2)
+    return parameters * (weights + moments + (0 if args.params_dtype == torch.float32 else 4))
+
+
+_MEGATRON_BYTES = 18
+"""For each parameter, in Megatron's estimate for data parallelism without a distributed optimizer."""
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.3g} GB"
+
+
+_MODEL_NUMBERS = (
+    ("num_layers", 1),
+    ("hidden_size", 1),
+    ("num_attention_heads", 1),
+)
+_NUMBERS = (
+    ("seq_length", 1),
+    ("micro_batch_size", 1),
+    ("log_interval", 1),
+    ("eval_interval", 1),
+    ("eval_iters", 0),
+    ("seed", 1),
+)
+_OPTIONAL_NUMBERS = (
+    ("global_batch_size", 1),
+    ("train_iters", 0),
+    ("train_samples", 0),
+    ("save_interval", 1),
+    ("exit_interval", 1),
+    ("exit_duration_in_mins", 1),
+    ("num_workers", 0),
+    ("lr_decay_iters", 1),
+    ("lr_decay_samples", 1),
+    ("lr_warmup_iters", 0),
+    ("lr_warmup_samples", 0),
+)
+"""Flags with the least value that a run can go on with."""
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
+    return [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
+
+
+def _check_all_is_given(args, has_model: bool) -> None:
+    """Name everything at once that a run needs and was not given."""
+    needed = _needed_numbers(has_model)
+    missing = [_flag(name) for name, _ in needed if getattr(args, name) is None]
+    if has_model and not args.num_experts:
+        missing.append("--num-experts")
+    if not args.skip_train:
+        if args.lr is None:
+            missing.append("--lr")
+        if (args.train_iters, args.train_samples) == (None, None) and not args.full_validation:
+            missing.append("--train-iters")
+    if args.tokenizer_type is None and not args.use_checkpoint_args:
+        missing.append("--tokenizer-type")
+    if not any(getattr(args, name) for name in _DATA) and args.ckpt_convert_format is None:
+        missing.append("--data-path (or --mock-data)")
+    if len(missing) > 1:
+        raise RunError(
+            f"{', '.join(missing)} are not given",
+            "a run needs them",
+            "all of them; docs/running.md has a smallest run",
+        )
+
+
+_DATA = (
+    "data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "mock_data",
+)
+"""What names the data."""
+
+
+def _warn_of_balance(args) -> None:
+    """Megatron's default coefficient is 0: a few experts would learn, and the others starve."""
+    coefficients = args.moe_aux_loss_coeff
+    listed = coefficients if isinstance(coefficients, list) else [coefficients]
+    kinds = args.moe_router_load_balancing_type
+    kinds = set(kinds if isinstance(kinds, list) else [kinds])
+    biased = args.scmoe_expert_bias != "none" or args.moe_router_enable_expert_bias
+    balanced = any(listed) or biased or args.moe_router_force_load_balancing
+    if balanced or kinds & {"sinkhorn", "quantile_balancing"} or args.skip_train:
+        return
+    if args.num_experts and args.num_experts > 1 and is_first_rank():
+        print(
+            f"WARNING: --moe-aux-loss-coeff {listed[0]}: nothing balances the experts' load; "
+            "0.01 is usual",
+            flush=True,
+        )
+
+
+def _check_numbers(args, has_model: bool) -> None:
+    needed = _needed_numbers(has_model)
+    for name, least in needed:
+        if getattr(args, name) is None:
+            raise RunError(f"{_flag(name)} is not given", "a run needs it", f"{least} or more")
+    for name, least in (*needed, *_OPTIONAL_NUMBERS):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise RunError(f"{_flag(name)} {value}", "it is too small", f"{least} or more")
+    if args.lr is None and not args.skip_train:
+        raise RunError("--lr is not given", "a run needs it", "a learning rate, 1e-4 for example")
+
+
+def _check_layout(args) -> None:
+    ranks, experts = args.world_size, args.num_experts
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context, expert = args.context_parallel_size, args.expert_model_parallel_size
+    expert_tensor = args.expert_tensor_parallel_size or tensor
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        value = getattr(args, f"{name}_parallel_size")
+        if value < 1:
+            raise RunError(f"{_flag(name)}-parallel-size {value}", "it counts ranks", "1 or more")
+    if experts and experts % expert:
+        raise RunError(
+            f"--expert-model-parallel-size {expert}",
+            f"--num-experts is {experts}, and every rank has as many of them",
+            " or ".join(str(n) for n in range(1, experts + 1) if experts % n == 0),
+        )
+    for size, product in (
+        (
+            tensor * pipeline * context,
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} x "
+            f"--context-parallel-size {context}",
+        ),
+        (
+            expert_tensor * expert * pipeline,
+            f"--expert-model-parallel-size {expert} x --expert-tensor-parallel-size "
+            f"{expert_tensor} x --pipeline-model-parallel-size {pipeline}",
+        ),
+    ):
+        if ranks % size:
+            raise RunError(
+                product,
+                f"{ranks} rank{'s' * (ranks != 1)} cannot be divided into groups of {size}",
+                f"torchrun with a multiple of {size} ranks, or smaller sizes",
+            )
+    replicas = ranks // (tensor * pipeline * context)
+    samples, micro = args.global_batch_size, args.micro_batch_size
+    if samples and samples % (micro * replicas):
+        raise RunError(
+            f"--global-batch-size {samples}",
+            f"each of {replicas} data-parallel replicas takes --micro-batch-size {micro} at once",
+            f"a multiple of {micro * replicas}",
+        )
+
+
+def _check_length(args) -> None:
+    """How long the run is, and its learning rate's warm-up."""
+    if args.train_iters is not None and args.train_samples is not None:
+        raise RunError(
+            f"--train-iters {args.train_iters} with --train-samples {args.train_samples}",
+            "each says how long the run is",
+            "one of them",
+        )
+    has_length = args.train_iters is not None or args.train_samples is not None
+    if not (has_length or args.skip_train or args.full_validation):
+        raise RunError(
+            "neither --train-iters nor --train-samples is given",
+            "a run needs its length",
+            "--train-iters N",
+        )
+    for unit in ("iters", "samples"):
+        total = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        if total and warmup and warmup >= total:
+            raise RunError(
+                f"--lr-warmup-{unit} {warmup}",
+                f"the learning rate has {total} {unit} in all (--lr-decay-{unit}, --train-{unit})",
+                f"0 to {total - 1}",
+            )
+    fraction = args.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        raise RunError(
+            f"--lr-warmup-fraction {fraction}", "the run is longer than its warm-up", "0 to below 1"
+        )
+
+
+_PACKAGES = (
+    ("wandb_project", bool, "wandb"),
+    ("optimizer", lambda value: "muon" in value or value == "soap", "emerging_optimizers"),
+    ("adlr_autoresume", bool, "userlib"),
+    ("enable_ft_package", bool, "nvidia_resiliency_ext"),
+    ("tensorboard_dir", bool, "tensorboard"),
+    ("log_device_memory_used", bool, "pynvml"),
+    ("log_straggler", bool, "pynvml"),
+    ("log_energy", bool, "pynvml"),
+)
+"""Flags that need a package which Megatron does not require."""
+
+
+def _check_packages(args) -> None:
+    for name, is_given, package in _PACKAGES:
+        value = getattr(args, name)
+        if is_given(value) and importlib.util.find_spec(package) is None:
+            raise RunError(
+                _shown(name, value),
+                f"the Python package {package} is not installed",
+                "install it, or leave the flag out",
+            )
+    if args.wandb_project and not args.wandb_exp_name:
+        raise RunError(
+            f"--wandb-project {args.wandb_project}",
+            "the experiment has no name",
+            "--wandb-exp-name NAME with it",
+        )
+
+
+def _shown(name: str, value) -> str:
+    return _flag(name) if value is True else f"{_flag(name)} {value}"
+
+
+def _check_device(args) -> None:
+    if args.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise RunError(
+            "--transformer-impl transformer_engine",
+            "Transformer Engine is not installed",
+            "--transformer-impl local, or leave the flag out",
+        )
+    if not cpu_backend.is_enabled():
+        return
+    if args.distributed_backend != "gloo":
+        raise RunError(
+            f"--distributed-backend {args.distributed_backend}",
+            "it needs GPUs, and this run is on the CPU",
+            "gloo, or leave the flag out",
+        )
+    for flag in _gpu_flags(args):
+        raise RunError(flag, "it needs a GPU, and this run is on the CPU", "leave the flag out")
+
+
+def _gpu_flags(args) -> Iterator[str]:
+    for name in (
+        "log_memory_to_tensorboard",
+        "log_device_memory_used",
+        "log_straggler",
+        "log_energy",
+        "record_memory_history",
+        "moe_grouped_gemm",
+        "optimizer_cuda_graph",
+        "tp_comm_overlap",
+    ):
+        if getattr(args, name):
+            yield _flag(name)
+    if args.fp8:
+        yield f"--fp8-format {args.fp8}"
+    if args.profile and not args.use_pytorch_profiler:
+        yield "--profile without --use-pytorch-profiler"
+
+
+def _check_saving(args) -> None:
+    if args.save is None:
+        for name in ("save_interval", "async_save", "save_retain_interval"):
+            if getattr(args, name):
+                raise RunError(
+                    _shown(name, getattr(args, name)), "nothing is saved", "--save FOLDER with it"
+                )
+        stops = [
+            _shown(name, getattr(args, name))
+            for name in ("exit_signal_handler", "exit_interval", "exit_duration_in_mins")
+            if getattr(args, name)
+        ]
+        if stops and is_first_rank():
+            print(f"WARNING: {stops[0]} without --save: what was trained is lost then", flush=True)
+    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
+        raise RunError(
+            f"--non-persistent-save-interval {args.non_persistent_save_interval}",
+            "it has no kind of checkpoint to save",
+            "--non-persistent-ckpt-type global with it",
+        )
+
+
+def _check_logging(args) -> None:
+    if args.tensorboard_dir is None:
+        for name in ("memory", "timers", "validation_ppl", "world_size"):
+            name = f"log_{name}_to_tensorboard"
+            if getattr(args, name):
+                raise RunError(
+                    _flag(name), "nothing is written", "--tensorboard-dir FOLDER with it"
+                )
+    folder = args.wandb_save_dir
+    if args.wandb_project and not folder and args.save is None:
+        raise RunError(
+            f"--wandb-project {args.wandb_project}",
+            "it has no folder for its files",
+            "--wandb-save-dir FOLDER, or --save FOLDER",
+        )
+    if folder and os.path.exists(folder) and not os.access(folder, os.W_OK):
+        raise RunError(f"--wandb-save-dir {folder}", "cannot write there", "a writable folder")

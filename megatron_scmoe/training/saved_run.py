@@ -1,0 +1,88 @@
+"""The checkpoint that a run is about to load, and what it says of the run that wrote it."""
+
+import argparse
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_scmoe.checkpoints import locate
+from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.model_arguments import with_defaults
+from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
+from megatron_scmoe.errors import ConversionError, InputError, in_words
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint holds beside tensors; nothing of it is executed.
+
+    Args:
+        given: the flag that names it, and its value.
+        path: its folder.
+        state: its common state; empty if the format is one that Megatron alone reads.
+        is_distributed: whether it is a torch_dist checkpoint, not one of Megatron's older "torch".
+    """
+
+    given: str
+    path: Path
+    state: dict[str, Any]
+    is_distributed: bool
+
+    @property
+    def args(self) -> argparse.Namespace | None:
+        """Megatron's arguments of that run, those of ScMoE complete; None if there are none."""
+        saved = self.state.get("args")
+        return saved if saved is None else with_defaults(saved)
+
+    @property
+    def is_release(self) -> bool:
+        """Whether it holds a model alone: training begins at iteration 0."""
+        return self.path.name == "release"
+
+    def optimizer_states(self) -> set[str]:
+        """The kinds of tensors of the optimizer that it holds for parameters: exp_avg, ..."""
+        if not self.is_distributed:
+            return set()
+        keys = read_metadata(self.path).state_dict_metadata
+        parts = (key.split("optimizer.state.", 1) for key in keys)
+        return {part[1].split(".")[0] for part in parts if len(part) == 2}
+
+
+def find(args: argparse.Namespace) -> SavedRun | None:
+    """The checkpoint that these arguments name and a run of them loads; None if it begins anew.
+
+    Raises:
+        InputError: if it is not complete.
+        ConversionError: if it cannot be read.
+    """
+    named = locate.named_checkpoint(args)
+    if named is None:
+        return None
+    flag, folder = named
+    try:
+        path = locate.find_checkpoint(flag, folder, args.ckpt_step or None, args.ckpt_format)
+    except InputError:
+        if args.non_persistent_ckpt_type is not None:
+            return None  # there may be a newer one, which only Megatron finds
+        raise
+    is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(path))
+    state = read_common(path) if is_distributed else _read_files_of_ranks(path)
+    return SavedRun(f"{flag} {folder}", path, state, is_distributed)
+
+
+def _read_files_of_ranks(folder: Path) -> dict[str, Any]:
+    """The same of Megatron's format "torch", which has a file for each rank; {} of any other."""
+    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    if not files:
+        return {}
+    try:
+        with only_safe_types():
+            state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConversionError(f"{files[0]} is unreadable ({in_words(error)[:200]})") from error
+    tensors = ("model", "optimizer", "rng_state")
+    return {name: part for name, part in state.items() if not name.startswith(tensors)}

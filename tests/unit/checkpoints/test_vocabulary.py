@@ -1,0 +1,181 @@
+"""Rows that pad Megatron's vocabulary: left out on the way to transformers, added on the way back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
+from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.vocabulary import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    Padding,
+    count_tokens,
+    set_rows,
+)
+from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.evaluation.perplexity import HuggingFaceModel, Sequences
+from tests import checkpoints, models
+
+TOKENS, ROWS = 61, checkpoints.ROWS
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of 96 rows with a tokenizer of 61 entries, of the second kind untied."""
+    folder = tmp_path_factory.mktemp("source")
+    words = {f"w{i}": i for i in range(TOKENS - 1)} | {"<end>": TOKENS - 1}
+    backend = Tokenizer(WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(
+        folder / "tokenizer"
+    )
+    models.init_parallel()
+    for name, variant in (("untied", "pos2"), ("tied", "GPT-2")):
+        args = checkpoints.arguments(variant)
+        args.tokenizer_type = "HuggingFaceTokenizer"
+        args.tokenizer_model, args.vocab_size = str(folder / "tokenizer"), None
+        checkpoints.save(args, folder / name)
+    return folder
+
+
+def resize(model, tokenizer) -> None:
+    model.resize_token_embeddings(len(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize(
+    "keep_padding, change",
+    [(False, resize), (True, resize), (True, lambda model, tokenizer: None)],
+    ids=["without padding", "with padding, resized", "with padding"],
+)
+def test_tokens_added_after_the_export_are_generated(source, tmp_path, kind, keep_padding, change):
+    megatron_to_hf(source / kind, tmp_path / "hf", keep_padding=keep_padding)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    tokenizer.add_tokens(["<new>", "<other>"])
+    change(model, tokenizer)
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    assert new == TOKENS
+    prompt = tokenizer("w1 w2 w3", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():  # as training would: the row points where the hidden state does
+        hidden = model.model(**prompt).last_hidden_state[0, -1]
+        model.lm_head.weight[new] = 100 * hidden / hidden.norm()
+    generated = model.generate(**prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(generated[0, -1]) == "<new>"
+
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = model(**prompt).logits[..., : TOKENS + 2]
+    check_evaluation(tmp_path / "saved", prompt["input_ids"], expected)
+    hf_to_megatron(tmp_path / "saved", tmp_path / "back")
+    back = read_megatron(tmp_path / "back")
+    assert back.args.vocab_size == TOKENS + 2 and back.args.padded_vocab_size == 128
+    output = back.tensors[OUTPUT_LAYER if kind == "untied" else EMBEDDING].load()
+    assert output.shape == (128, 32)
+    assert torch.equal(output[new], model.lm_head.weight[new])
+
+
+def check_evaluation(folder: Path, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """The loss is over tokens, those that were added too, and over no padding."""
+    model = HuggingFaceModel(str(folder), trust_remote_code=True)
+    assert model.vocab_size == TOKENS + 2
+    report = model.evaluate(Sequences.from_rows(ids.numpy()))
+    labels = torch.nn.functional.cross_entropy(expected[0, :-1], ids[0, 1:])
+    assert report.loss == pytest.approx(labels.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("keep_padding", [False, True])
+def test_what_an_export_says_of_its_rows(source, tmp_path, keep_padding):
+    lines = megatron_to_hf(source / "untied", tmp_path / "hf", keep_padding=keep_padding)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "suppress_tokens" not in (tmp_path / "hf" / "generation_config.json").read_text()
+    if keep_padding:
+        assert (config["vocab_size"], config["unpadded_vocab_size"]) == (ROWS, TOKENS)
+        assert lines[-1] == f"vocabulary: {TOKENS} tokens; ids from {TOKENS} to {ROWS - 1} pad it"
+        assert f"| vocabulary | {TOKENS} tokens; ids from {TOKENS} to {ROWS - 1} pad it" in card
+    else:
+        assert (config["vocab_size"], config["unpadded_vocab_size"]) == (TOKENS, None)
+        assert f"{TOKENS} tokens; {ROWS - TOKENS} rows that padded it are left out" in lines[-1]
+        assert f"| vocabulary | {TOKENS} tokens |" in card
+
+
+@pytest.mark.parametrize("tokenizer", [None, "none"])
+def test_tokens_are_counted_by_the_tokenizer_even_if_it_is_left_out(source, tmp_path, tokenizer):
+    megatron_to_hf(source / "untied", tmp_path / "hf", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == TOKENS
+
+
+@pytest.mark.parametrize("model", ["gone", None])
+def test_an_export_says_that_nobody_counts_tokens(source, tmp_path, model):
+    checkpoint = read_megatron(source / "untied")
+    checkpoint.args.tokenizer_model = model
+    (tmp_path / "moved").mkdir()
+    write_megatron(tmp_path / "moved", checkpoint.args, checkpoint.tensors)
+    with pytest.raises(ConversionError, match="--tokenizer PATH or none"):
+        megatron_to_hf(tmp_path / "moved", tmp_path / "hf")
+    lines = megatron_to_hf(tmp_path / "moved", tmp_path / "hf", tokenizer="none")
+    assert lines[-1].startswith(f"vocabulary: {ROWS} rows, with Megatron's padding if there is any")
+
+
+def test_the_way_back_pads_for_any_layout(source, tmp_path):
+    megatron_to_hf(source / "untied", tmp_path / "hf")
+    for padding in (None, Padding(), Padding(128, 8), Padding(50, 3), Padding(1, 2)):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "back", padding=padding, force=True)
+        args = read_megatron(tmp_path / "back").args
+        padding = padding or Padding()
+        args.tensor_model_parallel_size, args.rank = padding.tensor_parallel, 1
+        assert args.padded_vocab_size == vocab_size_with_padding(TOKENS, args)
+        tensors = read_megatron(tmp_path / "back").tensors
+        for name in (EMBEDDING, OUTPUT_LAYER):
+            rows = tensors[name].load()
+            assert rows.shape == (args.padded_vocab_size, 32)
+            assert not rows[TOKENS:].any() and rows[:TOKENS].any(1).all()
+
+
+@pytest.mark.parametrize(
+    "padding, told",
+    [
+        (Padding(0), "--make-vocab-size-divisible-by 0: accepted: 1 or more"),
+        (Padding(128, -1), "--target-tensor-parallel -1: accepted: 1 or more"),
+    ],
+)
+def test_padding_that_cannot_be_is_refused(padding, told):
+    with pytest.raises(ConversionError, match=told):
+        padding.rows(10)
+
+
+@pytest.mark.parametrize(
+    "rows, declared, entries, tokens",
+    [
+        (96, None, None, 96),
+        (96, 64, None, 64),
+        (96, None, 61, 61),
+        (96, 64, 61, 64),  # rows that the tokenizer does not use were in the model's vocabulary
+        (96, 64, 70, 70),  # tokens added since
+        (96, 1000, 61, 61),
+        (96, 1000, None, 96),
+    ],
+)
+def test_who_counts_tokens(rows, declared, entries, tokens):
+    assert count_tokens(rows, declared, entries) == tokens
+
+
+def test_rows_are_set_in_both_tensors_alone():
+    whole = torch.arange(12.0).reshape(4, 3)
+    names = (EMBEDDING, OUTPUT_LAYER, "decoder.final_layernorm.weight")
+    tensors = {name: LazyTensor.from_tensor(whole) for name in names}
+    for rows in (2, 4, 7):
+        for name, tensor in set_rows(tensors, rows).items():
+            changed = torch.nn.functional.pad(whole, (0, 0, 0, rows - 4))
+            assert torch.equal(tensor.load(), whole if "norm" in name else changed)

@@ -1,0 +1,107 @@
+"""Every command line's ``--help``: it ends well, without the imports that take longest."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
+from megatron_scmoe.platform.megatron_flags import prepare_parser
+from tests.tools import REPOSITORY
+
+TIMEOUT_S = 240  # 10 s where nothing else runs
+
+COMMANDS = {
+    "pretrain_gpt_scmoe.py": (
+        "--scmoe-tap {pos1,pos2,pos3}",
+        "--micro-batch-size",
+        "(default: adam)",
+    ),
+    "-m megatron_scmoe.run": ("torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT",),
+    "tools/convert.py": ("megatron-to-hf",),
+    "tools/convert.py upcycle": ("--topk K", "(default: copy)"),
+    "tools/demo.py": ("--output FOLDER",),
+    "tools/evaluate.py": ("--micro-batch N", "(default: 1)"),
+    "tools/plot_schedule.py": ("--times",),
+    "tools/prepare_demo_data.py": ("--output",),
+    "tools/preprocess_data.py": ("--tokenizer-model",),
+    "tools/train_tokenizer.py": ("--vocab-size",),
+    "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
+    "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
+    "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *command.split(), "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("usage: ")
+    for words in COMMANDS[command]:
+        assert words in run.stdout
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert not imported & {"torch._dynamo", "sympy"}
+    said = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
+    assert not said
+
+
+def test_every_entry_point_is_asked():
+    scripts = [REPOSITORY / "pretrain_gpt_scmoe.py"]
+    for folder in ("tools", "benchmarks", "examples"):
+        scripts += (REPOSITORY / folder).rglob("*.py")
+    commands = {
+        str(path.relative_to(REPOSITORY)) for path in scripts if "__main__" in path.read_text()
+    }
+    assert commands <= set(COMMANDS)
+
+
+class TestMegatronsParser:
+    def parser(self, **kwargs) -> argparse.ArgumentParser:
+        def add(parser):
+            parser.add_argument("--flag", **kwargs)
+            return parser
+
+        return prepare_parser(add, argparse.ArgumentParser(prog="run"))
+
+    @pytest.mark.parametrize("text", ["50% (of it)", "100%", "a %s here", "%(nothing)s", "%"])
+    def test_a_percent_sign_stands_for_itself(self, text):
+        assert text in self.parser(help=text).format_help()
+
+    @pytest.mark.parametrize("text", ["is %(default)s", "50%% or %(default)s"])
+    def test_what_formats_still_does(self, text):
+        shown = text.replace("%%", "%").replace("%(default)s", "3")
+        assert shown in self.parser(help=text, default=3).format_help()
+
+    def test_defaults_are_shown_once(self):
+        assert "size (default: 3)" in self.parser(help="size", default=3).format_help()
+        assert self.parser(help="Default: 3.", default=3).format_help().count("efault") == 1
+
+    @pytest.mark.parametrize(
+        ("kwargs", "value"),
+        [
+            (dict(type=int), "x"),
+            (dict(choices=["a"]), "b"),
+            (dict(type=lambda text: {"a": 1}[text]), "b"),
+            (dict(type=lambda text: eval(text)), "[0,"),
+            (dict(type=lambda text: 1 / 0), "b"),
+        ],
+    )
+    def test_a_wrong_value_is_one_line(self, kwargs, value):
+        with pytest.raises(UsageError) as refused:
+            self.parser(**kwargs).parse_args(["--flag", value])
+        assert "\n" not in str(refused.value)
+        assert str(refused.value).startswith("argument --flag: invalid ")
+
+    def test_an_unknown_flag_is_one_line(self):
+        with pytest.raises(UsageError, match=r"^unrecognized arguments: --other \(see --help\)$"):
+            self.parser().parse_args(["--other"])
+
+    def test_formatter(self):
+        assert self.parser().formatter_class is HelpFormatter

@@ -1,0 +1,64 @@
+"""Lines are left out by their exact words; their neighbours stay."""
+
+import logging
+import re
+import warnings
+
+import pytest
+
+from megatron_scmoe.platform import cpu_backend, log_filters
+
+ON_IMPORT = [*log_filters._WARNINGS_ON_IMPORT, *log_filters._WARNINGS_OF_A_GPU]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The filters, on the CPU; taken back afterwards."""
+    monkeypatch.setattr(cpu_backend, "is_enabled", lambda: True)
+    loggers = [logging.getLogger(name) for name, *_ in log_filters._LOGGED]
+    before = [list(logger.filters) for logger in loggers]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)  # tools that other tests run in this process are quiet
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log_filters.install()
+        yield caught
+    for logger, filters in zip(loggers, before, strict=True):
+        logger.filters = filters
+    logging.disable(disabled)
+
+
+def warn(message: str, module: str) -> None:
+    warnings.warn_explicit(message, UserWarning, f"{module}.py", 1, module=module)
+
+
+def module_of(pattern: str) -> str:
+    return re.sub(r"\\b|\.\*|\$|\\", "", pattern)
+
+
+@pytest.mark.parametrize(("message", "module"), ON_IMPORT)
+def test_warnings(message, module, installed):
+    warn(message, module_of(module))
+    assert not installed
+    warn(message, "another.module")
+    warn(f"But {message}", module_of(module))
+    assert len(installed) == 2
+
+
+@pytest.mark.parametrize(("name", "message"), [entry[:2] for entry in log_filters._LOGGED])
+def test_log_records(name, message, installed, caplog):
+    logging.getLogger(name).warning(message)
+    assert not caplog.records
+    logging.getLogger(name).warning("something else")
+    logging.getLogger("another").warning(message)
+    assert len(caplog.records) == 2
+
+
+def test_on_a_gpu_what_is_missing_is_told(monkeypatch, installed):
+    warnings.resetwarnings()
+    warnings.simplefilter("always")
+    monkeypatch.setattr(cpu_backend, "is_enabled", lambda: False)
+    log_filters.install()
+    for message, module in log_filters._WARNINGS_OF_A_GPU:
+        warn(message, module_of(module))
+    assert len(installed) == len(log_filters._WARNINGS_OF_A_GPU)

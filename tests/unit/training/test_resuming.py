@@ -1,0 +1,365 @@
+"""A run that would go on with another model, optimizer or schedule is refused by flag."""
+
+import argparse
+import copy
+import functools
+import sys
+
+import pytest
+import torch
+from megatron.training.arguments import parse_args
+
+from megatron_scmoe import arguments
+from megatron_scmoe.checkpoints.model_arguments import with_defaults
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.platform.megatron_flags import add_run_args
+from megatron_scmoe.training import optimizer_state, resuming, saved_run
+from megatron_scmoe.training.saved_run import SavedRun
+from tests import checkpoints, models
+
+KIND = "pos3, shared norm, CG-2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of iteration 7."""
+    models.init_parallel()
+    path = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints.save(checkpoints.arguments(KIND), path)
+    return path
+
+
+@functools.cache
+def _arguments(*flags: str) -> argparse.Namespace:
+    return checkpoints.arguments(KIND, *flags)
+
+
+def arguments_of(*flags: str) -> argparse.Namespace:
+    """Arguments of a run of this kind of model, to be changed."""
+    return copy.copy(_arguments(*flags))
+
+
+def run(folder, *flags: str, **changes) -> argparse.Namespace:
+    """Arguments of a run of the same model that loads ``folder``, but for flags and values."""
+    args = arguments_of(*flags)
+    vars(args).update({"load": str(folder), **changes})
+    return args
+
+
+def refusal(folder, *flags: str, **changes) -> str:
+    args = run(folder, *flags, **changes)
+    with pytest.raises(ScMoEConfigError) as caught:
+        resuming.check(args, saved_run.find(args))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def accept(folder, *flags: str, **changes) -> None:
+    args = run(folder, *flags, **changes)
+    resuming.check(args, saved_run.find(args))
+
+
+DIFFERENT = [
+    ("--scmoe-tap pos2", "--scmoe-tap pos3"),
+    ("--scmoe-combine cg1", "--scmoe-combine cg2"),
+    ("--scmoe-router-norm own", "--scmoe-router-norm shared"),
+    ("--scmoe-post-norm", "no --scmoe-post-norm"),
+    ("--scmoe-zero-experts 2", "--scmoe-zero-experts 0"),
+    ("--scmoe-expert-bias sign", "--scmoe-expert-bias none"),
+    ("--scmoe-router-bias", "no --scmoe-router-bias"),
+    ("--norm-epsilon 0.001", "--norm-epsilon 1e-05"),
+    ("--rotary-base 5000", "--rotary-base 10000"),
+    ("--rotary-percent 0.5", "--rotary-percent 1.0"),
+    ("--rotary-seq-len-interpolation-factor 2", "no --rotary-seq-len-interpolation-factor"),
+    ("--use-rope-scaling", "no --use-rope-scaling"),
+    ("--moe-router-topk 1", "--moe-router-topk 2"),
+    ("--moe-router-score-function sigmoid", "--moe-router-score-function softmax"),
+    ("--moe-router-topk-scaling-factor 2.0", "no --moe-router-topk-scaling-factor"),
+    ("--moe-router-load-balancing-type sinkhorn", "--moe-router-load-balancing-type aux_loss"),
+    ("--window-size (4,0)", "no --window-size"),
+    ("--softmax-type off-by-one", "--softmax-type vanilla"),
+    ("--use-mup", "no --use-mup"),
+    ("--glu-linear-offset 1.0", "--glu-linear-offset 0.0"),
+    ("--position-embedding-type none", "--position-embedding-type rope"),
+    ("--num-query-groups 4", "--num-query-groups 2"),
+]
+"""Of all of these Megatron compares none; most change no shape of a tensor."""
+
+
+@pytest.mark.parametrize("mine, theirs", DIFFERENT, ids=[mine for mine, _ in DIFFERENT])
+def test_another_model_is_refused_by_flag_and_both_values(folder, mine, theirs):
+    message = refusal(folder, *mine.split())
+    assert message.startswith(f"{mine}: {folder}/iter_0000007 was trained with {theirs}; accepted:")
+    assert "--use-checkpoint-args" in message
+    assert message.endswith(f"--scmoe-changed {mine.split()[0].removeprefix('--')}")
+
+
+def test_a_flag_that_is_left_out_is_named_too(folder):
+    args = run(folder, moe_router_pre_softmax=False)
+    with pytest.raises(ScMoEConfigError) as caught:
+        resuming.check(args, saved_run.find(args))
+    assert str(caught.value).startswith("no --moe-router-pre-softmax: ")
+    assert "was trained with --moe-router-pre-softmax; accepted" in str(caught.value)
+
+
+def test_all_differences_are_in_one_line(folder):
+    message = refusal(folder, "--scmoe-tap", "pos1", "--norm-epsilon", "1e-6")
+    assert message.startswith("--norm-epsilon 1e-06, --scmoe-tap pos1: ")
+    assert "--scmoe-changed norm-epsilon scmoe-tap" in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--hidden-dropout 0.3 --attention-dropout 0.1",
+        "--moe-aux-loss-coeff 0.5 --moe-router-load-balancing-type seq_aux_loss",
+        "--no-scmoe-overlap --scmoe-expert-slot 0",
+        "--moe-router-dtype fp32",
+        "--max-position-embeddings 64",  # with rope
+        "--kv-channels 8 --moe-layer-freq ([0]+[1])*2",  # said in another way
+        "--yarn-beta-fast 3 --mup-output-mult 2 --q-lora-rank 3",  # not used by this model
+        "--scmoe-tap pos2 --rotary-base 5000 --scmoe-changed scmoe-tap rotary-base",
+    ],
+)
+def test_what_another_run_may_change(folder, flags):
+    accept(folder, *flags.split())
+
+
+def test_weights_may_be_of_another_dtype(folder):
+    accept(folder, bf16=True, params_dtype=torch.bfloat16)
+
+
+def test_finetuning_is_compared_alike(folder):
+    for way in (dict(finetune=True), dict(load=None, pretrained_checkpoint=str(folder))):
+        assert "--scmoe-tap pos2" in refusal(folder, "--scmoe-tap", "pos2", **way)
+
+
+def test_another_step_is_compared_with_that_step(folder):
+    with pytest.raises(saved_run.InputError, match=r"--ckpt-step 3: .*: --ckpt-step 7"):
+        saved_run.find(run(folder, ckpt_step=3))
+    assert saved_run.find(run(folder, ckpt_step=7)).path.name == "iter_0000007"
+
+
+def test_a_first_start_is_compared_with_nothing(tmp_path):
+    assert saved_run.find(run(tmp_path)) is None
+    assert saved_run.find(run(tmp_path, load=None)) is None
+
+
+def test_changing_what_is_no_setting_of_the_model_is_refused(folder):
+    message = refusal(folder, "--scmoe-changed", "lr")
+    assert message.startswith("--scmoe-changed lr: it is no setting of the model; accepted: flags")
+
+
+def of(saved: argparse.Namespace, **state) -> SavedRun:
+    return SavedRun(
+        "--load /run", saved_run.Path("/run/iter_0000007"), {"args": saved, **state}, True
+    )
+
+
+def without(args: argparse.Namespace, *names: str) -> argparse.Namespace:
+    return argparse.Namespace(**{n: v for n, v in vars(args).items() if n not in names})
+
+
+def test_stock_checkpoint_is_refused_with_the_way_to_convert_it():
+    args = arguments_of()
+    stock = without(args, *(name for name in vars(args) if name.startswith("scmoe_")))
+    with pytest.raises(ScMoEConfigError, match=r"tools/convert.py upcycle --load /run") as caught:
+        resuming.check(args, of(stock))
+    assert "is of a stock Megatron model" in str(caught.value)
+
+
+def test_files_of_ranks_are_read_without_running_them(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    torch.save({"args": arguments_of(), "model": {}}, folder / "model_optim_rng.pt")
+    args = run(tmp_path, ckpt_format="torch")
+    assert saved_run.find(args).args.scmoe_tap == "pos3"
+    torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
+    with pytest.raises(saved_run.ConversionError, match=r"model_optim_rng\.pt is unreadable"):
+        saved_run.find(args)
+
+
+def test_what_megatron_derives_from_other_flags_is_no_difference():
+    saved, args = arguments_of(), arguments_of()
+    saved.add_bias_linear = args.add_bias_linear = args.add_qkv_bias = True
+    saved.add_qkv_bias = False
+    assert resuming.differences(args, saved) == {}
+    saved.add_bias_linear = args.add_bias_linear = False
+    assert resuming.differences(args, saved) == {"add_qkv_bias": False}
+
+
+def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
+    older = without(arguments_of(), "scmoe_post_norm", "scmoe_zero_experts", "use_mup")
+    resuming.check(arguments_of(), of(older))
+    for flag in ("--scmoe-post-norm", "--use-mup"):
+        with pytest.raises(ScMoEConfigError, match=f"{flag}: .* was trained with no {flag}"):
+            resuming.check(arguments_of(flag), of(older))
+    assert with_defaults(older).scmoe_zero_experts == 0
+
+
+class TestSpecOfAnOlderVersion:
+    """It saved ``--spec`` and none of ScMoE's fields."""
+
+    @pytest.fixture
+    def older(self):
+        args = arguments_of("--spec", "megatron_scmoe.spec", "scmoe_spec")
+        return without(args, *(name for name in vars(args) if name.startswith("scmoe_")))
+
+    def test_the_run_s_fields_are_taken_with_a_warning(self, older, monkeypatch, capsys):
+        monkeypatch.delenv("SCMOE_ARGS", raising=False)
+        resuming.check(arguments_of(), of(older))
+        assert "WARNING: --load /run: an older version saved" in capsys.readouterr().out
+
+    def test_the_environment_says_what_it_is(self, older, monkeypatch):
+        monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos1")
+        assert with_defaults(older).scmoe_tap == "pos1"
+        with pytest.raises(ScMoEConfigError, match="--scmoe-tap pos3"):
+            resuming.check(arguments_of(), of(older))
+
+
+def test_use_checkpoint_args_restores_the_model_and_says_what_was_given(folder, monkeypatch):
+    words = ["--load", str(folder), "--use-checkpoint-args", "--scmoe-tap", "pos2", "--lr", "0.5"]
+    words += ["--norm-epsilon", "1e-3", "--scmoe-changed", "norm-epsilon", "--num-layers", "4"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt_scmoe.py", *words])
+    given = parse_args(add_run_args)
+    saved = saved_run.find(given)
+    chosen = {"eval_iters": 0, "max_position_embeddings": 8}
+    add_args, taken = resuming.adding_args(given, chosen, saved)
+    assert taken == {"eval_iters": 0}
+    args = parse_args(add_args)
+    assert (args.scmoe_tap, args.scmoe_combine, args.hidden_size) == ("pos3", "cg2", 32)
+    assert args.layernorm_epsilon == 1e-3 and args.lr == 0.5
+    resuming.check(args, saved)
+    lines = resuming.overridden(arguments.given_on_command_line(), args, "so it is")
+    assert lines == ["WARNING: --scmoe-tap pos2 was given, and --scmoe-tap pos3 is used: so it is"]
+
+
+def test_converted_checkpoints_restore_what_they_say(folder):
+    args = read_megatron(folder).args
+    assert arguments.scmoe_config_from_args(args) == ScMoEConfig(
+        tap="pos3", combine="cg2", router_norm="shared"
+    )
+
+
+class TestVocabulary:
+    def saved(self, **changes):
+        args = arguments_of()  # NullTokenizer of 64 tokens, 96 rows
+        vars(args).update(changes)
+        return of(args)
+
+    def test_the_same(self):
+        resuming.check_vocabulary(arguments_of(), self.saved(), 64)
+
+    def test_another_padding(self):
+        saved = self.saved(tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
+        resuming.check_vocabulary(arguments_of(), saved, 90)
+
+    @pytest.mark.parametrize("tokens", [97, 63])
+    def test_another_number_of_tokens_is_refused(self, tokens):
+        args = arguments_of()
+        with pytest.raises(ScMoEConfigError, match=f"a tokenizer of {tokens} tokens .*of 96 rows"):
+            resuming.check_vocabulary(args, self.saved(), tokens)
+        args.scmoe_changed = ["tokenizer-type"]
+        resuming.check_vocabulary(args, self.saved(), tokens)
+
+    def test_a_much_smaller_one_is_refused(self):
+        rows = dict(padded_vocab_size=1024, tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
+        with pytest.raises(ScMoEConfigError, match="trained with an embedding of 1024 rows"):
+            resuming.check_vocabulary(arguments_of(), self.saved(**rows), 500)
+
+
+class TestOptimizer:
+    def run(self, **changes):
+        args = arguments_of()
+        args.lr, args.train_iters, args.global_batch_size, args.rank = 0.1, 10, 8, 0
+        args.start_weight_decay = args.end_weight_decay = args.weight_decay
+        vars(args).update(changes)
+        return args
+
+    def saved(self, sharding: str | None = None, kinds=("exp_avg",), **changes):
+        scheduler = {n: v for n, (v, _) in optimizer_state._schedule(self.run(**changes)).items()}
+        content = {"distrib_optim_sharding_type": sharding} if sharding else {}
+        saved = of(
+            self.run(use_distributed_optimizer=bool(sharding), **changes),
+            opt_param_scheduler=scheduler | {"num_steps": 24},
+            content_metadata=content,
+        )
+        object.__setattr__(saved, "optimizer_states", lambda: set(kinds))
+        return saved
+
+    def refusal(self, saved, **changes) -> str:
+        args = self.run(**changes)
+        with pytest.raises(ScMoEConfigError) as caught:
+            optimizer_state.check(args, saved)
+            optimizer_state.settle_schedule(args, saved)
+        return str(caught.value)
+
+    def test_another_length_goes_on_by_the_flags(self, capsys):
+        for changes in (dict(train_iters=20), dict(global_batch_size=16), dict(lr_warmup_iters=3)):
+            args = self.run(**changes)
+            optimizer_state.settle_schedule(args, self.saved())
+            assert args.override_opt_param_scheduler
+        out = capsys.readouterr().out
+        assert "decay over 160 samples, not 80" in out and "warmup of 24 samples, not 0" in out
+
+    def test_the_same_schedule_is_left_alone(self, capsys):
+        args = self.run()
+        optimizer_state.settle_schedule(args, self.saved())
+        assert not args.override_opt_param_scheduler and capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("name", ["finetune", "no_load_optim", "override_opt_param_scheduler"])
+    def test_what_is_not_loaded_or_chosen_is_not_compared(self, name):
+        args = self.run(**{name: True, "lr": 0.3})
+        optimizer_state.settle_schedule(args, self.saved())
+
+    def test_another_learning_rate_is_left_to_the_user(self):
+        message = self.refusal(self.saved(), lr=0.2)
+        assert message.startswith(
+            "--lr 0.2: /run/iter_0000007 was trained with --lr 0.1; accepted:"
+        )
+        assert "--override-opt-param-scheduler" in message
+
+    def test_another_optimizer_is_refused(self):
+        assert self.refusal(self.saved(), optimizer="sgd").startswith("--optimizer sgd: ")
+
+    @pytest.mark.parametrize(
+        "size", ["tensor", "pipeline", "expert"], ids=lambda size: f"{size} parallel"
+    )
+    def test_state_as_it_lay_in_memory_needs_the_same_layout(self, size):
+        changes = {f"{size}_model_parallel_size": 2, "use_distributed_optimizer": True}
+        message = self.refusal(self.saved("dp_reshardable"), **changes)
+        flag = f"--{size}-model-parallel-size"
+        assert message.startswith(f"{flag} 2: ") and f"accepted: {flag} 1" in message
+        optimizer_state.check(self.run(**changes), self.saved("fully_reshardable"))
+
+    def test_files_of_ranks_need_their_ranks(self):
+        saved = SavedRun(
+            "--load /run", saved_run.Path("/run/iter_0000007"), {"args": self.run()}, False
+        )
+        for finetune in (False, True):
+            message = self.refusal(saved, tensor_model_parallel_size=2, finetune=finetune)
+            assert message.startswith(
+                "--tensor-model-parallel-size 2: /run/iter_0000007 has a file"
+            )
+            assert "--ckpt-convert-format torch_dist" in message
+
+    def test_plain_and_distributed_are_told_apart(self):
+        message = self.refusal(self.saved(), use_distributed_optimizer=True)
+        assert message.startswith("--use-distributed-optimizer: ")
+        assert self.refusal(self.saved("dp_reshardable")).startswith("no --use-distributed-opt")
+
+    def test_another_dtype_has_no_main_weights(self):
+        message = self.refusal(self.saved(), bf16=True)
+        assert message.startswith("--bf16: the optimizer's state in /run/iter_0000007 is that of")
+        assert "--no-load-optim" in message
+        bf16 = self.saved(kinds=("exp_avg", "fp32_param"), bf16=True)
+        assert self.refusal(bf16).startswith("fp32: ")
+        optimizer_state.check(self.run(fp16=True), bf16)

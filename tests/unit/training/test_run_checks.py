@@ -1,0 +1,250 @@
+"""What would stop a run is said before it starts, by the flag's name."""
+
+import argparse
+import importlib.util
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
+from megatron_scmoe.training import run_checks, run_defaults
+
+FLAGS = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4
+    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3
+    --tokenizer-type NullTokenizer --vocab-size 64 --moe-aux-loss-coeff 0.01 --mock-data""".split()
+
+
+def parse(*words: str, world_size: int = 1) -> argparse.Namespace:
+    """As a run parses its flags, with what it chooses itself."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    given = prepare_parser(lambda p: run_defaults.leave_open(add_run_args(p)), parser).parse_args(
+        words
+    )
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser = prepare_parser(add_run_args, parser)
+    parser.set_defaults(**run_defaults.choose(given))
+    args = parser.parse_args(words)
+    args.world_size, args.rank = world_size, 0
+    return args
+
+
+def without(flag: str) -> list[str]:
+    place = FLAGS.index(flag)
+    return FLAGS[:place] + FLAGS[place + 2 :]
+
+
+check = partial(run_checks.check_flags)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_flags_that_work(ranks):
+    check(parse(*FLAGS, "--expert-model-parallel-size", str(ranks), world_size=ranks))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "--num-layers --hidden-size --num-attention-heads --seq-length --micro-batch-size --lr".split(),
+)
+def test_flags_that_are_needed(flag):
+    with pytest.raises(
+        run_checks.RunError, match=f"^{flag} is not given: a run needs it; accepted"
+    ):
+        check(parse(*without(flag)))
+
+
+def test_all_that_is_missing_is_named_at_once():
+    words = "--num-layers 2 --hidden-size 32 --seq-length 32 --micro-batch-size 2 --skip-train"
+    with pytest.raises(run_checks.RunError) as info:
+        check(parse(*words.split()))
+    assert str(info.value).startswith(
+        "--num-attention-heads, --num-experts, --tokenizer-type, --data-path (or --mock-data) are not "
+        "given: a run needs them; accepted: all of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "is_warned"),
+    [
+        ("--moe-aux-loss-coeff 0", True),
+        ("--moe-aux-loss-coeff 0 0 --moe-router-load-balancing-type aux_loss seq_aux_loss", True),
+        (
+            "--moe-aux-loss-coeff 0 0.1 --moe-router-load-balancing-type aux_loss seq_aux_loss",
+            False,
+        ),
+        ("--moe-aux-loss-coeff 0 --moe-router-load-balancing-type sinkhorn", False),
+        ("--moe-aux-loss-coeff 0 --scmoe-expert-bias sign", False),
+        ("--moe-aux-loss-coeff 0 --num-experts 1", False),
+        ("--moe-aux-loss-coeff 0 --skip-train", False),
+    ],
+)
+def test_experts_whose_load_nothing_balances(words, is_warned, capsys):
+    check(parse(*FLAGS, *words.split()))
+    warned = "WARNING: --moe-aux-loss-coeff 0.0: nothing balances" in capsys.readouterr().out
+    assert warned == is_warned
+
+
+def test_a_checkpoint_may_bring_the_model():
+    check(parse(*without("--num-layers")), has_model=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--expert-model-parallel-size 3", "--num-experts is 4.*accepted: 1 or 2 or 4"),
+        ("--expert-model-parallel-size 4", "1 rank cannot be divided into groups of 4"),
+        ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size 2 x .* groups of 2"),
+        ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2 x .* groups of 2"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: it counts ranks"),
+        ("--global-batch-size 3", "--global-batch-size 3: .*accepted: a multiple of 2"),
+        ("--eval-interval 0", "--eval-interval 0: it is too small; accepted: 1 or more"),
+        ("--log-interval 0", "--log-interval 0"),
+        ("--eval-iters -1", "--eval-iters -1"),
+        ("--seed 0", "--seed 0"),
+        ("--save x --save-interval 0", "--save-interval 0"),
+        ("--exit-interval 0", "--exit-interval 0"),
+        ("--save-interval 2", "--save-interval 2: nothing is saved; accepted: --save FOLDER"),
+        ("--async-save", "--async-save: nothing is saved"),
+        ("--non-persistent-save-interval 2", "--non-persistent-ckpt-type global"),
+        ("--train-samples 9", "--train-iters 3 with --train-samples 9"),
+        ("--lr-warmup-iters 3", "--lr-warmup-iters 3: .*accepted: 0 to 2"),
+        ("--lr-decay-iters 5 --lr-warmup-iters 6", "--lr-warmup-iters 6: .*accepted: 0 to 4"),
+        ("--lr-warmup-fraction 1.0", "--lr-warmup-fraction 1.0"),
+        ("--lr-decay-iters 0", "--lr-decay-iters 0"),
+        ("--log-timers-to-tensorboard", "--tensorboard-dir FOLDER with it"),
+    ],
+)
+def test_refusals(words, told):
+    with pytest.raises(run_checks.RunError, match=told) as refused:
+        check(parse(*FLAGS, *words.split()))
+    assert "\n" not in str(refused.value)
+    assert "; accepted: " in str(refused.value)
+
+
+def test_a_run_needs_its_length():
+    with pytest.raises(run_checks.RunError, match="neither --train-iters nor --train-samples"):
+        check(parse(*without("--train-iters")))
+
+
+@pytest.mark.skipif(not cpu_backend.is_enabled(), reason="of the CPU")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--moe-grouped-gemm",
+        "--tensorboard-dir x --log-memory-to-tensorboard",
+        "--distributed-backend nccl",
+        "--transformer-impl transformer_engine",
+        "--fp8-format hybrid",
+        "--profile",
+        "--record-memory-history",
+        "--optimizer-cuda-graph",
+    ],
+)
+def test_what_needs_a_gpu(words):
+    flag = words.split()[-2 if words.split()[-1][0] != "-" else -1]
+    with pytest.raises(run_checks.RunError, match=f"^{flag}"):
+        check(parse(*FLAGS, *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ("--wandb-project p --wandb-exp-name e --save x", "wandb"),
+        ("--optimizer muon", "emerging_optimizers"),
+        ("--enable-ft-package", "nvidia_resiliency_ext"),
+        ("--adlr-autoresume", "userlib"),
+    ],
+)
+def test_packages(words, package, monkeypatch):
+    find = importlib.util.find_spec
+    absent = {package}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    with pytest.raises(run_checks.RunError, match=f"the Python package {package} is not installed"):
+        check(parse(*FLAGS, *words.split()))
+
+
+class TestValidationData:
+    data = FLAGS[:-1]
+
+    @pytest.mark.parametrize(
+        "words",
+        ["--train-data-path d", "--data-path d --split 1,0,0", "--data-path d --split 100"],
+    )
+    def test_without_any_nothing_is_evaluated(self, words):
+        args = parse(*self.data, *words.split())
+        assert args.eval_iters == 0
+        check(args)
+        with pytest.raises(
+            run_checks.RunError, match="--eval-iters 5: there is no validation data"
+        ):
+            check(parse(*self.data, *words.split(), "--eval-iters", "5"))
+
+    @pytest.mark.parametrize(
+        "words",
+        ["--train-data-path d --valid-data-path e", "--data-path d", "--data-path d --split 8,2"],
+    )
+    def test_with_some_the_default_stands(self, words):
+        args = parse(*self.data, *words.split())
+        assert args.eval_iters == 100
+        check(args)
+
+
+class TestDisk:
+    def args(self, folder, **kwargs):
+        args = parse(*FLAGS, "--save", str(folder), "--swiglu", "--vocab-size", "128")
+        defaults = dict(
+            params_dtype=torch.float32,
+            padded_vocab_size=128,
+            ffn_hidden_size=64,
+            kv_channels=16,
+            num_query_groups=2,
+            data_parallel_size=1,
+            moe_layer_freq=[0, 1],
+            moe_ffn_hidden_size=32,
+            moe_shared_expert_intermediate_size=32,
+            expert_tensor_parallel_size=1,
+            untie_embeddings_and_output_weights=True,
+        )
+        vars(args).update(defaults | kwargs)
+        return args
+
+    def free(self, monkeypatch, size):
+        usage = shutil.disk_usage("/")._replace(free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    def test_size_is_that_of_weights_and_moments(self, tmp_path):
+        whole = run_checks.checkpoint_bytes(self.args(tmp_path))
+        parameters = whole / 12
+        hidden, vocab = 32, 128
+        least = 2 * vocab * hidden + (4 + 1) * 3 * hidden * 32 + 3 * hidden * 64
+        assert least < parameters < 2 * least
+        weights = run_checks.checkpoint_bytes(self.args(tmp_path, no_save_optim=True))
+        assert weights == pytest.approx(whole / 3)
+        half = run_checks.checkpoint_bytes(self.args(tmp_path, params_dtype=torch.bfloat16))
+        assert half == pytest.approx(whole / 12 * 14)
+
+    def test_a_disk_too_small_for_one(self, tmp_path, monkeypatch):
+        args = self.args(tmp_path / "not" / "yet")
+        self.free(monkeypatch, run_checks.checkpoint_bytes(args) - 1)
+        told = f"^--save {args.save}: a checkpoint has about .* are free; accepted: a folder on another"
+        with pytest.raises(run_checks.RunError, match=told):
+            run_checks.check_disk(args)
+
+    def test_a_disk_too_small_for_all_is_a_warning(self, tmp_path, monkeypatch, capsys):
+        args = self.args(tmp_path, save_interval=1)
+        self.free(monkeypatch, 2.5 * run_checks.checkpoint_bytes(args))
+        run_checks.check_disk(args)
+        assert capsys.readouterr().out.startswith(f"WARNING: --save {tmp_path}: 3 checkpoints of")
+        self.free(monkeypatch, 3 * run_checks.checkpoint_bytes(args))
+        run_checks.check_disk(args)
+        assert capsys.readouterr().out == ""
+
+
+def test_what_is_lost_is_said(capsys):
+    check(parse(*FLAGS, "--exit-signal-handler"))
+    assert capsys.readouterr().out.startswith("WARNING: --exit-signal-handler without --save")

@@ -5,7 +5,7 @@ import functools
 import os
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
@@ -24,17 +24,19 @@ PREFIX = "scmoe_"
 class _ScMoEArgumentGroup(ArgumentGroupFactory):
     """Megatron's dataclass-to-flags factory, with the prefix ``scmoe``."""
 
-    def _format_arg_name(self, config_attr_name, prefix=None):
-        return super()._format_arg_name(PREFIX + config_attr_name, prefix)
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        name: str = super()._format_arg_name(PREFIX + config_attr_name, prefix)
+        return name
 
-    def _extract_type(self, config_type):
+    def _extract_type(self, config_type: type) -> dict[str, Any]:
         try:
-            return super()._extract_type(config_type)
+            kwargs: dict[str, Any] = super()._extract_type(config_type)
+            return kwargs
         except TypeInferenceError:  # Megatron prints a warning: the field's metadata has the type
             return {"type": str}
 
-    def _build_argparse_kwargs_from_field(self, attribute):
-        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+    def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
         kwargs["dest"] = PREFIX + attribute.name
         if "choices" not in kwargs and "action" not in kwargs:
             kwargs.setdefault("metavar", "N")

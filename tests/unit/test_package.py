@@ -42,6 +42,10 @@ def test_wheel_holds_every_module(wheel):
     assert {str(file.relative_to(REPOSITORY)) for file in modules} <= set(wheel.namelist())
 
 
+def test_wheel_tells_type_checkers_that_it_has_types(wheel):
+    assert "megatron_scmoe/py.typed" in wheel.namelist()
+
+
 def test_licence_is_apache_2():
     text = (REPOSITORY / "LICENSE").read_text()
     assert "Apache License\n                           Version 2.0, January 2004" in text

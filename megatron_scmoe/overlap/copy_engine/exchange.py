@@ -36,7 +36,7 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
 @functools.cache
 def _engines_of(group: ProcessGroup, exchange: str) -> CopyEngines:
     """The engines of a group, which all its layers share as long as the process lives."""
-    return CopyEngines(group, exchange.removeprefix("copy-"))
+    return CopyEngines(group, "host" if exchange == "copy-host" else "peer")
 
 
 class CopyEngineAllToAll(AllToAll):

@@ -20,7 +20,7 @@ from megatron_scmoe.checkpoints.claims import (
 from megatron_scmoe.checkpoints.folder import new_folder
 from megatron_scmoe.checkpoints.formats.registry import Tensors, find_format
 from megatron_scmoe.checkpoints.lazy_tensor import check_weights, main_dtype, naming, total_bytes
-from megatron_scmoe.checkpoints.model_arguments import DTYPES, arguments_from_flags, check_dtype
+from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.model_card import model_card
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
@@ -209,13 +209,6 @@ def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
         name: tensor if name.endswith(KEPT_IN_FP32) else tensor.cast(dtype)
         for name, tensor in tensors.items()
     }
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """``fp32``, ``bf16`` or ``fp16``; raises argparse.ArgumentTypeError for others."""
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

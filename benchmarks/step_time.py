@@ -41,7 +41,7 @@ def main() -> None:
         expert_slot=options.slot,
         chunks=options.chunks,
         exchange=options.exchange,
-        copied=options.copied,
+        copy_engine_all_to_alls=options.copied,
     )
     machine.initialise(options.ep_channels, options.ep_high_priority, bool(shape.cuda_graphs))
     models = build_all(options.systems, shape, scmoe)
@@ -90,7 +90,7 @@ def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
         "slot": scmoe.expert_slot,
         "chunks": scmoe.chunks,
         "exchange": scmoe.exchange,
-        "copied": scmoe.copied,
+        "copied": scmoe.copy_engine_all_to_alls,
         "ep_channels": options.ep_channels,
         "ep_high_priority": options.ep_high_priority,
         "rounds": options.rounds,

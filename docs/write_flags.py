@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_name("flags.md")
 THEMES = {
     "The model": ("tap", "combine", "router_norm", "post_norm"),
     "The overlap": (
-        "overlap", "expert_slot", "operator_times", "chunks", "exchange", "copied"
+        "overlap", "expert_slot", "operator_times", "chunks", "exchange", "copy_engine_all_to_alls"
     ),
     "Zero experts, biased choices, latent attention": (
         "zero_experts", "expert_bias", "active_experts", "router_bias", "mla_scale",
@@ -47,7 +47,8 @@ to run.
 
 def page() -> str:
     """The text of docs/flags.md."""
-    ours = {action.dest: action for action in _flags(add_scmoe_args)}
+    shown = (a for a in _flags(add_scmoe_args) if a.help is not argparse.SUPPRESS)
+    ours = {action.dest: action for action in shown}
     tables = {
         theme: [ours.pop(f"scmoe_{name}") for name in names] for theme, names in THEMES.items()
     }

@@ -20,6 +20,10 @@ parser does not know them. Example: ``SCMOE_ARGS='--scmoe-tap pos3 --no-scmoe-ov
 PREFIX = "scmoe_"
 """How the names of ScMoE's fields begin among Megatron's arguments, in a checkpoint too."""
 
+RENAMED_FLAGS = {"--scmoe-copied": "--scmoe-copy-engine-all-to-alls"}
+"""Flags of earlier versions and what they are called now; read with a line that says so
+(CONTRIBUTING.md says for how long)."""
+
 
 class _ScMoEArgumentGroup(ArgumentGroupFactory):
     """Megatron's dataclass-to-flags factory, with the prefix ``scmoe``."""
@@ -46,6 +50,19 @@ class _ScMoEArgumentGroup(ArgumentGroupFactory):
 def add_scmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--scmoe-*`` flags; an ``extra_args_provider`` of Megatron's parser."""
     _ScMoEArgumentGroup(ScMoEConfig).build_group(parser, title="scmoe")
+    for old, new in RENAMED_FLAGS.items():
+        action = parser._option_string_actions[new]
+        parser.add_argument(
+            old,
+            dest=action.dest,
+            nargs=action.nargs,
+            type=action.type,
+            choices=action.choices,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+            action=_RenamedFlag,
+            now=action,
+        )
     return parser
 
 
@@ -115,6 +132,26 @@ def name_of_flag(word: str) -> str | None:
     """The parsed argument of a flag without its dashes: ``scmoe_tap`` of ``scmoe-tap``; or None."""
     action = _parser()._option_string_actions.get(f"--{word}")
     return None if action is None else action.dest
+
+
+class _RenamedFlag(argparse.Action):
+    """Does what the flag does that is called otherwise now, and says so."""
+
+    def __init__(self, *args, now: argparse.Action, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._now = now
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        new = RENAMED_FLAGS[option_string]
+        _say_once(f"WARNING: {option_string} is called {new} now; the old name will go")
+        self._now(parser, namespace, values, new)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """On the first rank; a command line is parsed several times."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _words_of_environment() -> list[str]:

@@ -78,7 +78,7 @@ class ScMoEConfig:
     the GPUs' copy engines, which take no multiprocessor from the compute beside them, directly or
     through pinned host memory. Copy engines reach the GPUs of one host."""
 
-    copied: list[AllToAllName] | None = None
+    copy_engine_all_to_alls: list[AllToAllName] | None = None
     """Which all-to-alls the copy engines of --scmoe-exchange carry: dispatch, combine,
     dispatch-backward, combine-backward; the others stay with the collective. Default: all."""
 
@@ -120,7 +120,7 @@ RUNTIME_FIELDS = (
     "operator_times",
     "chunks",
     "exchange",
-    "copied",
+    "copy_engine_all_to_alls",
     "changed",
 )
 """Fields that say how a model is computed, not what it computes: another run need not share them."""

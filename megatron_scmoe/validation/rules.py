@@ -362,17 +362,22 @@ def _check_dispatcher(scmoe: ScMoEConfig, view: _View) -> None:
 
 def _check_exchange(scmoe: ScMoEConfig, view: _View) -> None:
     if scmoe.exchange == "collective":
-        if scmoe.copied is not None:
+        if scmoe.copy_engine_all_to_alls is not None:
             raise ScMoEConfigError(
-                f"--scmoe-copied {' '.join(scmoe.copied)} with --scmoe-exchange collective",
+                f"--scmoe-copy-engine-all-to-alls {' '.join(scmoe.copy_engine_all_to_alls)} "
+                "with --scmoe-exchange collective",
                 "there are no copy engines to carry them",
                 "--scmoe-exchange copy-peer or copy-host",
             )
         return
     names = get_args(AllToAllName)
-    if scmoe.copied is not None and not (scmoe.copied and set(scmoe.copied) <= set(names)):
+    if scmoe.copy_engine_all_to_alls is not None and not (
+        scmoe.copy_engine_all_to_alls and set(scmoe.copy_engine_all_to_alls) <= set(names)
+    ):
         raise ScMoEConfigError(
-            f"--scmoe-copied {' '.join(scmoe.copied)}", "no such all-to-alls", ", ".join(names)
+            f"--scmoe-copy-engine-all-to-alls {' '.join(scmoe.copy_engine_all_to_alls)}",
+            "no such all-to-alls",
+            ", ".join(names),
         )
     given = f"--scmoe-exchange {scmoe.exchange}"
     if view.moe_token_dispatcher_type != "alltoall":

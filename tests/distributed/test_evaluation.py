@@ -191,7 +191,8 @@ RUNS = {
         --transformer-impl transformer_engine
     """.split(),
     "copy engines": """
-        --scmoe-exchange copy-host --scmoe-copied dispatch-backward --scmoe-expert-slot auto
+        --scmoe-exchange copy-host --scmoe-copy-engine-all-to-alls dispatch-backward
+        --scmoe-expert-slot auto
         --scmoe-operator-times absent.json --scmoe-chunks 2 --transformer-impl transformer_engine
     """.split(),
 }

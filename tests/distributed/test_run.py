@@ -94,7 +94,11 @@ def test_modules_beside_the_script_go_first(tmp_path):
     [
         ("--scmoe-tap pos1 --lr 1", "--scmoe-tap pos1", "--lr 1"),
         ("--lr 1 --no-scmoe-overlap --bf16", "--no-scmoe-overlap", "--lr 1 --bf16"),
-        ("--scmoe-copied dispatch combine --x", "--scmoe-copied dispatch combine", "--x"),
+        (
+            "--scmoe-copy-engine-all-to-alls dispatch combine --x",
+            "--scmoe-copy-engine-all-to-alls dispatch combine",
+            "--x",
+        ),
         ("--scmoe-active-experts -1 --x -1", "--scmoe-active-experts -1", "--x -1"),
         ("--scmoe-tap=pos1", "--scmoe-tap=pos1", ""),
         ("", "", ""),

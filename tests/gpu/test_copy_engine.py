@@ -55,7 +55,7 @@ def _compare() -> dict:
     backward = ["dispatch-backward", "combine-backward"]
     for name in EXCHANGES:
         for copied in (backward, ["dispatch", *backward]):
-            scmoe = ScMoEConfig(exchange=name, copied=copied)
+            scmoe = ScMoEConfig(exchange=name, copy_engine_all_to_alls=copied)
             trained[name, *copied] = train(scmoe, steps=5)
         for overlap, chunks in ((True, 1), (False, 1), (True, 2), (False, 2)):
             scmoe = ScMoEConfig(exchange=name, overlap=overlap, chunks=chunks)

@@ -19,7 +19,7 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
 
     Args:
         group: the expert-parallel group; one of a single rank has nothing to exchange.
-        scmoe: its ``exchange`` and ``copied`` count.
+        scmoe: its ``exchange`` and ``copy_engine_all_to_alls`` count.
 
     Returns:
         What takes the arguments of :class:`~megatron_scmoe.overlap.async_all_to_all.AllToAll`.
@@ -29,7 +29,9 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
     """
     if scmoe.exchange == "collective" or group.size() == 1:
         return AllToAll
-    copied = get_args(AllToAllName) if scmoe.copied is None else scmoe.copied
+    copied = scmoe.copy_engine_all_to_alls
+    if copied is None:
+        copied = get_args(AllToAllName)
     return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), frozenset(copied))
 
 

@@ -98,8 +98,8 @@ REFUSED = [
         "--moe-token-dispatcher-type alltoall",
     ),
     (
-        "--scmoe-copied dispatch combine-backward",
-        "--scmoe-copied dispatch combine-backward with --scmoe-exchange collective",
+        "--scmoe-copy-engine-all-to-alls dispatch combine-backward",
+        "--scmoe-copy-engine-all-to-alls dispatch combine-backward with --scmoe-exchange collective",
         "--scmoe-exchange copy-peer or copy-host",
     ),
     ("--recompute-granularity selective --recompute-modules moe", "moe", "moe_act"),
@@ -347,7 +347,10 @@ def test_a_layout_that_splits_a_pair():
 @pytest.mark.parametrize("copied", [[], ["dispatch", "gather"]])
 def test_copied_are_names_of_all_to_alls(copied):
     with pytest.raises(ScMoEConfigError, match="accepted: dispatch, combine, dispatch-backward"):
-        validate(ScMoEConfig(exchange="copy-host", copied=copied), models.transformer_config())
+        validate(
+            ScMoEConfig(exchange="copy-host", copy_engine_all_to_alls=copied),
+            models.transformer_config(),
+        )
 
 
 def test_experts_have_no_fused_gelu():

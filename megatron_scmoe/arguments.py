@@ -56,7 +56,7 @@ def add_scmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             old,
             dest=action.dest,
             nargs=action.nargs,
-            type=action.type,
+            type=action.type,  # type: ignore[arg-type]  # an action has what a flag may have
             choices=action.choices,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
@@ -137,12 +137,18 @@ def name_of_flag(word: str) -> str | None:
 class _RenamedFlag(argparse.Action):
     """Does what the flag does that is called otherwise now, and says so."""
 
-    def __init__(self, *args, now: argparse.Action, **kwargs):
+    def __init__(self, *args: Any, now: argparse.Action, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._now = now
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        new = RENAMED_FLAGS[option_string]
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        new = RENAMED_FLAGS[str(option_string)]
         _say_once(f"WARNING: {option_string} is called {new} now; the old name will go")
         self._now(parser, namespace, values, new)
 

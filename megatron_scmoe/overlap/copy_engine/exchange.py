@@ -29,10 +29,9 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
     """
     if scmoe.exchange == "collective" or group.size() == 1:
         return AllToAll
-    copied = scmoe.copy_engine_all_to_alls
-    if copied is None:
-        copied = get_args(AllToAllName)
-    return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), frozenset(copied))
+    chosen = scmoe.copy_engine_all_to_alls
+    copied = frozenset(get_args(AllToAllName) if chosen is None else chosen)
+    return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), copied)
 
 
 @functools.cache

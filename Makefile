@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format clean
+.PHONY: help install demo test test-fast test-gpu golden coverage lint format docs clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 install: $(INSTALLED)  ## make .venv, with the package and all that the others need
 
@@ -18,21 +18,36 @@ demo: $(INSTALLED)  ## train a small ScMoE GPT on the source of Python's standar
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile $(ARGS)
-	@$(BIN)/python -m pytest tests/distributed $(ARGS)
+	@$(BIN)/python -m pytest tests/distributed tests/golden $(ARGS)
+
+test-fast: $(INSTALLED)  ## the tests of tenths of a second, for while you work
+	@$(BIN)/python -m pytest tests/unit -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-lint: $(INSTALLED)  ## check style and formatting
+golden: $(INSTALLED)  ## renew the golden losses (CONTRIBUTING.md says when)
+	@$(BIN)/python -m tests.golden.renew
+
+coverage: $(INSTALLED)  ## which lines no unit test runs
+	@$(BIN)/coverage run -m pytest tests/unit $(ARGS)
+	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+lint: $(INSTALLED)  ## check style, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 format: $(INSTALLED)  ## mend style and formatting
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove the environment and the demo's files
-	@rm -rf $(VENV) demo
+docs: $(INSTALLED)  ## build/api: a page a module, from the docstrings
+	@$(BIN)/pdoc --docformat google --output-directory build/api ./megatron_scmoe \
+	  '!megatron_scmoe.checkpoints.hf'
+
+clean:  ## remove the environment and what was made in it
+	@rm -rf $(VENV) demo build
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \

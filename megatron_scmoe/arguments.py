@@ -5,7 +5,7 @@ import functools
 import os
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
@@ -28,17 +28,19 @@ RENAMED_FLAGS = {"--scmoe-copied": "--scmoe-copy-engine-all-to-alls"}
 class _ScMoEArgumentGroup(ArgumentGroupFactory):
     """Megatron's dataclass-to-flags factory, with the prefix ``scmoe``."""
 
-    def _format_arg_name(self, config_attr_name, prefix=None):
-        return super()._format_arg_name(PREFIX + config_attr_name, prefix)
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        name: str = super()._format_arg_name(PREFIX + config_attr_name, prefix)
+        return name
 
-    def _extract_type(self, config_type):
+    def _extract_type(self, config_type: type) -> dict[str, Any]:
         try:
-            return super()._extract_type(config_type)
+            kwargs: dict[str, Any] = super()._extract_type(config_type)
+            return kwargs
         except TypeInferenceError:  # Megatron prints a warning: the field's metadata has the type
             return {"type": str}
 
-    def _build_argparse_kwargs_from_field(self, attribute):
-        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+    def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
         kwargs["dest"] = PREFIX + attribute.name
         if "choices" not in kwargs and "action" not in kwargs:
             kwargs.setdefault("metavar", "N")
@@ -54,7 +56,7 @@ def add_scmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             old,
             dest=action.dest,
             nargs=action.nargs,
-            type=action.type,
+            type=action.type,  # type: ignore[arg-type]  # an action has what a flag may have
             choices=action.choices,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
@@ -135,12 +137,18 @@ def name_of_flag(word: str) -> str | None:
 class _RenamedFlag(argparse.Action):
     """Does what the flag does that is called otherwise now, and says so."""
 
-    def __init__(self, *args, now: argparse.Action, **kwargs):
+    def __init__(self, *args: Any, now: argparse.Action, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._now = now
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        new = RENAMED_FLAGS[option_string]
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        new = RENAMED_FLAGS[str(option_string)]
         _say_once(f"WARNING: {option_string} is called {new} now; the old name will go")
         self._now(parser, namespace, values, new)
 

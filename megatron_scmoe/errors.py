@@ -97,7 +97,8 @@ def _asserted(error: BaseException) -> str | None:
     if not isinstance(error, AssertionError) or error.__traceback__ is None:
         return None
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = frame.lineno or 0
     for node in ast.walk(ast.parse("".join(linecache.getlines(frame.filename)))):
-        if isinstance(node, ast.Assert) and node.lineno <= frame.lineno <= node.end_lineno:
+        if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or 0):
             return f"{BARE_ASSERTION} {ast.unparse(node.test)}"
     return None

@@ -14,7 +14,7 @@ import runpy
 import shlex
 import sys
 import traceback
-from argparse import ArgumentParser, HelpFormatter, Namespace
+from argparse import Action, ArgumentParser, HelpFormatter, Namespace
 from pathlib import Path
 from typing import NoReturn
 
@@ -133,17 +133,18 @@ def _make_parsers_readable() -> None:
     """In this process: a parser's error is one line, and a stray ``%`` in a help text is a ``%``."""
     expand = HelpFormatter._expand_help
 
-    def expand_or_keep(self, action):
+    def expand_or_keep(self: HelpFormatter, action: Action) -> str | None:
         try:
             return expand(self, action)
         except (ValueError, TypeError, KeyError):
             return action.help
 
-    def refuse(self, message: str) -> NoReturn:
+    def refuse(self: ArgumentParser, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
 
-    HelpFormatter._expand_help = expand_or_keep
-    ArgumentParser.error = refuse
+    # Parsers are made by the script that is run: the classes are changed.
+    HelpFormatter._expand_help = expand_or_keep  # type: ignore[method-assign,assignment]
+    ArgumentParser.error = refuse  # type: ignore[method-assign]
 
 
 def _is_of_arguments(error: Exception) -> bool:

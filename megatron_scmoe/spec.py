@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training import get_args, get_tokenizer
@@ -37,7 +37,7 @@ WHERE = f"${ENVIRONMENT_VARIABLE} with "
 """Before flags of ScMoE, in what is recommended."""
 
 
-def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def scmoe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The entry for ``--spec``; the configuration comes from ``$SCMOE_ARGS``.
 
     In a run of Megatron's (with its global arguments) it becomes part of the arguments, and so of
@@ -66,7 +66,8 @@ def scmoe_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodule
 def _arguments() -> argparse.Namespace | None:
     """Megatron's arguments of this run; None in a program that builds models without them."""
     try:
-        return get_args()
+        args: argparse.Namespace = get_args()
+        return args
     except AssertionError:
         return None
 

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
@@ -34,7 +36,7 @@ _HEAD_START_CYCLES = 4_000_000
 class Pair:
     """One ScMoE block, and the dense block before it if the routed path needs it."""
 
-    model: torch.nn.Module
+    model: MegatronModule
     dense: ScMoEDenseLayer | None
     block: ScMoETransformerLayer
 
@@ -71,12 +73,12 @@ def measure(
             for slot in range(len(blocks)):
                 blocks[slot] = _measure_block(pair, schedule_of(scmoe, slot), hidden, inputs)
     flat = [value for name in OPERATORS for value in operators[name]] + blocks
-    slowest = torch.tensor(flat, dtype=torch.float64).cuda()
-    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-    slowest = slowest.tolist()
+    agreed = torch.tensor(flat, dtype=torch.float64).cuda()
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    slowest = agreed.tolist()
     directions = (slowest[0 : 2 * len(OPERATORS) : 2], slowest[1 : 2 * len(OPERATORS) : 2])
-    times = OperatorTimes(*(dict(zip(OPERATORS, values, strict=True)) for values in directions))
-    return times, slowest[2 * len(OPERATORS) :]
+    forward, backward = (dict(zip(OPERATORS, values, strict=True)) for values in directions)
+    return OperatorTimes(forward, backward), slowest[2 * len(OPERATORS) :]
 
 
 def schedule_of(scmoe: ScMoEConfig, slot: int) -> Schedule:
@@ -156,7 +158,7 @@ def _routed(pair: Pair, hidden: Tensor, inputs: dict) -> dict:
         dispatcher.launch_dispatch(flight)
         return flight.arrive()
 
-    operators = {
+    operators: dict[str, Callable] = {
         "route": route,
         "permute": lambda tap, probs: moe.preprocess(tap, probs, routing_map),
         "dispatch": dispatch,
@@ -164,7 +166,7 @@ def _routed(pair: Pair, hidden: Tensor, inputs: dict) -> dict:
         "combine": lambda tokens: dispatcher.launch_combine(tokens).arrive(),
         "unpermute": lambda tokens: moe.postprocess(tokens, None),
     }
-    times, tensors = {}, (hidden,)
+    times, tensors = {}, [hidden]
     for name, operator in operators.items():
         times[name], tensors = _run(operator, *tensors)
     return times
@@ -193,26 +195,26 @@ def _median(measure_once: Callable[[], dict]) -> dict:
     }
 
 
-def _run(function: Callable, *tensors: Tensor) -> tuple[tuple[float, float], tuple[Tensor, ...]]:
+def _run(function: Callable, *tensors: Tensor) -> tuple[tuple[float, float], list[Tensor]]:
     """Forward and backward of ``function(*tensors)`` in ms, and its detached outputs."""
     results: list = []
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     forward = _timed(lambda: results.append(function(*leaves)))
-    outputs = results[0] if isinstance(results[0], tuple) else (results[0],)
-    outputs = [output for output in outputs if isinstance(output, Tensor)]
+    returned = results[0] if isinstance(results[0], tuple) else (results[0],)
+    outputs = [output for output in returned if isinstance(output, Tensor)]
     roots = [output for output in outputs if output.requires_grad]
     grads = [torch.ones_like(root) for root in roots]
     backward = _timed(lambda: torch.autograd.backward(roots, grads))
-    return (forward, backward), tuple(output.detach() for output in outputs)
+    return (forward, backward), [output.detach() for output in outputs]
 
 
 def _timed(function: Callable) -> float:
     # Together, or the first to arrive at a collective would count its waiting.
     torch.distributed.barrier(parallel_state.get_expert_model_parallel_group())
     if cpu_backend.is_enabled():
-        begin = time.perf_counter()
+        before = time.perf_counter()
         function()
-        return (time.perf_counter() - begin) * 1e3
+        return (time.perf_counter() - before) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(_HEAD_START_CYCLES)
@@ -236,7 +238,7 @@ def _leaving_no_trace(pair: Pair) -> Iterator[None]:
         if layer is not None
         for buffer in layer.buffers()
     }
-    parameters = list(pair.model.parameters())
+    parameters: list[Any] = list(pair.model.parameters())  # Megatron hangs attributes on them
     accumulated = pair.model.config.gradient_accumulation_fusion
     for parameter in parameters if accumulated else ():
         parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)

@@ -151,7 +151,8 @@ def find_pairs(kernels: Sequence[Kernel], path: str | Path) -> list[tuple[Pass, 
         )
         for (begin, end), unit, ahead in zip(spans, units, is_forward)
     ]
-    pairs, first = [], 0
+    pairs: list[tuple[Pass, Pass]] = []
+    first = 0
     for count, _ in counts:
         step = passes[first : first + 2 * count]
         pairs += zip(step[:count], reversed(step[count:]))
@@ -197,16 +198,17 @@ def _kernel(event: dict) -> Kernel:
 
 def _letters(exchanges: list[Kernel]) -> str:
     """One letter for each exchange: t, rows of tokens or of their gradients; p, probabilities."""
-    sizes = [kernel.elements for kernel in exchanges]
-    if None in sizes:  # one chunk and one micro-batch, for all that can be told
-        return ("tpt" * (len(sizes) // 6) + "ttp" * (len(sizes) // 6)).ljust(len(sizes), "?")
+    sizes = [kernel.elements for kernel in exchanges if kernel.elements is not None]
+    if len(sizes) < len(exchanges):  # one chunk and one micro-batch, for all that can be told
+        count = len(exchanges)
+        return ("tpt" * (count // 6) + "ttp" * (count // 6)).ljust(count, "?")
     rows = statistics.median_high(sizes)  # two of three exchange rows
     return "".join("p" if 4 * size < rows else "t" for size in sizes)
 
 
 def _units(letters: str) -> tuple[str, str]:
     """The letters of one pair's forward and backward; its first dispatches tell the chunks."""
-    chunks = max(1, len(re.match("(?:tp)*", letters)[0]) // 2)
+    chunks = max(1, len(re.findall("^(?:tp)*", letters)[0]) // 2)
     return "tp" * chunks + "t" * chunks, "t" * chunks + "tp" * chunks
 
 

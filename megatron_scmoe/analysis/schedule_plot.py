@@ -205,8 +205,8 @@ def _draw_panel(axes: Axes, panel: Panel, length: float) -> list[tuple[Axes, Bar
     """Bars, axes, title; returns the labels to write once the size of everything is known."""
     place = {rail: number for number, rail in enumerate(panel.rails)}
     bars = sorted(panel.bars, key=lambda bar: bar.kind)
-    for kind, same in groupby(bars, key=lambda bar: bar.kind):
-        same = list(same)
+    for kind, run in groupby(bars, key=lambda bar: bar.kind):
+        same = list(run)
         axes.barh(
             [place[bar.rail] for bar in same],
             [bar.end - bar.begin for bar in same],

@@ -70,8 +70,10 @@ class OperatorTimes:
                     raise OperatorTimesError(
                         f"{path}: {direction} '{name}' is {value!r}, not milliseconds"
                     )
-        times = ({n: float(found[d][n]) for n in OPERATORS} for d in ("forward", "backward"))
-        return cls(*times, found.get("measured_on", {}))
+        forward, backward = (
+            {n: float(found[d][n]) for n in OPERATORS} for d in ("forward", "backward")
+        )
+        return cls(forward, backward, found.get("measured_on", {}))
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ _MIRROR = {
 }
 
 
-def _parts(action: Action | str) -> tuple[str, Step | None, int | None]:
+def _parts(action: Action | str) -> tuple[str, Step | None, int]:
     if isinstance(action, str):
-        return action, None, None
+        return action, None, 0
     return action.step.value, action.step, action.chunk

@@ -107,7 +107,7 @@ def describe(
 
 def _read_times(path: str | None) -> OperatorTimes | None:
     """The first rank's reading of the file, on every rank; None if there is none."""
-    found = [None]
+    found: list[OperatorTimes | None] = [None]
     if path and torch.distributed.get_rank() == 0 and Path(path).exists():
         found = [OperatorTimes.read(path)]
     torch.distributed.broadcast_object_list(found, src=0)

@@ -12,12 +12,12 @@ from megatron_scmoe.errors import InputError
 
 
 def find_checkpoint(
-    flag: str, folder: str, step: int | None = None, ckpt_format: str = "torch_dist"
+    flag: str, folder: str, step: int | str | None = None, ckpt_format: str = "torch_dist"
 ) -> Path:
     """The folder of one complete checkpoint below ``folder``, which ``flag`` names.
 
     Args:
-        step: its iteration; None for the last one.
+        step: its iteration, or "release"; None for the last one.
 
     Raises:
         InputError: if there is none, or files of it are missing or cut off.
@@ -102,7 +102,7 @@ def _step_folder(folder: str, step: int | str) -> Path:
 def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | None:
     """The complete checkpoint nearest to ``step``, an earlier one if there is any."""
     found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
-    wanted = float("inf") if step == "release" else step
+    wanted = float("inf") if isinstance(step, str) else step  # "release" is behind them all
     earlier = sorted((s for s in found if s < wanted), reverse=True)
     later = sorted(s for s in found if s > wanted)
     complete = (s for s in earlier + later if not _find_flaw(_step_folder(folder, s), ckpt_format))

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.training.arguments import add_megatron_arguments
@@ -159,7 +159,7 @@ def arguments_from_flags(
     """
     check_dtype(dtype)
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]  # Megatron adds to the parser given
     args = add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
     _derive(args, dtype, vocab_rows)
     try:
@@ -216,7 +216,7 @@ def _refuse_rope(name: str, value, accepted) -> ConversionError:
     )
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise ConversionError(message)
 
 

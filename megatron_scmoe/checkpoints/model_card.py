@@ -58,6 +58,7 @@ def model_card(
         has_tokenizer: whether the folder holds one.
     """
     args = checkpoint.args
+    assert args is not None  # a checkpoint without is refused before
     total, active = count_parameters(checkpoint.tensors, args)
     facts = {
         "parameters": f"{millions(total)}, {millions(active)} of them active for a token",

@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import BPE, Model, Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
@@ -76,7 +76,7 @@ def find_tokenizer(args: argparse.Namespace, given: str | None = None) -> Tokeni
         raise ConversionError(
             f"the checkpoint's {kind} names no file; accepted: --tokenizer PATH or none"
         )
-    path = Path(named if given is None else given).expanduser()
+    path = Path(str(named) if given is None else given).expanduser()
     if path.is_dir():
         return _hugging_face(path)
     if not path.is_file():
@@ -105,6 +105,7 @@ def tokenizer_flags(
         return ["--tokenizer-type", "NullTokenizer"], None
     if path.is_dir() and sentencepiece_first and (path / SENTENCEPIECE_FILE).is_file():
         path = path / SENTENCEPIECE_FILE
+    entries: int | None
     if path.is_file():
         kind, entries = "SentencePieceTokenizer", _load(path).get_piece_size()
     elif has_tokenizer(path):
@@ -113,7 +114,7 @@ def tokenizer_flags(
         raise ConversionError(f"--tokenizer {given}: no tokenizer is there; accepted: PATH or none")
     else:
         return ["--tokenizer-type", "NullTokenizer"], None
-    if entries > rows:
+    if entries is not None and entries > rows:
         raise ConversionError(
             f"{path}: its tokenizer has {entries} entries, the embedding {rows} rows"
         )
@@ -213,7 +214,7 @@ def _backend(proto) -> Tokenizer:
     kinds = type(proto.pieces[0])
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     if trainer.model_type == trainer.UNIGRAM:
-        model = Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        model: Model = Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == trainer.BPE:
         vocab = {name: i for i, (name, _) in enumerate(pieces)}
         never_merged = [piece.piece for piece in proto.pieces if piece.type != kinds.NORMAL]
@@ -243,7 +244,7 @@ def _backend(proto) -> Tokenizer:
 
 
 def _normalizer(spec) -> normalizers.Normalizer:
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -24,8 +24,9 @@ from megatron.core.dist_checkpointing.core import (
     save_config,
 )
 from megatron.core.safe_globals import SAFE_GLOBALS
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -42,6 +43,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tqdm import tqdm
@@ -88,7 +90,7 @@ class MegatronCheckpoint:
         return {name: getattr(self.args, name) for name in LAYOUT if hasattr(self.args, name)}
 
 
-def read_megatron(path: str) -> MegatronCheckpoint:
+def read_megatron(path: str | os.PathLike) -> MegatronCheckpoint:
     """Open a checkpoint, whatever layout of ranks saved it.
 
     Args:
@@ -214,7 +216,7 @@ def write_megatron(
         total=total_bytes(tensors), desc=description, unit="B", unit_scale=True, disable=None
     ) as bar:
         try:
-            dcp.save(
+            save(
                 {**objects, **tensors},
                 storage_writer=_Writer(release),
                 planner=_SavePlanner(bar),
@@ -230,7 +232,7 @@ def write_megatron(
 _OTHER_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine")
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """PyTorch's reader, with restricted pickles and reading parts of tensors on request."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
@@ -275,7 +277,7 @@ class _Reader(dcp.FileSystemReader):
             return _load_safely(io.BytesIO(stream.read(info.length)), file)
 
 
-class _LoadPlanner(dcp.DefaultLoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     """Puts what is read for one tensor where it belongs."""
 
     def __init__(self, target: torch.Tensor):
@@ -355,7 +357,7 @@ def _extra_states(tensors: dict[str, LazyTensor]) -> Iterator[str]:
             yield _object_key(f"{key.removesuffix('weight')}_extra_state")
 
 
-class _SavePlanner(dcp.DefaultSavePlanner):
+class _SavePlanner(DefaultSavePlanner):
     """Plans from shapes alone, and loads a tensor when the writer asks for it."""
 
     def __init__(self, bar: tqdm):
@@ -363,7 +365,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         self.bar = bar
 
     def create_local_plan(self) -> SavePlan:
-        items = []
+        items: list[WriteItem] = []
         for key, value in self.state_dict.items():
             if isinstance(value, LazyTensor):
                 items.extend(_write_items(key, value))
@@ -380,6 +382,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
             return stream
         self.bar.set_postfix_str(item.index.fqn, refresh=False)
         if len(value.shape) > 2:
+            assert item.index.offset is not None  # _write_items gives one
             i = item.index.offset[0]
             value = value.narrow(0, i, 1)
         tensor = value.load()
@@ -404,7 +407,7 @@ def _write_items(key: str, tensor: LazyTensor) -> Iterator[WriteItem]:
         )
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """PyTorch's writer, which holds the tensors of a file until it is complete, in several files."""
 
     FILE_BYTES = 2**30

@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -198,11 +199,11 @@ def _scmoe_flags(how: Upcycling, combine: str) -> list[str]:
 
 def _parse(flags: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]  # Megatron adds to the parser given
     return add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise ConversionError(message)
 
 

@@ -13,7 +13,7 @@ import json
 import lzma
 import zlib
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from megatron_scmoe.platform.command_line import UsageError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DEFAULT_SUFFIXES = (".txt", ".jsonl")
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """What opens a compressed file, by the ending of its name."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

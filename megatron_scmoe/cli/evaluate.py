@@ -193,6 +193,7 @@ def read_sequences(args: Namespace, tokenize, length: int):
                 f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "
                 "are integers, [n] or [n, length]"
             )
+    sequences: Sequences | None
     if ids.ndim == 2:
         if args.sequence_length not in (None, ids.shape[1]):
             raise UsageError(
@@ -226,7 +227,7 @@ def initialise_ranks() -> bool:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend)
     else:
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is documented
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     return True
 

@@ -19,7 +19,7 @@ from megatron_scmoe.analysis.profiler_trace import TraceError, find_pairs, read_
 from megatron_scmoe.analysis.schedule_plot import Panel, share_beside
 from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
 from megatron_scmoe.cli import program
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
+from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, Tap
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, build_schedule, num_slots
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -111,7 +111,7 @@ def _predict(args):
         raise UsageError(
             f"--times {error}; accepted: a file written by --scmoe-operator-times"
         ) from error
-    tap = args.tap or "pos2"
+    tap: Tap = args.tap or "pos2"
     overlap = args.overlap is not False
     slots = range(num_slots(tap)) if args.all_slots else [args.slot]
     if slots == [None]:

@@ -18,12 +18,13 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import batched
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -191,7 +192,7 @@ def preprocess(
 
 @dataclass(frozen=True)
 class _Encoder:
-    tokenizer: object
+    tokenizer: Any  # Megatron's
     eod: int | None
     limit: int  # ids lie in 0 <= id < limit
     dtype: type[np.number]
@@ -233,7 +234,7 @@ def _encode_all(
             yield from encoder(batch)
         return
     _worker_encoder = encoder
-    pending = deque()
+    pending: deque[Future[list[np.ndarray]]] = deque()
     try:
         with ProcessPoolExecutor(workers, get_context("fork"), _ignore_interrupt) as pool:
             for batch in batches:
@@ -251,6 +252,7 @@ def _encode_all(
 
 
 def _encode_in_worker(batch: tuple[Document, ...]) -> list[np.ndarray]:
+    assert _worker_encoder is not None  # set before the workers were forked
     return _worker_encoder(batch)
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tqdm import tqdm
@@ -42,7 +43,7 @@ from megatron_scmoe.platform.command_line import (
 )
 
 MODEL_TYPES = ("bpe", "unigram")
-SPECIAL_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
+SPECIAL_PIECES: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
 SMALLEST_VOCAB = len(SPECIAL_PIECES) + 256 + 1  # special pieces, one per byte, one of text
 USUAL_VOCAB = 4096
 # A longer line is learnt from in parts of so many characters: SentencePiece slows down with their

@@ -381,7 +381,7 @@ def _logits_file(path: Path, shape: tuple[int, int, int]):
                 os.posix_fallocate(stream.fileno(), 0, part.stat().st_size)
         except OSError as error:
             raise InputError(
-                f"--logits-out {path}", error.strerror, "a file on another disk"
+                f"--logits-out {path}", error.strerror or str(error), "a file on another disk"
             ) from error
         yield file
         file.flush()

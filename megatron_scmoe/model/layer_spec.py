@@ -104,8 +104,8 @@ def stage_spec(
 
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
     """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
-    untold = scmoe.expert_slot in (None, "auto")
-    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if untold else scmoe.expert_slot
+    told = scmoe.expert_slot
+    slot = told if isinstance(told, int) else DEFAULT_EXPERT_SLOT[scmoe.tap]
     return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
 
 
@@ -116,7 +116,7 @@ class LocalNorm:
     is the mark which makes Megatron sum the gradients over the tensor-parallel ranks.
     """
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # a spec of Megatron's names a class to build
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
         """Build the norm over the last dimension of [s, b, hidden_size]."""

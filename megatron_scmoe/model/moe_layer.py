@@ -129,7 +129,7 @@ class CombineGate(MegatronModule):
         if config.perform_initialization:
             config.init_method(self.weight)
         # Replicated over the tensor-parallel ranks, each of which sees its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, 2]; the softmax is computed in fp32 and cast back."""

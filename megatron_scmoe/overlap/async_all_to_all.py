@@ -38,11 +38,11 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
 from megatron_scmoe.config import AllToAllName
 from megatron_scmoe.platform import cpu_backend
@@ -95,8 +95,9 @@ class Flight:
         ready: when their values are final, if that is earlier: inside a CUDA graph.
     """
 
+    _exchange: Exchange  # once it is launched
+
     def __init__(self, *tensors: Tensor, ready: torch.cuda.Event | None = None):
-        self._exchange: Exchange | None = None
         self._departed = _Depart.apply(self, *tensors)
         self._ready = ready or now()
 
@@ -105,7 +106,7 @@ class Flight:
         self._exchange = exchange
         with launch_stream(self._ready):
             exchange.launch([tensor.detach() for tensor in self._departed])
-        self._ready = None
+        del self._ready
 
     def arrive(self) -> tuple[Tensor, ...]:
         """Wait for the exchange and return what arrived, attached to the autograd graph."""
@@ -175,6 +176,13 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
+class Waitable(Protocol):
+    """Work under way on the GPU: a collective, or copies."""
+
+    def wait(self) -> object:
+        """Let the current stream wait for it."""
+
+
 class AllToAll(Exchange):
     """The all-to-all of rows over a process group.
 
@@ -197,7 +205,7 @@ class AllToAll(Exchange):
         self.output_splits = output_splits
         self.input_splits = input_splits
         self._outputs: list[Tensor] = []
-        self._works: list[tuple[Work, Sequence[Tensor], Sequence[Tensor]]] = []
+        self._works: list[tuple[Waitable, Sequence[Tensor], Sequence[Tensor]]] = []
 
     def launch(self, tensors):
         self._outputs = self._start(self.name, tensors, self.output_splits, self.input_splits)
@@ -206,7 +214,7 @@ class AllToAll(Exchange):
         return self._finish()
 
     def launch_backward(self, grads):
-        name = f"{self.name}-backward"
+        name: AllToAllName = "dispatch-backward" if self.name == "dispatch" else "combine-backward"
         self._outputs = self._start(name, grads, self.input_splits, self.output_splits)
 
     def wait_backward(self):
@@ -289,6 +297,7 @@ class OnLaunchStream(Exchange):
 
     def _join(self, tensors) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream()
+        assert _stream is not None  # it has launched what is waited for
         current.wait_stream(_stream)
         for tensor in tensors:
             tensor.record_stream(current)

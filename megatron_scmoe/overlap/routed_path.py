@@ -17,7 +17,7 @@ from megatron_scmoe.overlap.async_all_to_all import CompletedExchange, Flight, n
 from megatron_scmoe.overlap.cuda_graph import CAPTURED_STEPS, CapturedRouting
 from megatron_scmoe.overlap.schedule import Action, Boundary, Schedule, Step
 
-_NO_BATCH = MappingProxyType({})
+_NO_BATCH: Mapping[str, Any] = MappingProxyType({})
 
 
 class AddedOutput(Protocol):
@@ -62,8 +62,8 @@ class RoutedPath:
         """May be replaced between forwards; the number of chunks stays."""
         self.on_action: Callable[[Action], None] | None = None
         """Called before each action; tests and measurements record with it."""
-        self._moe = None
-        self._unflatten: Callable | None = None
+        self._moe: Any = None  # a ScMoELayer: model/ imports this module, not the reverse
+        self._unflatten: Any = None
         self._pass: _Pass | None = None
         self._captured: CapturedRouting | None = None
         self._steps = {

@@ -28,6 +28,9 @@ from megatron_scmoe.overlap.async_all_to_all import (
 class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
+    probs: Tensor  # Megatron's
+    tokens_per_expert: Tensor  # Megatron's
+
     exchange = AllToAll
     choices_vary = False
     """Whether tokens may have fewer than topk experts: with zero experts, see router.py."""
@@ -66,8 +69,8 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         tokens, permuted_probs = self.dispatch_preprocess(hidden_states, routing_map, probs)
         self.cuda_dtoh_point = "before_permutation_1"
         self.probs = self.probs.detach()  # later steps read its dtype only
-        state = {name: getattr(self, name, None) for name in self._STATE}
-        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        found = {name: getattr(self, name, None) for name in self._STATE}
+        state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         return tokens, permuted_probs, state
 
     def resume_permutation(
@@ -119,7 +122,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def launch_dispatch(self, flight: Flight | CompletedExchange) -> None:
         """Start sending the tokens to the ranks of their experts; the host waits for the sizes."""
-        if self.ep_size == 1:
+        if isinstance(flight, CompletedExchange):
             return
         # Megatron copies the split sizes to the host on a stream of their own; now they are needed.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(

@@ -28,7 +28,7 @@ def prepare_parser(
 ) -> argparse.ArgumentParser:
     """Add arguments to Megatron's parser, and make its help and its errors readable."""
     parser = add_arguments(parser)
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]  # the parser is Megatron's
     parser.formatter_class = HelpFormatter
     for action in parser._actions:
         action.help = _printable(action, parser)
@@ -84,8 +84,12 @@ def import_lightly() -> None:
 
     What compiles kernels is not imported: PyTorch's compiler, and the algebra of symbolic shapes.
     """
-    torch.compile = lambda model=None, **kwargs: model or (lambda function: function)
+    torch.compile = _leave_alone
     sys.modules.setdefault("torch.fx.experimental.symbolic_shapes", MagicMock())
+
+
+def _leave_alone(model: Callable | None = None, **kwargs) -> Callable:
+    return model or (lambda function: function)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -103,7 +107,7 @@ def _printable(action: argparse.Action, parser: argparse.ArgumentParser) -> str 
     return action.help
 
 
-def _with_argparse_errors(convert: Callable, metavar: str | None) -> Callable:
+def _with_argparse_errors(convert: Callable, metavar: str | tuple[str, ...] | None) -> Callable:
     """argparse gives one line for the errors it expects of a ``type``, and leaves a trace of others."""
 
     @functools.wraps(convert)

@@ -230,8 +230,8 @@ _SOURCES = (
 
 def _data_source(args) -> str | None:
     """The (first) flag that says where the data is; None if a checkpoint is converted without."""
-    given = [next((f for f in flags if _value(args, f)), None) for flags in _SOURCES]
-    given = [flag for flag in given if flag is not None]
+    first = (next((f for f in flags if _value(args, f)), None) for flags in _SOURCES)
+    given = [flag for flag in first if flag is not None]
     if len(given) > 1:
         raise InputError(" with ".join(given), "the data is named twice", "one of them")
     if not given and args.ckpt_convert_format is None:

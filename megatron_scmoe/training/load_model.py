@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -119,7 +119,7 @@ class Checkpoint:
                 f"--sequence-length {longest} or less",
             )
 
-    def load(self, model: torch.nn.Module) -> None:
+    def load(self, model: MegatronModule) -> None:
         """Load the model's weights, whatever the layouts of both.
 
         Raises:

@@ -79,7 +79,7 @@ def main() -> None:
             )
         )
     print_rank_0(describe(scmoe))
-    datasets_provider.is_distributed = True
+    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
@@ -190,7 +190,8 @@ def forward_step(data_iterator, model):
     )
     timers("batch-generator").stop()
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return output, partial(loss_function, loss_mask)
+    # The last stage calls it, and has a mask.
+    return output, partial(loss_function, loss_mask)  # type: ignore[arg-type]
 
 
 def get_batch(data_iterator, vp_stage: int | None = None) -> tuple[Tensor | None, ...]:

@@ -57,7 +57,8 @@ def adding_args(
     Returns:
         The provider, and what of ``chosen`` it takes.
     """
-    free, fixed = {}, {}
+    free: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     if saved is not None and saved.args is not None and given.use_checkpoint_args:
         free_too = changed(given)
         for name, value in model_arguments(saved.args).items():

@@ -21,6 +21,8 @@ import transformers
 from megatron_scmoe.checkpoints.formats.longcat_flash import longcat_config, megatron_flags
 from tests.harness import run_distributed, run_pretrain
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "gpt2_moe_medium"
 TRAIN, SBATCH = EXAMPLE / "train.sh", EXAMPLE / "train.sbatch"

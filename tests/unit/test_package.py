@@ -60,6 +60,10 @@ def test_wheel_holds_every_module(wheel):
     assert {str(file.relative_to(REPOSITORY)) for file in modules} <= set(wheel.namelist())
 
 
+def test_wheel_tells_type_checkers_that_it_has_types(wheel):
+    assert "megatron_scmoe/py.typed" in wheel.namelist()
+
+
 def scmoe(installed: Path, *words: str) -> subprocess.CompletedProcess:
     """Call the console program that was installed, away from the checkout."""
     return subprocess.run(

@@ -10,6 +10,8 @@ from tests import harness
 from tests.distributed.test_bad_input import MODEL
 from tests.resident import RankFailure, ResidentRanks
 
+pytestmark = pytest.mark.slow
+
 EP2 = [*MODEL, "--mock-data", "--expert-model-parallel-size", "2"]
 
 

@@ -29,16 +29,15 @@ def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllTo
     """
     if scmoe.exchange == "collective" or group.size() == 1:
         return AllToAll
-    copied = scmoe.copy_engine_all_to_alls
-    if copied is None:
-        copied = get_args(AllToAllName)
-    return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), frozenset(copied))
+    chosen = scmoe.copy_engine_all_to_alls
+    copied = frozenset(get_args(AllToAllName) if chosen is None else chosen)
+    return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), copied)
 
 
 @functools.cache
 def _engines_of(group: ProcessGroup, exchange: str) -> CopyEngines:
     """The engines of a group, which all its layers share as long as the process lives."""
-    return CopyEngines(group, exchange.removeprefix("copy-"))
+    return CopyEngines(group, "host" if exchange == "copy-host" else "peer")
 
 
 class CopyEngineAllToAll(AllToAll):

@@ -26,6 +26,8 @@ from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, build_schedule, num_sl
 from megatron_scmoe.platform.command_line import run_tool
 from tests.unit.cli.test_data_commands import tool
 
+pytestmark = pytest.mark.slow
+
 TRACE = Path(__file__).parents[2] / "data" / "trace-wide.json"
 """The kernels of two neighbouring pairs, forward and backward, cut out of a trace of the benchmark's
 shape "wide" (2 x H200, Pos-2, slot 2, overlapped); names shortened."""

@@ -8,6 +8,8 @@ import pytest
 
 from tests.benchmarks import BENCHMARKS, environment, stored
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS = ["top2", "shared", "scmoe-serial", "scmoe", "floor"]
 
 

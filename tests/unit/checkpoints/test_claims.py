@@ -18,6 +18,8 @@ from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from megatron_scmoe.errors import ConversionError
 from tests import longcat, models
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 301
 
 SIZES = dict(

@@ -30,6 +30,8 @@ from megatron_scmoe.errors import ConversionError
 from tests import checkpoints, models
 from tests.tools import TOOLS, tool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

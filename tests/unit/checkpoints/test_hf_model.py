@@ -38,6 +38,8 @@ from tests.hf import (
     logits,
 )
 
+pytestmark = pytest.mark.slow
+
 # --- weights: start, dtype, size, files -----------------------------------------------------------
 
 

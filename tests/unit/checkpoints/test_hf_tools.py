@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM, ScMoERouter
 from tests.hf import IDS, SIGMOID, TIED, all_variants, assert_close, build, logits
 
+pytestmark = pytest.mark.slow
+
 # --- every weight in its own module ---------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ from megatron_scmoe.checkpoints.hf.modeling_scmoe import (
 )
 from tests.hf import BASE, IDS, SIGMOID, TIED, VOCAB, all_variants, assert_close, build
 
+pytestmark = pytest.mark.slow
+
 # --- training -------------------------------------------------------------------------------------
 
 

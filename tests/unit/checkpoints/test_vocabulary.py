@@ -25,6 +25,8 @@ from megatron_scmoe.errors import ConversionError
 from megatron_scmoe.evaluation.perplexity import HuggingFaceModel, Sequences
 from tests import checkpoints, models
 
+pytestmark = pytest.mark.slow
+
 TOKENS, ROWS = 61, checkpoints.ROWS
 
 

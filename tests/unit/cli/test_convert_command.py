@@ -13,6 +13,8 @@ from megatron_scmoe.errors import ScMoEError
 from tests import checkpoints, models
 from tests.tools import tool
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 301
 EXPERTS = ("--num-experts", 2, "--topk", 1)
 

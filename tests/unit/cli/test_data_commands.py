@@ -18,6 +18,8 @@ from megatron.core.datasets.utils import Split
 from megatron_scmoe.platform.command_line import UsageError
 from tests.tools import TOOLS, run_tool, tool
 
+pytestmark = pytest.mark.slow
+
 # Indentation, blank lines, CR LF, tabs, characters outside any small vocabulary, no final newline.
 TEXTS = {
     "a.txt": "def add(a, b):\n    return a + b\n\n\nclass Empty:\n\tpass\n" * 40,

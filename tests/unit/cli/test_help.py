@@ -10,6 +10,8 @@ from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
 from megatron_scmoe.platform.megatron_flags import prepare_parser
 from tests.tools import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 240  # 10 s where nothing else runs
 
 COMMANDS = {

@@ -1,7 +1,7 @@
 """Rules of the router: Megatron's, and this package's own with zero experts and biased choices."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
@@ -104,7 +104,7 @@ class _NotKnown(NamedTuple):
     name: str
     flag: str
     accepted: str
-    is_given: Callable = bool
+    is_given: Callable[[Any], object] = bool
 
 
 NOT_WITH_OWN_ROUTER = (

@@ -4,16 +4,16 @@
 
 :func:`validate` sees the model's settings twice: as parsed flags, before Megatron has judged them
 (so that the message is ours), and as the final ``TransformerConfig``, which every way into the
-package ends in.
-
-To add a rule, write a function under ``@rule`` with its flags in the module of its subject, name it in
-:data:`RULES`, and give a combination that it refuses in tests/unit/validation/test_validation.py.
+package ends in. What a rule says stands beside its name, in the module of its subject.
 """
 
+import argparse
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.validation import (
@@ -31,7 +31,7 @@ from megatron_scmoe.validation.rule import Rule
 from megatron_scmoe.validation.settings import Settings
 
 
-def validate(scmoe: ScMoEConfig, settings) -> None:
+def validate(scmoe: ScMoEConfig, settings: TransformerConfig | argparse.Namespace) -> None:
     """Refuse what cannot work.
 
     Args:
@@ -128,7 +128,7 @@ def describe(wanted: Sequence[str] = ()) -> Iterator[str]:
     """
     for flag, rules in index_by_flag().items():
         for rule in rules if flag in wanted or not wanted else ():
-            file = Path(inspect.getsourcefile(rule.check)).name
+            file = Path(inspect.getfile(rule.check)).name
             line = inspect.getsourcelines(rule.check)[1]
             name = rule.check.__name__.replace("_", " ")
             yield f"{flag:<44} {f'{file}:{line}':<24} {name}"

@@ -1,8 +1,9 @@
 """The settings that rules read, under one name each, whether they are flags or a configuration yet."""
 
+import argparse
 import functools
 from dataclasses import fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -21,10 +22,10 @@ class Settings:
 
     _FLAG_NAMES: ClassVar[dict[str, str]] = {"num_moe_experts": "num_experts"}
 
-    def __init__(self, source):
+    def __init__(self, source: TransformerConfig | argparse.Namespace):
         self._source = source
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         for known_as in (name, self._FLAG_NAMES.get(name, name)):
             if hasattr(self._source, known_as):
                 return getattr(self._source, known_as)
@@ -45,6 +46,6 @@ def final_config(seen: Settings) -> TransformerConfig | None:
     return seen._source if isinstance(seen._source, TransformerConfig) else None
 
 
-def as_list(value) -> list:
+def as_list(value: Any) -> list[Any]:
     """A setting that Megatron's parser makes a list of, and its configuration may not."""
     return value if isinstance(value, list) else [value]

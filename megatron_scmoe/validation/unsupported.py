@@ -1,7 +1,7 @@
 """Features of Megatron that have no place in ScMoE, whatever else is set: a table."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
@@ -16,7 +16,7 @@ class Unsupported(NamedTuple):
     flag: str
     reason: str
     accepted: str
-    is_refused: Callable = bool
+    is_refused: Callable[[Any], object] = bool
 
 
 UNSUPPORTED = (

@@ -4,7 +4,10 @@
 
 :func:`validate` sees the model's settings twice: as parsed flags, before Megatron has judged them
 (so that the message is ours), and as the final ``TransformerConfig``, which every way into the
-package ends in. What a rule says stands beside its name, in the module of its subject.
+package ends in.
+
+To add a rule, write a function under ``@rule`` with its flags in the module of its subject, name it in
+:data:`RULES`, and give a combination that it refuses in tests/unit/validation/test_validation.py.
 """
 
 import argparse

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.checkpoints.folder import TRACKER
-from megatron_scmoe.checkpoints.formats.registry import NAMES, Tensors, find_format
+from megatron_scmoe.checkpoints.formats.registry import NAMES, find_format
 from megatron_scmoe.checkpoints.kinds import ACCEPTED, what_is
-from megatron_scmoe.checkpoints.lazy_tensor import total_bytes
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors, total_bytes
 from megatron_scmoe.checkpoints.model_arguments import built_by_spec
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
 from megatron_scmoe.checkpoints.stock import with_defaults

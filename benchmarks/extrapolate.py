@@ -6,14 +6,15 @@ With more ranks a larger share of the tokens leaves its GPU: (n - 1) / n. All-to
 that much, at the same bandwidth of each GPU (or --bandwidth times it); compute stays. Stock top-2k
 sends twice the tokens and waits for all of it; stock top-k + shared and serial ScMoE send as many as
 ScMoE; of shared-overlap, all that the shared expert's compute can hide is taken to be hidden; what
-ScMoE hides is simulated (megatron_scmoe/timeline.py). The measured time is kept and only the
+ScMoE hides is simulated (megatron_scmoe/analysis/simulator.py). The measured time is kept and only the
 difference is added. An extrapolation, not a measurement: contention on the host's memory by more GPUs
 is left out.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
+
+from result import read_result
 
 from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError, simulate
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT
@@ -56,30 +57,6 @@ def _communication(times: dict[str, float]) -> float:
     return times["dispatch"] + times["combine"]
 
 
-def read_result(path: Path) -> dict:
-    """A result of step_time.py.
-
-    Raises:
-        UsageError: if it is none, or nothing can be said of it.
-    """
-    try:
-        result = json.loads(path.read_text())
-        systems, ranks = result["systems"], result["world_size"]
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path}: it is no result of step_time.py; accepted: its --json"
-        ) from error
-    if ranks < 2:
-        raise UsageError(
-            f"{path}: measured on {ranks} GPU, where nothing leaves it; accepted: 2 or more"
-        )
-    if "top2" not in systems:
-        raise UsageError(f"{path}: top2 was not measured; accepted: a result with it")
-    return result
-
-
 def main() -> None:
     """Print measured and extrapolated ratios."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
@@ -91,6 +68,7 @@ def main() -> None:
         help="of each GPU's link then, over that measured")  # fmt: skip
     options = parser.parse_args()
     result = read_result(options.result)
+    _check_measured(options.result, result)
     if options.gpus < 2:
         raise UsageError("--gpus 1: nothing leaves one GPU; accepted: 2 or more")
     if options.bandwidth <= 0:
@@ -120,6 +98,17 @@ def main() -> None:
             f"{system:<16}{row['step_ms']:>10.1f}{step:>10.3f}x"
             f"{row['forward_ms']:>12.1f}{forward:>10.3f}x"
         )
+
+
+def _check_measured(path: Path, result: dict) -> None:
+    """Raise UsageError if nothing can be said of a result."""
+    ranks = result["world_size"]
+    if ranks < 2:
+        raise UsageError(
+            f"{path}: measured on {ranks} GPU, where nothing leaves it; accepted: 2 or more"
+        )
+    if "top2" not in result["systems"]:
+        raise UsageError(f"{path}: top2 was not measured; accepted: a result with it")
 
 
 if __name__ == "__main__":

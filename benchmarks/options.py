@@ -27,7 +27,7 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     options = parser.parse_args(argv)
     given = {name for name in vars(options) if getattr(options, name) not in (None, False)}
     if options.systems is None:
-        options.systems = [name for name in SYSTEMS if _can_run(name, options, on_cpu)]
+        options.systems = all_that_run(on_cpu, options.cuda_graphs is not None)
     _check_systems(options, given, on_cpu)
     shape = SHAPES[options.shape]
     _check_shape(options, shape)
@@ -54,6 +54,11 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
         cuda_graphs=_graph_modules(options),
     )
     return options
+
+
+def all_that_run(on_cpu: bool, graphs: bool) -> list[str]:
+    """The systems that run: Megatron's 1F1B wants a GPU, and captures nothing here."""
+    return [name for name in SYSTEMS if name != "top2-1f1b" or not (on_cpu or graphs)]
 
 
 def _parser() -> OneLineParser:
@@ -104,14 +109,9 @@ def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def _can_run(system: str, options: Namespace, on_cpu: bool) -> bool:
-    """Megatron's 1F1B wants a GPU, and captures nothing here."""
-    return system != "top2-1f1b" or not (on_cpu or options.cuda_graphs is not None)
-
-
 def _check_systems(options: Namespace, given: set[str], on_cpu: bool) -> None:
     for name in options.systems:
-        if not _can_run(name, options, on_cpu):
+        if name not in all_that_run(on_cpu, options.cuda_graphs is not None):
             reason = "without a GPU" if on_cpu else "with --cuda-graphs"
             raise UsageError(f"--systems {name}: it does not run {reason}; leave it out")
     for name in OF_SCMOE:
@@ -184,7 +184,7 @@ def _check_schedule(options: Namespace) -> None:
 
 
 def _graph_modules(options: Namespace) -> tuple[str, ...]:
-    """What is captured of ScMoE; by default all it can be (see validation.py)."""
+    """What is captured of ScMoE; by default all it can be (see megatron_scmoe/validation)."""
     if options.cuda_graphs is None:
         return ()
     if options.cuda_graphs:

@@ -95,6 +95,13 @@ def build_block_spec(
     return TransformerBlockSubmodules(layer_specs=specs[::-1], layer_norm=norm)
 
 
+def stage_spec(
+    model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig, local_norm_keys: bool
+) -> TransformerBlockSubmodules:
+    """As :func:`build_block_spec`, called as Megatron's model builder calls for a stage's spec."""
+    return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
+
+
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
     """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
     untold = scmoe.expert_slot in (None, "auto")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.router import ZeroExpertOutput
-from megatron_scmoe.overlap.copy_engine import exchange_for
+from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Boundary
 from megatron_scmoe.overlap.token_dispatcher import build_token_dispatcher
@@ -29,7 +29,7 @@ class ScMoELayer(MoELayer):
 
     Args:
         scmoe: the configuration of ScMoE.
-        path: the routed path of this pair of blocks; it is connected to this layer.
+        path: the routed path of this pair of blocks.
         norm: builder of the norms this layer adds.
     """
 
@@ -70,9 +70,6 @@ class ScMoELayer(MoELayer):
         self.post_layernorm = norm(**norm_arguments) if scmoe.post_norm else None
 
         self.path = path
-        path.connect(self)
-        if self.shortcut_layernorm is not None:
-            path.set_norm(apply_module(self.shortcut_layernorm))
 
     def forward(
         self,
@@ -95,6 +92,12 @@ class ScMoELayer(MoELayer):
         if self.post_layernorm is not None:
             output = apply_module(self.post_layernorm)(output)
         return output, None
+
+    def norm_tap(self, tap: Tensor) -> Tensor:
+        """norm(tap), [s, b, h]; with a shared norm the dense block gives the tap normalised."""
+        if self.shortcut_layernorm is None:
+            return tap
+        return apply_module(self.shortcut_layernorm)(tap)
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None

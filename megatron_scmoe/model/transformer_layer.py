@@ -84,19 +84,16 @@ class ScMoEDenseLayer(_CapturableLayer):
     def __init__(self, *args, scmoe: ScMoEConfig, path: RoutedPath, **kwargs):
         super().__init__(*args, **kwargs)
         self.path = path
-        self._batch: dict = {}
         self.captures_routing = CudaGraphModule.moe_router in (self.config.cuda_graph_modules or ())
         self.captures_mlp = CudaGraphModule.mlp in (self.config.cuda_graph_modules or ())
         self.taps_input = scmoe.tap == "pos3"
-        self.taps_mlp_norm = scmoe.router_norm == "shared" and scmoe.tap == "pos2"
-        if self.taps_mlp_norm:
-            path.set_norm(lambda tap: tap)  # the tap given to it is this norm's output already
-        elif scmoe.router_norm == "shared":
-            path.set_norm(self._apply_mlp_norm)
+        self.shares_norm = scmoe.router_norm == "shared"
+        self.taps_mlp_norm = self.shares_norm and scmoe.tap == "pos2"
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's forward, [s, b, h] -> [s, b, h], announcing three boundaries."""
-        self._begin(hidden_states, kwargs)
+        self.path.begin(kwargs)
+        self._announce(Boundary.PAIR_INPUT, hidden_states)
         return super().forward(hidden_states, *args, **kwargs)
 
     def _te_cuda_graph_capture(self, hidden_states: Tensor, *args, **kwargs):
@@ -110,17 +107,18 @@ class ScMoEDenseLayer(_CapturableLayer):
         return output, *routed
 
     def _te_cuda_graph_replay(self, hidden_states: Tensor, *args, **kwargs):
+        self.path.begin(kwargs)
         if not self.captures_routing:
-            self._begin(hidden_states, kwargs)
+            self._announce(Boundary.PAIR_INPUT, hidden_states)
             (attended,) = self._replay(hidden_states, *args, **kwargs)
             return self._forward_mlp(attended), None
         output, *routed = self._replay(hidden_states, *args, **kwargs)
-        self.path.resume(hidden_states.shape, routed, kwargs)
+        self.path.resume(hidden_states.shape, routed)
+        self.path.passed(Boundary.PAIR_INPUT)
         if self.captures_mlp:
-            for boundary in (Boundary.PAIR_INPUT, Boundary.AFTER_ATTENTION, Boundary.AFTER_MLP):
-                self.path.passed(boundary, batch=kwargs)
+            self.path.passed(Boundary.AFTER_ATTENTION)
+            self.path.passed(Boundary.AFTER_MLP)
             return output, None
-        self._begin(hidden_states, kwargs)
         return self._forward_mlp(output), None
 
     def _get_submodules_under_cudagraphs(self):
@@ -136,30 +134,25 @@ class ScMoEDenseLayer(_CapturableLayer):
             for module in self.path.routing_modules():
                 yield from module.parameters(recurse)
 
-    def _begin(self, hidden_states: Tensor, batch: dict) -> None:
-        self._batch = batch
-        self.path.passed(Boundary.PAIR_INPUT, hidden_states, batch)
-
     def _forward_mlp(self, hidden_states: Tensor, *args, **kwargs):
-        batch, self._batch = self._batch, {}
-        if self.taps_mlp_norm:
-            self._batch = batch
-        else:
-            self.path.passed(Boundary.AFTER_ATTENTION, hidden_states, batch)
+        if not self.taps_mlp_norm:
+            self._announce(Boundary.AFTER_ATTENTION, hidden_states)
         output = super()._forward_mlp(hidden_states, *args, **kwargs)
-        self.path.passed(Boundary.AFTER_MLP, output, batch)
+        self._announce(Boundary.AFTER_MLP, output)
         return output
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor):
         normed = super()._forward_pre_mlp_layernorm(hidden_states)
         if self.taps_mlp_norm:
             tap = normed[0] if isinstance(normed, tuple) else normed
-            batch, self._batch = self._batch, {}
-            self.path.passed(Boundary.AFTER_ATTENTION, tap, batch)
+            self.path.passed(Boundary.AFTER_ATTENTION, tap)
         return normed
 
-    def _apply_mlp_norm(self, tap: Tensor) -> Tensor:
-        return apply_module(self.pre_mlp_layernorm)(tap)
+    def _announce(self, boundary: Boundary, hidden_states: Tensor) -> None:
+        """Tell the routed path; a tap that the router reads through this MLP's norm goes through it."""
+        if self.shares_norm and boundary == self.path.schedule.tap:
+            hidden_states = apply_module(self.pre_mlp_layernorm)(hidden_states)
+        self.path.passed(boundary, hidden_states)
 
 
 class ScMoETransformerLayer(_CapturableLayer):
@@ -177,7 +170,7 @@ class ScMoETransformerLayer(_CapturableLayer):
         super().__init__(*args, **kwargs)
         self.path = path
         self.taps_own_input = taps_own_input
-        path.set_unflatten(self._maybe_unflatten_for_moe)
+        path.bind(self.mlp, self._maybe_unflatten_for_moe)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's forward, [s, b, h] -> [s, b, h]."""
@@ -191,7 +184,8 @@ class ScMoETransformerLayer(_CapturableLayer):
 
     def _begin(self, hidden_states: Tensor, batch: dict) -> None:
         if self.taps_own_input:
-            self.path.passed(Boundary.AFTER_MLP, hidden_states, batch)
+            self.path.begin(batch)
+            self.path.passed(Boundary.AFTER_MLP, hidden_states)
 
     def _forward_mlp(self, *args, **kwargs):
         self.path.passed(Boundary.AFTER_SECOND_ATTENTION)

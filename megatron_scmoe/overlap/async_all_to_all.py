@@ -1,4 +1,4 @@
-"""The only module that touches streams, events and asynchronous collectives (but copy_engine.py,
+"""The only module that touches streams, events and asynchronous collectives (but copy_engine/,
 an all-to-all that is no collective).
 
 An *exchange* moves tensors between the expert-parallel ranks:
@@ -57,6 +57,11 @@ def can_launch_late() -> bool:
     return not cpu_backend.is_enabled() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
 
 
+def now() -> torch.cuda.Event:
+    """The moment when all that was enqueued for the compute is done."""
+    return torch.cuda.current_stream().record_event()
+
+
 def event_in_graph() -> torch.cuda.Event:
     """An event that, recorded while a CUDA graph is captured, happens in the midst of each replay."""
     return torch.cuda.Event(external=True)
@@ -93,7 +98,7 @@ class Flight:
     def __init__(self, *tensors: Tensor, ready: torch.cuda.Event | None = None):
         self._exchange: Exchange | None = None
         self._departed = _Depart.apply(self, *tensors)
-        self._ready = ready or torch.cuda.current_stream().record_event()
+        self._ready = ready or now()
 
     def launch(self, exchange: Exchange) -> None:
         """Start ``exchange`` as soon as the tensors are ready."""
@@ -155,8 +160,7 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        ready = torch.cuda.current_stream().record_event()
-        with launch_stream(ready):
+        with launch_stream(now()):
             ctx.flight._exchange.launch_backward(grads)
         return None, *(_placeholder(*kind) for kind in ctx.departed)
 

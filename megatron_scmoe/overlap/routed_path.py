@@ -1,11 +1,11 @@
 """The routed path of one pair of blocks: from the tap to the combined output.
 
 The backbone's layers tell it of every boundary they pass; it takes the steps that the schedule lists
-there. It is not a module: the parameters it uses belong to the MoE layer it is connected to.
+there. It is not a module: the parameters it uses belong to the MoE layer it is bound to.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -13,7 +13,8 @@ import torch
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_scmoe.overlap.async_all_to_all import CompletedExchange, Flight, event_in_graph
+from megatron_scmoe.overlap.async_all_to_all import CompletedExchange, Flight, now
+from megatron_scmoe.overlap.cuda_graph import CAPTURED_STEPS, CapturedRouting
 from megatron_scmoe.overlap.schedule import Action, Boundary, Schedule, Step
 
 _NO_BATCH = MappingProxyType({})
@@ -42,14 +43,11 @@ class _Chunk:
 class _Pass:
     """One forward."""
 
-    tap: Tensor
     batch: Mapping[str, Any]
-    chunks: list[_Chunk]
+    tap: Tensor | None = None
+    chunks: list[_Chunk] = field(default_factory=list)
     zero: AddedOutput | None = None
     done: tuple[Step, ...] = ()
-
-
-_CAPTURED = (Step.ROUTE, Step.PERMUTE)
 
 
 class RoutedPath:
@@ -65,11 +63,9 @@ class RoutedPath:
         self.on_action: Callable[[Action], None] | None = None
         """Called before each action; tests and measurements record with it."""
         self._moe = None
-        self._norm: Callable[[Tensor], Tensor] | None = None
         self._unflatten: Callable | None = None
         self._pass: _Pass | None = None
-        self._resumed: _Chunk | None = None
-        self._captured: torch.cuda.Event | None = None
+        self._captured: CapturedRouting | None = None
         self._steps = {
             Step.PERMUTE: self._permute,
             Step.LAUNCH_DISPATCH: self._launch_dispatch,
@@ -80,8 +76,12 @@ class RoutedPath:
             Step.UNPERMUTE: self._unpermute,
         }
 
-    def connect(self, moe) -> None:
-        """Attach the MoE layer whose router, experts and dispatcher this path uses.
+    def bind(self, moe, unflatten: Callable) -> None:
+        """Attach the MoE block whose router, experts and dispatcher this path uses.
+
+        Args:
+            moe: the block's :class:`~megatron_scmoe.model.moe_layer.ScMoELayer`.
+            unflatten: how packed sequences regain their batch dimension: Megatron's, of that block.
 
         Raises:
             RuntimeError: if the path has one already: a spec builds one model.
@@ -90,33 +90,28 @@ class RoutedPath:
             raise RuntimeError(
                 "this ScMoE spec has built a model already; build a new spec for each model"
             )
-        self._moe = moe
+        self._moe, self._unflatten = moe, unflatten
 
-    def set_norm(self, norm: Callable[[Tensor], Tensor]) -> None:
-        """Set the norm between tap and router: [s, b, h] -> [s, b, h]."""
-        self._norm = norm
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """A forward of the pair begins.
 
-    def set_unflatten(self, unflatten: Callable) -> None:
-        """Set how packed sequences regain their batch dimension (Megatron's, of the MoE block)."""
-        self._unflatten = unflatten
+        Args:
+            batch: the keyword arguments of the block's forward; read are ``padding_mask`` ([b, s],
+                True for padding, which the router's losses leave out) and ``packed_seq_params``.
+        """
+        self._pass = _Pass(batch)
 
-    def passed(
-        self, boundary: Boundary, tap: Tensor | None = None, batch: Mapping[str, Any] = _NO_BATCH
-    ) -> None:
+    def passed(self, boundary: Boundary, hidden_states: Tensor | None = None) -> None:
         """Hear that the backbone has reached ``boundary`` and take the steps due there.
 
         Args:
             boundary: what has been reached.
-            tap: the backbone's tensor at this boundary, [s, b, h]; read if this is the tap.
-            batch: the keyword arguments of the block's forward; read are ``padding_mask`` ([b, s],
-                True for padding, which the router's losses leave out) and ``packed_seq_params``.
+            hidden_states: the backbone's tensor at this boundary, [s, b, h]; read if this is the tap.
         """
-        if boundary == self.schedule.tap:
-            self._pass = _Pass(tap, batch, [])
-            if self._resumed is not None:
-                self._pass = _Pass(tap, batch, [self._resumed], done=_CAPTURED)
-                self._resumed = None
-        for action in self.schedule.at(boundary):
+        actions = self.schedule.at(boundary)
+        if actions and boundary == self.schedule.tap:
+            self._pass.tap = hidden_states
+        for action in actions:
             if self.on_action is not None:
                 self.on_action(action)
             if action.step in self._pass.done:
@@ -149,39 +144,34 @@ class RoutedPath:
         Returns:
             Permuted tokens, their probabilities, and what the dispatcher needs of the routing.
         """
+        if self._captured is None:
+            self._captured = CapturedRouting(self._moe)
         tap, _ = self.prepare(tap, _NO_BATCH)
-        probs, routing_map, _ = self._moe.route(tap)
-        captured = self._moe.token_dispatcher.capture_permutation(tap, probs, routing_map)
-        self._captured = self._captured or event_in_graph()
-        self._captured.record()
-        return captured
+        return self._captured.capture(tap)
 
-    def resume(self, shape: torch.Size, captured: list[Tensor], batch: Mapping[str, Any]) -> None:
-        """Continue after a replay of what :meth:`capture` captured: these steps are taken.
+    def resume(self, shape: torch.Size, captured: list[Tensor]) -> None:
+        """Go on from a replay of what :meth:`capture` captured: in this forward it is done.
 
         Args:
             shape: of the tap, [s, b, h].
             captured: what the graph gave for what :meth:`capture` returned.
-            batch: see :meth:`passed`.
 
         Raises:
             ValueError: if the batch has a padding mask, which the graph has not.
         """
-        if batch.get("padding_mask") is not None:
+        if self._pass.batch.get("padding_mask") is not None:
             raise ValueError(
                 "--cuda-graph-modules moe_router with a padding mask: the captured router reads none; "
                 "accepted: attn"
             )
-        ready = (
-            self._captured if self.schedule.overlap else torch.cuda.current_stream().record_event()
-        )
-        flight = self._moe.token_dispatcher.resume_permutation(captured, shape, ready)
-        self._resumed = _Chunk(flight=flight)
+        ready = None if self.schedule.overlap else now()
+        self._pass.chunks = [_Chunk(flight=self._captured.resume(shape, captured, ready))]
+        self._pass.done = CAPTURED_STEPS
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The router's input, norm(tap), [s, b, h], and its padding mask, [s, b], if any."""
         tap, mask, _ = self._unflatten(
-            self._norm(tap), batch.get("padding_mask"), batch.get("packed_seq_params")
+            self._moe.norm_tap(tap), batch.get("padding_mask"), batch.get("packed_seq_params")
         )
         return tap, None if mask is None else mask.transpose(0, 1).bool()
 

@@ -5,8 +5,6 @@ only the communication itself: the ``arrive`` of a launched flight gives what Me
 ``token_dispatch`` and ``token_combine`` would have returned.
 """
 
-from collections.abc import Sequence
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -31,11 +29,10 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """The all-to-all dispatcher; the exchange is asynchronous on NCCL and on gloo alike."""
 
     exchange = AllToAll
-    _captured: Sequence[str] = ()
     choices_vary = False
     """Whether tokens may have fewer than topk experts: with zero experts, see router.py."""
 
-    _CAPTURED = (
+    _STATE = (
         "tokens_per_expert",
         "input_splits",
         "output_splits",
@@ -44,6 +41,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         "reversed_local_input_permutation_mapping",
         "routing_map",
     )
+    """What later steps read of the routing, where it is a tensor."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,7 +51,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def capture_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Permute while a CUDA graph is captured; the copy of the split sizes is left for later.
 
         Args:
@@ -65,26 +63,29 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             Permuted tokens and probabilities, and the tensors that later steps read.
         """
         self.cuda_dtoh_point = "before_ep_alltoall"
-        tokens = self.dispatch_preprocess(hidden_states, routing_map, probs)
+        tokens, permuted_probs = self.dispatch_preprocess(hidden_states, routing_map, probs)
         self.cuda_dtoh_point = "before_permutation_1"
         self.probs = self.probs.detach()  # later steps read its dtype only
-        self._captured = [
-            name for name in self._CAPTURED if isinstance(getattr(self, name, None), Tensor)
-        ]
-        return [*tokens, *(getattr(self, name) for name in self._captured)]
+        state = {name: getattr(self, name, None) for name in self._STATE}
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return tokens, permuted_probs, state
 
     def resume_permutation(
-        self, captured: list[Tensor], shape: torch.Size, ready: torch.cuda.Event
+        self,
+        tokens: Tensor,
+        probs: Tensor,
+        state: dict[str, Tensor],
+        shape: torch.Size,
+        ready: torch.cuda.Event,
     ) -> Flight | CompletedExchange:
         """Continue after a replay, and start the copy of the split sizes.
 
         Args:
-            captured: what the graph gave for what :meth:`capture_permutation` returned.
+            tokens, probs, state: what the graph gave for what :meth:`capture_permutation` returned.
             shape: of the hidden states, [s, b, h].
             ready: when that part of the graph is through.
         """
-        tokens, probs, *state = captured
-        for name, value in zip(self._captured, state, strict=True):
+        for name, value in state.items():
             setattr(self, name, value)
         self.hidden_shape = shape
         self.hidden_shape_before_permute = torch.Size((shape[0] * shape[1], shape[2]))

@@ -34,7 +34,7 @@ from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError, InputError, in_words, judged_by_megatron
-from megatron_scmoe.model.layer_spec import build_block_spec
+from megatron_scmoe.model.layer_spec import stage_spec
 from megatron_scmoe.platform import megatron_workarounds
 
 NULL_TOKENIZER = "NullTokenizer"
@@ -227,9 +227,7 @@ def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | Non
         model_config = megatron_workarounds.gpt_config(args, config)
     if scmoe is not None:
         keys = megatron_workarounds.has_local_norm_keys_at(str(checkpoint.path))
-        model_config.transformer_layer_spec = partial(
-            _block_spec, scmoe=scmoe, local_norm_keys=keys
-        )
+        model_config.transformer_layer_spec = partial(stage_spec, scmoe=scmoe, local_norm_keys=keys)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
@@ -313,7 +311,3 @@ def _check_layout(checkpoint: Checkpoint, layout: Layout, args) -> None:
             raise InputError(
                 f"{flags} is {size}", f"there are {world} ranks", f"a multiple of {size} ranks"
             )
-
-
-def _block_spec(model_config, vp_stage=None, *, scmoe: ScMoEConfig, local_norm_keys: bool):
-    return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)

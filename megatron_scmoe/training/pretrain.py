@@ -22,9 +22,8 @@ from torch import Tensor
 from megatron_scmoe.analysis import slot_tuner
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
-from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError, judged_by_megatron
-from megatron_scmoe.model.layer_spec import build_block_spec, describe
+from megatron_scmoe.model.layer_spec import describe, stage_spec
 from megatron_scmoe.platform import command_line, launch, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.training import (
@@ -65,7 +64,11 @@ def main() -> None:
     with judged_by_megatron():
         model_config = megatron_workarounds.gpt_config(args, config)
         settings = pretrain_cfg_container_from_args(args, model_config)
-    model_config.transformer_layer_spec = partial(_block_spec, scmoe=scmoe)
+    model_config.transformer_layer_spec = partial(
+        stage_spec,
+        scmoe=scmoe,
+        local_norm_keys=megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step),
+    )
     if scmoe.expert_slot == "auto":
         model_config.pre_wrap_hooks.append(
             partial(
@@ -291,13 +294,6 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
 def _needs_data(vp_stage: int | None) -> bool:
     """Whether this rank reads the datasets: the first TP rank of the first and last stage."""
     return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
-
-
-def _block_spec(model_config, vp_stage: int | None = None, *, scmoe: ScMoEConfig):
-    """The callable that Megatron's model builder asks for the spec of a stage."""
-    args = get_args()
-    local_norm_keys = megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step)
-    return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
 _FOREIGN = {

@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from megatron_scmoe.config import AllToAllName, ScMoEConfig
-from megatron_scmoe.overlap import copy_engine
+from megatron_scmoe.overlap.copy_engine import rings
+from megatron_scmoe.overlap.copy_engine.exchange import CopyEngineAllToAll
 from tests import models
 from tests.harness import run_distributed
 
 ALL_TO_ALLS, STEPS = get_args(AllToAllName), 2
 
-pytestmark = pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+pytestmark = pytest.mark.skipif(rings.driver is None, reason="needs cuda-bindings")
 
 
 def test_ranks_map_the_same_memory_and_leave_nothing_behind():
@@ -62,7 +63,7 @@ def test_copied_and_collective_all_to_alls_train_bit_identically(chunks):
         assert len({digest for _, digest in found.values()}) == 1
 
 
-class _OnThreads(copy_engine.CopyEngines):
+class _OnThreads(rings.CopyEngines):
     """Engines without a GPU, which need not pin their memory."""
 
     def _pin(self, address: int, size: int) -> int:
@@ -92,11 +93,11 @@ class _InOrder(_OnThreads):
     def exchange(self, *args):
         self.exchanges += 1
         events = super().exchange(*args)
-        copy_engine.driver.synchronize()
+        rings.driver.synchronize()
         return events
 
 
-class _Counting(copy_engine.CopyEngineAllToAll):
+class _Counting(CopyEngineAllToAll):
     """Counts what the engines carry, by name."""
 
     carried: ClassVar[Counter] = Counter()
@@ -110,7 +111,7 @@ class _Counting(copy_engine.CopyEngineAllToAll):
 
 def _train(chunks: int) -> dict[tuple[str, ...], tuple[dict[str, int], str]]:
     """What was carried, and a digest of losses and gradients, by what was to be carried."""
-    copy_engine.driver = _FrontEnd(one_queue=False)
+    rings.driver = _FrontEnd(one_queue=False)
     found = {}
     for copied in (ALL_TO_ALLS, (), ALL_TO_ALLS[2:], ("dispatch", *ALL_TO_ALLS[2:]), ("combine",)):
         layout = models.LAYOUTS["EP2"]
@@ -148,7 +149,7 @@ def _fail() -> tuple[str, str, list[str]]:
     for engines, size in ((_Unpinned(), 2**45), (_RefusedOnOneRank(), 2**20)):
         try:
             engines._share(size)
-        except copy_engine.CopyEngineError as error:
+        except rings.CopyEngineError as error:
             errors.append(str(error))
     torch.distributed.barrier()
     return *errors, _files()
@@ -161,7 +162,7 @@ def _files() -> list[str]:
 class _FrontEnd:
     """The driver's calls that exchanges are made of."""
 
-    CUDA_SUCCESS = copy_engine.driver and copy_engine.driver.CUresult.CUDA_SUCCESS
+    CUDA_SUCCESS = rings.driver and rings.driver.CUresult.CUDA_SUCCESS
 
     def __init__(self, one_queue: bool):
         self.one_queue, self.queues = one_queue, []
@@ -205,8 +206,8 @@ def _exchange(one_queue: bool) -> list[str]:
     """What arrived wrongly: exchanges of many sizes, three at a time, through rings of few rows."""
     group = torch.distributed.group.WORLD
     rank, size = group.rank(), group.size()
-    copy_engine.driver = front_end = _FrontEnd(one_queue)
-    copy_engine.RING_BYTES, copy_engine.MIN_BLOCK_BYTES = 3 * size * 4096, 256
+    rings.driver = front_end = _FrontEnd(one_queue)
+    rings.RING_BYTES, rings.MIN_BLOCK_BYTES = 3 * size * 4096, 256
     engines = _OnThreads(group, "host")
     draw = random.Random(0)
     wrong = []

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.overlap import copy_engine
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight
+from megatron_scmoe.overlap.copy_engine import rings
+from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from tests.gpu.test_gpu import (
     EXACT,
     GPUS,
@@ -28,7 +29,7 @@ CAPTURED = [
 
 
 @requires_multi_gpu
-@pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+@pytest.mark.skipif(rings.driver is None, reason="needs cuda-bindings")
 def test_copies_equal_nccl_and_train_bit_identically():
     for found in run_distributed(_compare, RANKS, backend="nccl", environment=EXACT):
         assert found["exchanges"] == []
@@ -39,7 +40,7 @@ def test_copies_equal_nccl_and_train_bit_identically():
 
 
 @requires_multi_gpu
-@pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+@pytest.mark.skipif(rings.driver is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_pretraining_with_captured_blocks(exchange):
     flags = "--expert-model-parallel-size 2 --train-iters 10 --te-rng-tracker --scmoe-expert-slot 2"
@@ -72,7 +73,7 @@ def _equals_nccl(name: str) -> bool:
     """Forward and backward of exchanges of all sizes, several of them under way at once."""
     group = torch.distributed.group.WORLD
     rank, size = group.rank(), group.size()
-    exchange = copy_engine.exchange_for(group, ScMoEConfig(exchange=name))
+    exchange = exchange_for(group, ScMoEConfig(exchange=name))
     draw = random.Random(0)
     for _ in range(4):
         matrices = [

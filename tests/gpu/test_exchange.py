@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.overlap import copy_engine
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight, OnLaunchStream
+from megatron_scmoe.overlap.copy_engine import rings
+from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from tests.gpu.test_gpu import pytestmark, requires_multi_gpu  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed
 
 ROWS, WIDTH, SLOW_CYCLES = 4096, 256, 20_000_000  # about 10 ms
-COPIES = pytest.mark.skipif(copy_engine.driver is None, reason="needs cuda-bindings")
+COPIES = pytest.mark.skipif(rings.driver is None, reason="needs cuda-bindings")
 
 
 @requires_multi_gpu
@@ -65,7 +66,7 @@ def _slow(kind: str):
         return OnLaunchStream(_SlowFunction.of)
     base = AllToAll
     if kind != "collective":
-        base = copy_engine.exchange_for(group, ScMoEConfig(exchange=kind))
+        base = exchange_for(group, ScMoEConfig(exchange=kind))
 
     exchange = base(group, None, None, "dispatch")
     start = exchange._start

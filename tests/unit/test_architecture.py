@@ -77,7 +77,6 @@ def test_one_module_has_the_streams_and_collectives():
     }
     assert {name for name in found if not name.startswith("overlap/copy_engine")} == {
         "overlap/async_all_to_all.py",
-        "overlap/routed_path.py",
         "platform/cpu_backend.py",
     }
 

@@ -19,7 +19,7 @@ from megatron_scmoe.errors import (
     in_words,
     judged_by_megatron,
 )
-from megatron_scmoe.overlap.copy_engine import CopyEngineError
+from megatron_scmoe.overlap.copy_engine.rings import CopyEngineError
 from megatron_scmoe.platform.command_line import UsageError
 
 

@@ -28,7 +28,9 @@ COMMANDS = {
     "tools/preprocess_data.py": ("--tokenizer-model",),
     "tools/train_tokenizer.py": ("--vocab-size",),
     "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
+    "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
+    "benchmarks/results_page.py": ("--check",),
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),
 }
 

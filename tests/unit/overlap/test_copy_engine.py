@@ -2,7 +2,8 @@
 
 import itertools
 
-from megatron_scmoe.overlap.copy_engine import BLOCKS, RING_BYTES, SLOTS, _reached, plan
+from megatron_scmoe.overlap.copy_engine.blocks import BLOCKS, plan
+from megatron_scmoe.overlap.copy_engine.rings import RING_BYTES, SLOTS, _reached
 
 MOST = 4  # rows of a block
 

@@ -1,40 +1,21 @@
-"""An all-to-all that leaves every multiprocessor to the compute beside it.
-
-NCCL's all-to-all is a kernel: it holds multiprocessors while it waits and copies, and the GEMMs it is
-hidden under run longer for want of them. Between GPUs of one host the copies can be left to the GPU's
-copy engines. Once it is enqueued, nothing of this runs on the host, and no copy between GPUs on a
-multiprocessor:
-
-    sender      wait until the slot is free | copy a block into it       | produced += 1
-    receiver    wait until it is filled     | copy it to where it belongs | consumed += 1
-
-Every ordered pair of ranks has a ring of such slots and two counters. The waits and the counters are
-stream memory operations (CUDA driver API, 6.18), which the GPU's front end executes. Slots lie in
-pinned host memory that the ranks share (``host``), or in the receiver's memory, to which the sender
-copies over NVLink or PCIe (``peer``).
-
-Both sides compute the same blocks from the split sizes, so no block needs a header. Sends and receives
-are enqueued in turns, so that a full ring never waits for a receive that is enqueued behind it.
-"""
+"""Rings of slots between the ranks of a group, and the copies through them."""
 
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Literal, NamedTuple, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_scmoe.config import AllToAllName, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.overlap.async_all_to_all import AllToAll
+from megatron_scmoe.overlap.copy_engine.blocks import MIN_BLOCK_BYTES, Block, plan
 
 try:
     from cuda.bindings import driver
@@ -48,13 +29,6 @@ RING_BYTES = 192 * 2**20
 
 SLOTS = 3
 """Slots of a ring: one being filled, one being emptied, one in between."""
-
-BLOCKS = 4
-"""Blocks that an all-to-all is cut into on each rank, unless its peers or its size ask for more: enough
-that both copies of different blocks run at once, few as each costs the host six calls."""
-
-MIN_BLOCK_BYTES = 2**20
-"""Smaller blocks would not pay their calls."""
 
 _LINE = 64
 """Bytes between two counters: a cache line each."""
@@ -85,44 +59,6 @@ class CopyEngineError(ScMoEConfigError):
 
     def __init__(self, memory: str, reason: str):
         super().__init__(f"--scmoe-exchange copy-{memory}", reason, "collective")
-
-
-class Block(NamedTuple):
-    """Successive rows of what one rank sends another."""
-
-    peer: int
-    begin: int
-    rows: int
-
-
-def plan(splits: list[int], rank: int, least: int, most: int, step: int) -> list[list[Block]]:
-    """The blocks of an exchange in turns: first one block of every peer, then the next of each.
-
-    How the rows between two ranks are cut depends on their number alone, which both know. Every rank
-    sends to the one after it first and receives from the one before it first, so that in each part of
-    a turn every rank receives from one other.
-
-    Args:
-        splits: rows for (or of) each rank, in the order of the ranks.
-        rank: the own, whose rows stay here.
-        least: rows of a block, unless there are fewer.
-        most: rows of a block at most.
-        step: from one peer to the next: 1 to send, -1 to receive.
-    """
-    ranks = len(splits)
-    begins = list(itertools.accumulate(splits, initial=0))
-    each = max(1, BLOCKS // (ranks - 1))
-    turns: list[list[Block]] = []
-    for distance in range(1, ranks):
-        peer = (rank + step * distance) % ranks
-        count = splits[peer]
-        blocks = max(-(-count // most), min(each, count // least), 1)
-        rows = max(1, -(-count // blocks))
-        for turn, offset in enumerate(range(0, count, rows)):
-            if turn == len(turns):
-                turns.append([])
-            turns[turn].append(Block(peer, begins[peer] + offset, min(rows, count - offset)))
-    return turns
 
 
 @dataclass
@@ -312,68 +248,6 @@ class CopyEngines:
                 for target, handle in enumerate(handles)
             ]
         )
-
-
-class CopyEngineAllToAll(AllToAll):
-    """``AllToAll`` (async_all_to_all.py) by copy engines, or in part by the collective.
-
-    Args:
-        engines: of the group.
-        copied: names of the all-to-alls that the engines carry.
-    """
-
-    def __init__(self, engines: CopyEngines, copied: Collection[AllToAllName], *args):
-        super().__init__(*args)
-        self.engines = engines
-        self.copied = copied
-
-    def _start(self, name, tensors, output_splits, input_splits) -> list[Tensor]:
-        if name not in self.copied:
-            return super()._start(name, tensors, output_splits, input_splits)
-        sources = [tensor.contiguous() for tensor in tensors]
-        equal = [tensors[0].shape[0] // self.engines.size] * self.engines.size
-        received, sent = output_splits or equal, input_splits or equal
-        outputs = [tensor.new_empty((sum(received), *tensor.shape[1:])) for tensor in tensors]
-        events = self.engines.exchange(list(zip(sources, outputs, strict=True)), sent, received)
-        self._works.append((_Copies(events), tensors, sources))
-        return outputs
-
-
-class _Copies:
-    """Copies under way, to be waited for as for PyTorch's collectives."""
-
-    def __init__(self, events: Sequence[torch.cuda.Event]):
-        self._events = events
-
-    def wait(self) -> None:
-        """Let the current stream wait, for the sent rows too: their memory may be reused then."""
-        for event in self._events:
-            torch.cuda.current_stream().wait_event(event)
-
-
-_engines: dict[tuple[ProcessGroup, str], CopyEngines] = {}
-
-
-def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllToAll]:
-    """What makes a group's all-to-alls; copy engines at the first call, which all its ranks make.
-
-    Args:
-        group: the expert-parallel group; one of a single rank has nothing to exchange.
-        scmoe: its ``exchange`` and ``copied`` count.
-
-    Returns:
-        What takes the arguments of :class:`~megatron_scmoe.overlap.async_all_to_all.AllToAll`.
-
-    Raises:
-        CopyEngineError: see :class:`CopyEngines`.
-    """
-    if scmoe.exchange == "collective" or group.size() == 1:
-        return AllToAll
-    key = group, scmoe.exchange
-    if key not in _engines:
-        _engines[key] = CopyEngines(group, scmoe.exchange.removeprefix("copy-"))
-    copied = get_args(AllToAllName) if scmoe.copied is None else scmoe.copied
-    return partial(CopyEngineAllToAll, _engines[key], frozenset(copied))
 
 
 def _call(result: tuple):

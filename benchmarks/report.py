@@ -1,0 +1,78 @@
+"""How a result is shown: its JSON, a table to print, a picture."""
+
+import json
+from pathlib import Path
+
+from result import baseline, measured_keys
+
+from megatron_scmoe.platform.command_line import staged_outputs
+
+
+def write(result: dict, json_path: Path | None, plot_path: Path | None) -> None:
+    """Write the files that were asked for, each whole or not at all."""
+    if json_path:
+        with staged_outputs("--json", [json_path]) as (staged,):
+            staged.write_text(json.dumps(result, indent=1) + "\n")
+    if plot_path:
+        with staged_outputs("--plot", [plot_path]) as (staged,):
+            plot(result, staged)
+
+
+def table(result: dict) -> str:
+    """The table that is printed."""
+    systems = result["systems"]
+    base = systems[baseline(systems)]
+    keys = measured_keys(systems)
+    titles = "".join(f"{key.replace('_', ' '):>12}{'over':>8}" for key in keys)
+    lines = [
+        title(result),
+        f"{'system':<16}{titles}{'peak MiB':>10}{'tokens/s':>11}{'TFLOP/s':>9}",
+    ]
+    for name, row in systems.items():
+        cells = "".join(
+            f"{row[key]:>12.2f}{base[key] / row[key]:>7.3f}x"
+            if key in row
+            else f"{'-':>12}{'-':>8}"
+            for key in keys
+        )
+        peak = row["peak_memory_mb"]
+        rest = f"{'-' if peak is None else f'{peak:.0f}':>10}{row['tokens_per_s']:>11.0f}"
+        rest += f"{row['tflops_per_gpu']:>9.1f}"
+        lines.append(f"{name:<16}{cells}{rest}")
+    for key, share in result["hidden_share"].items():
+        if share is not None:
+            lines.append(f"hidden share, {key}: {share:.3f}")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Each system's times as bars."""
+    from matplotlib.figure import Figure
+
+    systems, keys = result["systems"], measured_keys(result["systems"])
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(keys)
+    for number, key in enumerate(keys):
+        rows = [(place, row[key]) for place, row in enumerate(systems.values()) if key in row]
+        places, heights = zip(*rows, strict=True)
+        bars = axes.bar(
+            [place + (number - (len(keys) - 1) / 2) * width for place in places],
+            heights,
+            width=0.95 * width,
+            label=key.removesuffix("_ms"),
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    names = [name.replace("-", "\n", 1) for name in systems]
+    axes.set_xticks(range(len(systems)), names, fontsize=8)
+    axes.set_ylabel("ms a micro-batch")
+    axes.set_title(title(result))
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def title(result: dict) -> str:
+    """The shape, if it is cut also how much of the model it is, the ranks and the link."""
+    blocks, of_blocks = (result["sizes"].get(key) for key in ("blocks", "of_blocks"))
+    cut = f" ({blocks} of {of_blocks} blocks)" if of_blocks not in (None, blocks) else ""
+    return f"{result['shape']}{cut} on {result['world_size']} ranks, {result['link']}"

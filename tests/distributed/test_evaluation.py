@@ -18,7 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.evaluation import perplexity

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_scmoe.checkpoints.claims import (
+from megatron_scmoe.checkpoints.config_checks import (
     HEAD,
     check_dropouts,
     check_folder,

@@ -42,7 +42,7 @@ def main() -> None:
     if not words:
         raise UsageError(f"no script is named; accepted: {USAGE}")
     if words[0] in ("-h", "--help"):
-        print(f"usage: {USAGE}\n\n{__doc__}\nThe flags: pretrain_gpt_scmoe.py --help")
+        print(f"usage: {USAGE}\n\n{__doc__}\nThe flags: scmoe train --help")
         return
     script = Path(words[0])
     if words[0].startswith("-") or not script.is_file():

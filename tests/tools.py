@@ -1,6 +1,7 @@
-"""The command lines in tools/, called in this process."""
+"""The commands, and the demo's scripts in tools/, called in this process."""
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,7 +10,9 @@ TOOLS = REPOSITORY / "tools"
 
 
 def tool(name: str):
-    """The tool of this name, as a module; scripts in tools/ import each other by name."""
+    """The module of a command, or of a script in tools/; those import each other by name."""
+    if importlib.util.find_spec(command := f"megatron_scmoe.cli.{name}"):
+        return importlib.import_module(command)
     if str(TOOLS) not in sys.path:
         sys.path.append(str(TOOLS))
     return importlib.import_module(name)

@@ -24,10 +24,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus import Document, leave_nothing_at_signals, read_documents
-from preprocess_data import dataset_files, dataset_prefix, load_tokenizer, preprocess
-from train_tokenizer import tokenizer_files, train_tokenizer
-
+from megatron_scmoe.cli.documents import Document, read_documents
+from megatron_scmoe.cli.preprocess_data import (
+    dataset_files,
+    dataset_prefix,
+    load_tokenizer,
+    preprocess,
+)
+from megatron_scmoe.cli.process import leave_nothing_at_signals
+from megatron_scmoe.cli.train_tokenizer import tokenizer_files, train_tokenizer
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
 
 VOCAB_SIZE = 2048

@@ -25,7 +25,7 @@ from megatron_scmoe.checkpoints.lazy_tensor import (
     naming,
     total_bytes,
 )
-from megatron_scmoe.checkpoints.model_arguments import DTYPES, arguments_from_flags, check_dtype
+from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.model_card import model_card
 from megatron_scmoe.checkpoints.output_folder import new_folder
 from megatron_scmoe.checkpoints.safetensors_folder import (
@@ -215,13 +215,6 @@ def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
         name: tensor if name.endswith(KEPT_IN_FP32) else tensor.cast(dtype)
         for name, tensor in tensors.items()
     }
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """``fp32``, ``bf16`` or ``fp16``; raises argparse.ArgumentTypeError for others."""
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{name}: accepted: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

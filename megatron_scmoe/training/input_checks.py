@@ -112,7 +112,7 @@ class _Dataset:
     # follow the length of each sequence (int32), its first byte (int64) and the boundaries (int64).
     _HEADER = struct.Struct("<9sQBQQ")
     _MAGIC = b"MMIDIDX\x00\x00"
-    _MADE_BY = "a pair of .bin and .idx files written by tools/preprocess_data.py"
+    _MADE_BY = "a pair of .bin and .idx files written by scmoe preprocess-data"
 
     @property
     def bin(self) -> str:

@@ -125,7 +125,7 @@ def refuse_stock(saved: SavedRun) -> None:
         raise ScMoEConfigError(
             saved.given,
             f"{saved.path} is of a stock Megatron model: it was not trained with a tap",
-            "a ScMoE model made of it: tools/convert.py upcycle --load "
+            "a ScMoE model made of it: scmoe convert upcycle --input "
             f"{saved.given.split()[1]} --save FOLDER",
         )
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: a trained checkpoint's loss is the one training reports, on every layout."""
+"""scmoe evaluate: a trained checkpoint's loss is the one training reports, on every layout."""
 
 import argparse
 import io
@@ -211,9 +211,10 @@ def test_checkpoints_of_any_kernels(data, trained, alone, tmp_path, recipe):
 
 
 def command(*flags, ranks=None):
-    """The command line in processes of its own."""
+    """The command line in processes of its own: a checkout's script, on ranks the program."""
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
-    words = [*(launcher if ranks else []), str(TOOLS / "evaluate.py"), *map(str, flags)]
+    program = [*launcher, "-m", "megatron_scmoe.cli", "evaluate"]
+    words = [*(program if ranks else [str(TOOLS / "evaluate.py")]), *map(str, flags)]
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=REPOSITORY, timeout=200
     )

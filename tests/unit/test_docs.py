@@ -17,6 +17,7 @@ import megatron.training
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_scmoe.cli.program import COMMANDS
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from tests.tools import REPOSITORY, TOOLS, tool
 
@@ -149,6 +150,13 @@ def _flags_of(parser: argparse.ArgumentParser) -> frozenset[str]:
     return frozenset(found)
 
 
+def flags_of_command(name: str) -> frozenset[str]:
+    """All flags of a command of the program ``scmoe``; none if there is no such command."""
+    if name not in COMMANDS:
+        return frozenset()
+    return flags_of_training() if name == "train" else flags_of_tool(name.replace("-", "_"))
+
+
 @functools.cache
 def flags_of_training() -> frozenset[str]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -172,13 +180,15 @@ def accepted_flags(command: str) -> frozenset[str]:
         return flags_of_script("examples/gpt2_moe_medium/train.sh") | passed | foreign | {"--"}
     if name in ("pretrain_gpt_scmoe.py", "pretrain_gpt.py"):
         return flags_of_training() | foreign
+    if subcommand := re.search(r"(?:^scmoe|-m megatron_scmoe\.cli) ([a-z][a-z-]*)", command):
+        return flags_of_command(subcommand[1]) | foreign
     if name and (TOOLS / name).exists():
         known = flags_of_tool(Path(name).stem)
         return known | foreign | (flags_of_training() if " -- " in command else frozenset())
     if name and (REPOSITORY / "benchmarks" / name).exists():
         return flags_of_script(f"benchmarks/{name}") | foreign
     return flags_of_training().union(
-        *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py") if file.stem != "corpus"),
+        *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py")),
         flags_of_script("benchmarks/step_time.py"),
         flags_of_script("examples/gpt2_moe_medium/train.sh"),
         *FOREIGN_FLAGS.values(),
@@ -201,7 +211,7 @@ def test_files_exist(page):
 
 def named_files(page: str) -> Iterator[str]:
     for command in commands(page):
-        inputs = re.sub(r"--output \S+", "", command)
+        inputs = re.sub(r"--(output|json|plot) \S+", "", command)
         for word in re.findall(r"[\w.*{}<>$/+-]+(?:::\w+)?", inputs):
             path = word.partition("::")[0]
             below = path.split("/")[0] in FOLDERS and "/" in path
@@ -349,16 +359,16 @@ def test_programs_cite_pages_that_exist():
 
 
 def test_architecture_lists_every_module():
-    table = re.findall(
-        r"^\| `(?:[\w/]+/)?(\w+)(?:\.py)?`", text_of("docs/architecture.md"), re.MULTILINE
+    listed = set(
+        re.findall(r"^\| `([\w/]+\.py)` \|", text_of("docs/architecture.md"), re.MULTILINE)
     )
     package = REPOSITORY / "megatron_scmoe"
     modules = {
-        file.stem
+        file.relative_to(package).as_posix()
         for file in package.rglob("*.py")
-        if file.stem != "__init__" and "checkpoints" not in file.relative_to(package).parts
+        if not file.stem.startswith("__")
     }
-    assert modules - set(table) == set()
+    assert modules - listed == set()
 
 
 class TestTheTestItself:
@@ -381,6 +391,8 @@ class TestTheTestItself:
             (test_files_exist, "see `tests/gpu::test_of_nothing`"),
             (test_flags_exist, "give `--scmoe-nothing`"),
             (test_flags_exist, "x\n\n    python tools/evaluate.py --load x --num-layers 3\n"),
+            (test_flags_exist, "x\n\n    scmoe evaluate --load x --num-layers 3\n"),
+            (test_flags_exist, "x\n\n    scmoe nothing --load x\n"),
             (test_flags_exist, "x\n\n    torchrun x \\\n      pretrain_gpt_scmoe.py --text x\n"),
             (test_symbols_exist, "call `exchange.nothing`"),
             (test_symbols_exist, "call `megatron_scmoe.nothing.at_all(x)`"),

@@ -1,11 +1,13 @@
 """What the distribution carries beside its code."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from tests.tools import REPOSITORY
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def wheel_file(tmp_path_factory) -> Path:
     """The wheel that pip would build, from a copy: a build leaves files beside its sources."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "LICENSE", "README.md"):
@@ -27,7 +29,23 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120
     )
     (file,) = (source / "dist").glob("*.whl")
-    return zipfile.ZipFile(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_file)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel_file, tmp_path_factory) -> Path:
+    """Where pip has installed the wheel, without what it depends on."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run(
+        [*pip, "--target", folder, wheel_file], check=True, capture_output=True, timeout=120
+    )
+    return folder
 
 
 def test_wheel_holds_the_licence(wheel):
@@ -40,6 +58,39 @@ def test_wheel_holds_the_licence(wheel):
 def test_wheel_holds_every_module(wheel):
     modules = (REPOSITORY / "megatron_scmoe").rglob("*.py")
     assert {str(file.relative_to(REPOSITORY)) for file in modules} <= set(wheel.namelist())
+
+
+def scmoe(installed: Path, *words: str) -> subprocess.CompletedProcess:
+    """Call the console program that was installed, away from the checkout."""
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", installed / "bin" / "scmoe", *words],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_installed_program(installed):
+    run = scmoe(installed, "--version")
+    assert run.returncode == 0
+    assert run.stdout == (
+        f"megatron_scmoe {megatron_scmoe.__version__} from {installed / 'megatron_scmoe'}\n"
+    )
+
+
+def test_installed_program_shows_help_without_torch(installed):
+    run = scmoe(installed, "--help")
+    assert run.returncode == 0
+    assert run.stdout.startswith("usage: scmoe COMMAND FLAGS")
+    assert not re.search(r"\| +(torch|numpy|megatron)$", run.stderr, re.MULTILINE)
+
+
+def test_installed_program_runs_a_command(installed):
+    run = scmoe(installed, "evaluate", "--hf", "nothing", "--text", "nothing.txt")
+    assert run.returncode == 2
+    assert run.stderr.endswith("scmoe evaluate: error: --text nothing.txt: there is no such file\n")
 
 
 def test_licence_is_apache_2():

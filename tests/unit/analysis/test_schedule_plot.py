@@ -125,6 +125,17 @@ def test_all_slots_stand_under_each_other_best_first(tap, times, times_file, tmp
     assert text.count("(best)") == 1
 
 
+def test_serial_and_overlapped_stand_under_each_other(times, times_file, tmp_path, capsys):
+    plot("--times", times_file, "--slot", "2", "--compare", "--output", tmp_path / "two.svg")
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
+    cost = [block_time(build_schedule("pos2", 2, overlap), times) for overlap in (False, True)]
+    assert [words[:2] for words in printed] == [
+        [name, f"{time:.3f}"] for name, time in zip(("serial", "overlapped"), cost)
+    ]
+    text = "".join(ElementTree.parse(tmp_path / "two.svg").getroot().itertext())
+    assert all(f"{time:.2f} ms" in text for time in cost)
+
+
 def test_flags_choose_the_schedule(times, times_file, tmp_path, capsys):
     argv = ["--tap", "pos1", "--slot", "2", "--chunks", "2", "--no-overlap"]
     plot("--times", times_file, *argv, "--output", tmp_path / "one.svg")
@@ -359,6 +370,8 @@ def test_a_trace_that_is_not_there(tmp_path):
         (["--times", "nothing.json"], "nothing.json"),
         (["--times", "TIMES", "--slot", "4"], "--slot 4: with --tap pos2 accepted are 0 to 3"),
         (["--times", "TIMES", "--slot", "1", "--all-slots"], "--slot 1: --all-slots"),
+        (["--times", "TIMES", "--compare", "--all-slots"], "leave --all-slots out"),
+        (["--times", "TIMES", "--compare", "--no-overlap"], "leave --overlap out"),
         (["--times", "TIMES", "--chunks", "0"], "--chunks 0: accepted is 1 or more"),
         (["--times", "TIMES", "--tap", "pos4"], "invalid choice: 'pos4'"),
         (["--times", "TIMES", "--pair", "1"], "--pair: works with --trace only"),

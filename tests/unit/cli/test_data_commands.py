@@ -125,7 +125,9 @@ class TestTokenizer:
 
     def test_long_lines_are_learnt_from_in_parts(self):
         long = "x" * 200_000
-        lines = tool("train_tokenizer").split_lines([tool("corpus").Document("", f"{long}\n\ny")])
+        lines = tool("train_tokenizer").split_lines(
+            [tool("documents").Document("", f"{long}\n\ny")]
+        )
         assert list(map(len, lines)) == [65536, 65536, 65536, 3392, 1]
 
     def test_sample_is_even_and_within_its_size(self):
@@ -260,7 +262,7 @@ class TestErrors:
             def tokenize(self, text):
                 return [1, 70_000]
 
-        document = tool("corpus").Document("big.txt", "text")
+        document = tool("documents").Document("big.txt", "text")
         with pytest.raises(UsageError, match=r"token id 70000 of big\.txt does not"):
             tool("preprocess_data").preprocess(
                 [document], Overflowing(), tmp_path / "x", append_eod=False

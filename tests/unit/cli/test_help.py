@@ -18,6 +18,7 @@ COMMANDS = {
         "--micro-batch-size",
         "(default: adam)",
     ),
+    "-m megatron_scmoe.cli.train_tokenizer": ("usage: scmoe train-tokenizer",),
     "-m megatron_scmoe.run": ("torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT",),
     "tools/convert.py": ("megatron-to-hf",),
     "tools/convert.py upcycle": ("--topk K", "(default: copy)"),

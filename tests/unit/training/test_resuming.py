@@ -166,7 +166,7 @@ def without(args: argparse.Namespace, *names: str) -> argparse.Namespace:
 def test_stock_checkpoint_is_refused_with_the_way_to_convert_it():
     args = arguments_of()
     stock = without(args, *(name for name in vars(args) if name.startswith("scmoe_")))
-    with pytest.raises(ScMoEConfigError, match=r"tools/convert.py upcycle --load /run") as caught:
+    with pytest.raises(ScMoEConfigError, match="scmoe convert upcycle --input /run") as caught:
         resuming.check(args, of(stock))
     assert "is of a stock Megatron model" in str(caught.value)
 

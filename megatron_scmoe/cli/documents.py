@@ -1,4 +1,4 @@
-"""What the data tools share: reading documents.
+"""Reading documents, for the commands that take text: what their --input names.
 
 A *document* is the unit Megatron's datasets shuffle: one plain-text file, or one line of a
 JSON-lines file. Text is read as UTF-8 exactly as it stands (no newline translation; a byte-order
@@ -10,18 +10,14 @@ import bz2
 import gzip
 import io
 import json
-import logging
 import lzma
-import signal
-import sys
-import warnings
 import zlib
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scmoe.platform.command_line import UsageError, asks_for_help
+from megatron_scmoe.platform.command_line import UsageError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DEFAULT_SUFFIXES = (".txt", ".jsonl")
@@ -30,24 +26,6 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_KEYS = 8
-
-
-def quiet_imports() -> None:
-    """Megatron and PyTorch tell on import of what is not installed; map CUDA first, if need be."""
-    from megatron_scmoe.platform import cpu_backend, megatron_flags
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    if asks_for_help():
-        megatron_flags.import_lightly()
-        return
-    cpu_backend.enable_if_no_gpu()  # before anything of Megatron is imported
-
-
-def leave_nothing_at_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the program, so that what is half-written is removed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @dataclass(frozen=True)

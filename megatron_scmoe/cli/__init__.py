@@ -1,0 +1,1 @@
+"""The commands: one module each, all of them behind the console program ``scmoe`` (``program.py``)."""

@@ -1,0 +1,248 @@
+"""Loss and perplexity of a checkpoint on a text, and its logits.
+
+    scmoe evaluate --load checkpoints/ --text held-out.txt
+    torchrun --nproc-per-node 2 -m megatron_scmoe.cli evaluate --load checkpoints/ --text held-out.txt \
+        --expert-model-parallel-size 2
+    scmoe evaluate --hf model/ --tokens ids.npy --logits-out logits.npy
+
+takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
+any, or a Hugging Face folder. A text, or a one-dimensional array of ids, is cut into sequences, and
+each token predicts the next; a last sequence that is short is filled up with id 0, whose logits are
+written but which is no part of the loss. A two-dimensional array is taken as its rows, the last token
+of each predicting nothing. Rows that pad Megatron's vocabulary are no tokens: the loss leaves them out
+of the softmax, and the logits, float32 [sequences, length, tokens], are without them. The loss that
+training logs has them in it; where there are any, a second line gives that one.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_scmoe.cli import program
+from megatron_scmoe.cli.process import quiet_imports
+from megatron_scmoe.platform.command_line import (
+    OneLineParser,
+    UsageError,
+    check_output,
+    is_first_rank,
+    refuse_overwrite,
+)
+
+DEFAULT_HF_LENGTH = 1024
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description="Loss, perplexity and logits of a checkpoint.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--load", metavar="CKPT", help="a Megatron checkpoint: what was --save, or an iter_ folder"
+    )
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face model folder")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--text", type=Path, metavar="FILE", help="text in UTF-8")
+    data.add_argument("--tokens", type=Path, metavar="FILE", help=".npy of ids, [n] or [n, length]")
+    parser.add_argument(
+        "--logits-out", type=Path, metavar="FILE", help="write the logits to this .npy file"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite --logits-out")
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="N",
+        help="tokens in a sequence (default: --seq-length of training; with --hf "
+        f"{DEFAULT_HF_LENGTH}, or what the model can)",
+    )  # fmt: skip
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="sequences at once")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="evaluate the first N sequences only"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
+    )
+    parser.add_argument(
+        "--tokenizer-model", metavar="MODEL",
+        help="the tokenizer of --load, where it is not (any more) where training had it",
+    )  # fmt: skip
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code in the folder of --hf"
+    )
+    for kind in ("tensor", "pipeline", "expert"):
+        parser.add_argument(
+            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
+        )
+    args = parser.parse_args(argv)
+    check_flags(args, parser)
+
+    quiet_imports()
+    report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
+    if is_first_rank():
+        print(describe(report))
+
+
+def check_flags(args: Namespace, parser: OneLineParser) -> None:
+    """Refuse what cannot work before seconds go into imports."""
+    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    for name in ("sequence_length", "micro_batch", "limit", *layout):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
+    of_load = ("tokenizer_model", "ckpt_step", *layout)
+    of_hf = ("trust_remote_code",)
+    for name in of_load if args.hf else of_hf:
+        if getattr(args, name) != parser.get_default(name):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: it goes with {'--load' if args.hf else '--hf'} only"
+            )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.hf and ranks > 1:
+        raise UsageError(
+            f"--hf under torchrun with {ranks} ranks: transformers' model runs in one process"
+        )
+    for path in (args.text, args.tokens):
+        if path is not None and not path.is_file():
+            raise UsageError(
+                f"{'--text' if args.text else '--tokens'} {path}: there is no such file"
+            )
+    if args.logits_out is not None:
+        check_output("--logits-out", args.logits_out, [".npy"])
+        refuse_overwrite("--logits-out", [args.logits_out], args.force)
+
+
+def evaluate_checkpoint(args: Namespace):
+    """Evaluate what --load names; on every rank."""
+    import torch
+
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
+    from megatron_scmoe.checkpoints.vocabulary import count_tokens
+    from megatron_scmoe.evaluation import perplexity
+    from megatron_scmoe.training import load_model
+
+    checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
+    kind = checkpoint.args.tokenizer_type
+    if args.text is not None and kind == load_model.NULL_TOKENIZER and args.tokenizer_model is None:
+        raise UsageError(
+            f"--text {args.text}: the checkpoint's tokenizer is {kind}, which reads ids only; "
+            "accepted: --tokens FILE, or --tokenizer-model MODEL with --text"
+        )
+    rows, vocab_size = checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size
+    if vocab_size is None or args.text is not None or args.tokenizer_model is not None:
+        tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model)
+        vocab_size = count_tokens(rows, vocab_size, tokenizer.vocab_size)
+    sequences = read_sequences(
+        args,
+        lambda text: np.array(tokenizer.tokenize(text), dtype=np.int64),
+        args.sequence_length or checkpoint.args.seq_length,
+    )
+    sequences.check(data_flag(args), vocab_size)
+    layout = load_model.Layout(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    checkpoint.check_length(sequences.tokens.shape[1], layout)
+    is_mine = initialise_ranks()
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = load_model.build_model(checkpoint, layout, dtype)
+    report = perplexity.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+    return report
+
+
+def evaluate_hf(args: Namespace):
+    """Evaluate what --hf names."""
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
+    from megatron_scmoe.evaluation import perplexity
+
+    model = perplexity.HuggingFaceModel(args.hf, args.trust_remote_code)
+    length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
+    sequences = read_sequences(args, model.tokenize, length)
+    sequences.check(data_flag(args), model.vocab_size)
+    model.check_length(sequences.tokens.shape[1])
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    return model.evaluate(sequences, args.micro_batch, args.logits_out, dtype)
+
+
+def read_sequences(args: Namespace, tokenize, length: int):
+    """The sequences of --text or --tokens, cut to --limit."""
+    from megatron_scmoe.errors import in_words
+    from megatron_scmoe.evaluation.perplexity import Sequences
+
+    if args.text is not None:
+        try:
+            ids = tokenize(args.text.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
+            ) from error
+    else:
+        try:
+            ids = np.load(args.tokens, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UsageError(
+                f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})"
+            ) from error
+        if not isinstance(ids, np.ndarray):
+            raise UsageError(
+                f"--tokens {args.tokens}: it is an archive of arrays; accepted is a .npy file of ids"
+            )
+        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+            raise UsageError(
+                f"--tokens {args.tokens}: it is {ids.dtype} with {ids.ndim} dimensions; accepted "
+                "are integers, [n] or [n, length]"
+            )
+    if ids.ndim == 2:
+        if args.sequence_length not in (None, ids.shape[1]):
+            raise UsageError(
+                f"--sequence-length {args.sequence_length}: the rows of {args.tokens} have "
+                f"{ids.shape[1]} ids"
+            )
+        sequences = Sequences.from_rows(ids)
+    else:
+        sequences = Sequences.from_stream(ids, length) if ids.size > 1 else None
+    if sequences is None or ids.shape[-1] < 2 or not ids.size:
+        raise UsageError(
+            f"{data_flag(args)}: it has fewer than two tokens in a sequence; there is no loss"
+        )
+    return sequences.first(args.limit) if args.limit else sequences
+
+
+def data_flag(args: Namespace) -> str:
+    return f"--text {args.text}" if args.text else f"--tokens {args.tokens}"
+
+
+def initialise_ranks() -> bool:
+    """Make the process group, torchrun's or one of this process alone; False if there is one."""
+    import torch
+
+    from megatron_scmoe.platform import cpu_backend
+
+    if torch.distributed.is_initialized():
+        return False
+    backend = "gloo" if cpu_backend.is_enabled() else "nccl"
+    if "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    return True
+
+
+def describe(report) -> str:
+    text = (
+        f"loss {report.loss:.6f} nats per token, perplexity {report.perplexity:.4f} "
+        f"({report.tokens:,} tokens in {report.sequences:,} sequences)"
+    )
+    if report.padded_loss is not None:
+        text += (
+            f"\nloss {report.padded_loss:.6f} with the rows that pad the vocabulary in the softmax, "
+            "as training logs it"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    program.main(["evaluate", *sys.argv[1:]])

@@ -13,6 +13,7 @@ A format's file holds its tables, and a function that fills them in for a model:
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -108,12 +109,12 @@ class ParamMapping:
     def __init__(self, *parts: Iterable[Param]):
         self.params = tuple(param for part in parts for param in part)
 
-    @property
+    @cached_property
     def hf_shapes(self) -> dict[str, Shape]:
         """Shapes by Hugging Face's names."""
         return {name: shape for param in self.params for name, shape in param.hf.items()}
 
-    @property
+    @cached_property
     def megatron_shapes(self) -> dict[str, Shape]:
         """Shapes by Megatron's names."""
         tensors = {

@@ -24,7 +24,7 @@ def atomic_write(*targets: Path) -> Iterator[list[Path]]:
         OSError: before the block, if nothing can be written beside the first target; behind it, if
             a target was not written, or a file would replace a folder.
     """
-    hidden = Path(tempfile.mkdtemp(prefix=f".{targets[0].name}.", dir=targets[0].parent))
+    hidden = Path(tempfile.mkdtemp(prefix=".writing-", dir=targets[0].parent))
     try:
         new, old = hidden / "new", hidden / "old"
         new.mkdir()
@@ -54,15 +54,15 @@ def _exchange(written: Sequence[Path], targets: Sequence[Path], old: Path) -> No
     """Move what there is into ``old``, and what was written to the targets; all or nothing."""
     try:
         for target in targets:
-            if target.exists() or target.is_symlink():
+            if os.path.lexists(target):
                 target.rename(old / target.name)
         for source, target in zip(written, targets, strict=True):
             source.rename(target)
     except BaseException:
         for source, target in zip(written, targets, strict=True):
-            if target.exists() and not source.exists():
+            if os.path.lexists(target) and not source.exists():
                 target.rename(source)
         for target in targets:
-            if (old / target.name).exists():
+            if os.path.lexists(old / target.name):
                 (old / target.name).rename(target)
         raise

@@ -128,7 +128,7 @@ def describe(wanted: Sequence[str] = ()) -> Iterator[str]:
     """
     for flag, rules in index_by_flag().items():
         for rule in rules if flag in wanted or not wanted else ():
-            file = Path(inspect.getsourcefile(rule.check)).name
+            file = Path(inspect.getfile(rule.check)).name
             line = inspect.getsourcelines(rule.check)[1]
             name = rule.check.__name__.replace("_", " ")
             yield f"{flag:<44} {f'{file}:{line}':<24} {name}"

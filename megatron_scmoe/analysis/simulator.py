@@ -7,12 +7,12 @@
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.overlap.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
+from megatron_scmoe.platform.atomic_write import atomic_write
 
 ROUTED_OPERATORS = ("route", "permute", "dispatch", "experts", "combine", "unpermute")
 OPERATORS = (*BACKBONE_OPERATORS, *ROUTED_OPERATORS)
@@ -40,10 +40,9 @@ class OperatorTimes:
     measured_on: dict[str, int] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name until it is whole."""
-        part = Path(f"{path}.{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        part.replace(path)
+        """Write as JSON; the file appears when it is whole."""
+        with atomic_write(Path(path)) as (file,):
+            file.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "OperatorTimes":

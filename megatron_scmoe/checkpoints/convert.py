@@ -10,18 +10,24 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoints.claims import (
+from megatron_scmoe.checkpoints.config_checks import (
     check_folder,
     check_types,
     note_on_dtype,
     notes_on_ids,
     settle_head,
 )
-from megatron_scmoe.checkpoints.folder import new_folder
-from megatron_scmoe.checkpoints.formats.registry import Tensors, find_format
-from megatron_scmoe.checkpoints.lazy_tensor import check_weights, main_dtype, naming, total_bytes
+from megatron_scmoe.checkpoints.formats.registry import find_format
+from megatron_scmoe.checkpoints.lazy_tensor import (
+    Tensors,
+    check_weights,
+    main_dtype,
+    naming,
+    total_bytes,
+)
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags, check_dtype
 from megatron_scmoe.checkpoints.model_card import model_card
+from megatron_scmoe.checkpoints.output_folder import new_folder
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
     read_generation_config,

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.checkpoints.folder import TRACKER
-from megatron_scmoe.checkpoints.formats.registry import NAMES, Tensors, find_format
-from megatron_scmoe.checkpoints.kinds import ACCEPTED, what_is
-from megatron_scmoe.checkpoints.lazy_tensor import total_bytes
+from megatron_scmoe.checkpoints.formats.registry import NAMES, find_format
+from megatron_scmoe.checkpoints.identify import ACCEPTED, what_is
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors, total_bytes
 from megatron_scmoe.checkpoints.model_arguments import built_by_spec
+from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
-from megatron_scmoe.checkpoints.stock import with_defaults
+from megatron_scmoe.checkpoints.stock_checkpoint import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError

@@ -129,6 +129,10 @@ class LazyTensor:
         return LazyTensor(shape, self.dtype, lambda box: function(self.load())[box])
 
 
+Tensors = dict[str, LazyTensor]
+"""Tensors by name."""
+
+
 def concatenate(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
     """Tensors one after the other along ``dim``; dtypes and other dimensions must be equal."""
     _same([(p.dtype, *p.shape[:dim], *p.shape[dim + 1 :]) for p in parts])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
-from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import InputError
 
 

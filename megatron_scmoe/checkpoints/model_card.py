@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_scmoe.checkpoints.formats.registry import Tensors
 from megatron_scmoe.checkpoints.inspect import count_parameters, millions
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors
 from megatron_scmoe.checkpoints.torch_dist import MegatronCheckpoint
 
 _CARD = """---

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from megatron_scmoe.checkpoints.kinds import what_is
+from megatron_scmoe.checkpoints.identify import what_is
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
 from megatron_scmoe.errors import ConversionError
 

@@ -2,7 +2,7 @@
 
 PyTorch's distributed-checkpoint readers and writers do the work, without a process group. Nothing
 of a checkpoint is executed: its two pickles, ``.metadata`` and the object with the arguments, may
-name the types listed in metadata.py and in Megatron's ``safe_globals`` and no others.
+name the types listed in dcp_metadata.py and in Megatron's ``safe_globals`` and no others.
 """
 
 import argparse
@@ -48,11 +48,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tqdm import tqdm
 
-from megatron_scmoe.checkpoints.folder import TRACKER
-from megatron_scmoe.checkpoints.kinds import what_is
+from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.checkpoints.identify import what_is
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
-from megatron_scmoe.checkpoints.metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
+from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.errors import ConversionError, in_words
 
 BACKEND = CheckpointingConfig("torch_dist", 1)

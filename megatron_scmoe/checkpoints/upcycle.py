@@ -28,9 +28,8 @@ from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
-from megatron_scmoe.checkpoints.folder import new_folder
+from megatron_scmoe.checkpoints.expected_shapes import check_tensors_of
 from megatron_scmoe.checkpoints.formats.dense import read_hugging_face
-from megatron_scmoe.checkpoints.gpt_shapes import check_tensors_of
 from megatron_scmoe.checkpoints.lazy_tensor import (
     LazyTensor,
     concatenate,
@@ -39,8 +38,9 @@ from megatron_scmoe.checkpoints.lazy_tensor import (
     total_bytes,
 )
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
+from megatron_scmoe.checkpoints.output_folder import new_folder
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
-from megatron_scmoe.checkpoints.stock import read_stock
+from megatron_scmoe.checkpoints.stock_checkpoint import read_stock
 from megatron_scmoe.checkpoints.torch_dist import write_megatron
 from megatron_scmoe.checkpoints.upcycle_settings import Upcycling
 from megatron_scmoe.config import moe_pattern

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from megatron_scmoe.checkpoints.tokenizers import has_tokenizer
 from megatron_scmoe.checkpoints.vocabulary import count_tokens
 from megatron_scmoe.errors import InputError, in_words
 from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.atomic_write import atomic_write, lack_of_space
 
 NO_LABEL = -1
 """In labels: this position predicts nothing."""
@@ -361,20 +361,16 @@ def _gather_rows(batch: _Batch, logits: Tensor) -> Iterator[tuple[int, int, Tens
 
 
 def _check_space(path: Path, shape: tuple[int, int, int]) -> None:
-    needed, free = math.prod(shape) * 4, shutil.disk_usage(path.absolute().parent).free
-    if needed > free:
-        raise InputError(
-            f"--logits-out {path}",
-            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            "a file on another disk, or fewer sequences (--limit)",
-        )
+    lack = lack_of_space(path.absolute().parent, math.prod(shape) * 4)
+    if lack:
+        accepted = "a file on another disk, or fewer sequences (--limit)"
+        raise InputError(f"--logits-out {path}", lack, accepted)
 
 
 @contextmanager
 def _logits_file(path: Path, shape: tuple[int, int, int]):
     """A float32 .npy file to fill in place, at ``path`` when it is whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_write(path) as (part,):
         file = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
         try:
             with open(part, "r+b") as stream:  # a mapping of a file with holes dies on a full disk
@@ -385,9 +381,6 @@ def _logits_file(path: Path, shape: tuple[int, int, int]):
             ) from error
         yield file
         file.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _padded_vocab_size(model) -> int:

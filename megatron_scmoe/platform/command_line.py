@@ -8,18 +8,17 @@ only where nobody would read the file.
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.platform.atomic_write import atomic_write
 
 LAST_WORD_S = 10
 """How long other ranks wait for the first to say what is wrong; the launcher then ends them."""
@@ -146,26 +145,18 @@ def refuse_overwrite(flag: str, outputs: Sequence[Path], force: bool) -> None:
 
 @contextmanager
 def staged_outputs(flag: str, outputs: Sequence[Path]) -> Iterator[list[Path]]:
-    """Paths to write to, moved to `outputs` when the block ends well, removed when it does not.
+    """Paths to write to, see :func:`atomic_write`; the folder of the outputs is made if need be.
 
-    The staging folder lies beside the outputs, so that moving is a rename. Old outputs go first:
-    an interruption can leave some missing, never a mixture of old and new.
+    Raises UsageError if nothing can be written there.
     """
     folder = outputs[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    except OSError as error:
-        raise UsageError(f"{flag}: cannot write in {folder} ({error.strerror})") from error
-    try:
-        staged = [staging / path.name for path in outputs]
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            staged = stack.enter_context(atomic_write(*outputs))
+        except OSError as error:
+            raise UsageError(f"{flag}: cannot write in {folder} ({error.strerror})") from error
         yield staged
-        for path in outputs:
-            path.unlink(missing_ok=True)
-        for source, target in zip(staged, outputs, strict=True):
-            os.replace(source, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _prog() -> str:

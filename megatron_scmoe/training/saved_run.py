@@ -10,7 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_scmoe.checkpoints import locate
-from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.errors import ConversionError, InputError, in_words

@@ -123,7 +123,7 @@ def dispatch_has_compute_beside_it_in_backward(scmoe: ScMoEConfig, settings: Set
     behind = slot_behind_second_attention(scmoe.tap)
     exchanges = scmoe.overlap and (settings.expert_model_parallel_size or 1) > 1
     captures_mlp = _captures_routing(settings) and "mlp" in _modules(settings)
-    if captures_mlp and exchanges and slot < behind:
+    if captures_mlp and exchanges and slot != "auto" and slot < behind:
         raise ScMoEConfigError(
             f"--scmoe-expert-slot {slot} with {_given_modules(settings)} with --scmoe-tap "
             f"{scmoe.tap}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from tests import harness
 from tests.distributed.test_advice_trains import FLAGS as MODEL
 

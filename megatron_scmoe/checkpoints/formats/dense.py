@@ -1,17 +1,17 @@
 """Dense Hugging Face models as Megatron's GPT: settings as flags, weights by Megatron's names.
 
-Families: Llama, Mistral, Qwen2, Qwen3 and GPT-2. What Megatron-Core 0.19.2 cannot compute as
-transformers does is refused with the name of the field in config.json.
+Families: Llama, Mistral, Qwen2 and Qwen3 (llama.py), GPT-2 (gpt2.py). What Megatron-Core 0.19.2 cannot
+compute as transformers does is refused with the name of the field in config.json.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from megatron_scmoe.checkpoints.claims import (
+from megatron_scmoe.checkpoints.config_checks import (
     HEAD,
     check_dropouts,
     check_folder,
@@ -19,21 +19,23 @@ from megatron_scmoe.checkpoints.claims import (
     notes_on_ids,
     settle_head,
 )
+from megatron_scmoe.checkpoints.formats.registry import DENSE_NAMES, find_dense_format
 from megatron_scmoe.checkpoints.lazy_tensor import (
     LazyTensor,
+    Tensors,
     check_weights,
-    concatenate,
     main_dtype,
     naming,
 )
-from megatron_scmoe.checkpoints.model_arguments import DTYPES, rope_flags
+from megatron_scmoe.checkpoints.model_arguments import DTYPES
+from megatron_scmoe.checkpoints.parameter_mapping import Shape
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
     read_generation_config,
     read_safetensors,
 )
 from megatron_scmoe.checkpoints.tokenizers import tokenizer_flags
-from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, OUTPUT_LAYER, Padding, set_rows
+from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding, set_rows
 from megatron_scmoe.errors import ConversionError
 
 
@@ -82,29 +84,39 @@ def _read(
     check_folder(folder, fields)
     check_dropouts(fields)
     config = _read_config(folder, fields)
-    flags, take_model = _FAMILIES[config.model_type]
-    setting_flags = flags(config)  # settings are judged before weights
+    form = find_dense_format(config.model_type)
+    flags = form.flags(config)  # settings are judged before weights
     size = config.vocab_size
     rows = padding.rows(size)
     name_flags, _ = tokenizer_flags(folder, size, sentencepiece_first=False, given=tokenizer)
-    weights = _Weights(folder, config, dtype)
-    tensors = set_rows(take_model(weights, config), rows)
-    weights.check_left_over()
+    found, notes = _read_weights(folder, form.prefix, config)
+    target = dtype or main_dtype(found)
+    if target not in DTYPES.values():
+        raise ConversionError(f"{folder}: weights of {target}; accepted: with --dtype")
+    if dtype is None:
+        notes += _note_on_others(found, target)
+    is_tied, found, notes_on_head = settle_head(
+        config.tie_word_embeddings, found, form.prefix + form.embedding
+    )
+    mapping = form.mapping(config, is_tied)
+    _check(folder, found, mapping.hf_shapes)
+    tensors = mapping.to_megatron({name: tensor.cast(target) for name, tensor in found.items()})
     if OUTPUT_LAYER in tensors:
-        setting_flags.append("--untie-embeddings-and-output-weights")
+        flags = [*flags, "--untie-embeddings-and-output-weights"]
     return DenseModel(
         [
-            *setting_flags,
+            *flags,
             *name_flags,
             *padding.flags,
             *("--vocab-size", str(size), "--padded-vocab-size", str(rows)),
         ],
-        tensors,
-        weights.dtype,
+        set_rows(tensors, rows),
+        target,
         rows,
         [
-            *weights.notes,
-            *note_on_dtype(fields, weights.dtype, dtype is not None),
+            *notes,
+            *notes_on_head,
+            *note_on_dtype(fields, target, dtype is not None),
             *notes_on_ids(fields, read_generation_config(folder), size),
         ],
     )
@@ -114,10 +126,8 @@ def _read_config(folder: Path, fields: dict):
     """config.json as transformers understands it, whatever version wrote it; runs no code of it."""
     file = folder / "config.json"
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-        raise ConversionError(
-            f"{file}: model_type is {kind}; accepted: {', '.join(sorted(_FAMILIES))}"
-        )
+    if not isinstance(kind, str) or kind not in DENSE_NAMES:
+        raise ConversionError(f"{file}: model_type is {kind}; accepted: {', '.join(DENSE_NAMES)}")
     from transformers import AutoConfig
 
     try:
@@ -127,79 +137,27 @@ def _read_config(folder: Path, fields: dict):
         raise ConversionError(f"{file}: transformers refuses it ({reason})") from error
 
 
-class _Weights:
-    """The tensors of a folder, each taken once, by name and shape.
-
-    ``notes`` say where the files are not what config.json says.
-    """
-
-    def __init__(self, folder: Path, config, dtype: torch.dtype | None):
-        self.folder = folder
-        self.prefix = {"gpt2": "transformer."}.get(config.model_type, "model.")
-        self.notes: list[str] = []
-        self.left = {}
-        for name, tensor in read_safetensors(folder).items():
-            if name != HEAD and not name.startswith(self.prefix):
-                name = self.prefix + name  # files of a model without its head
-            if name in self.left:
-                raise ConversionError(
-                    f"{folder}: the tensor {name} is there with and without prefix"
-                )
-            self.left[name] = tensor
-        self._drop_buffers(config)
-        if not self.left:
-            raise ConversionError(f"{folder}: its files hold no weights")
-        check_weights(self.left)
-        self.dtype = dtype or main_dtype(self.left)
-        if self.dtype not in DTYPES.values():
-            raise ConversionError(f"{folder}: weights of {self.dtype}; accepted: with --dtype")
-        others = {t.dtype for t in self.left.values()} - {self.dtype}
-        if others and dtype is None:
-            names = " and ".join(str(d).removeprefix("torch.") for d in sorted(others, key=str))
-            self.notes.append(
-                f"cast to {str(self.dtype).removeprefix('torch.')}: tensors of {names}"
+def _read_weights(folder: Path, prefix: str, config) -> tuple[Tensors, list[str]]:
+    """The weights by the names of a model with its head, and notes on what else is in the files."""
+    found: Tensors = {}
+    for name, tensor in read_safetensors(folder).items():
+        if name != HEAD and not name.startswith(prefix):
+            name = prefix + name  # files of a model without its head
+        if name in found:
+            raise ConversionError(f"{folder}: the tensor {name} is there with and without prefix")
+        found[name] = tensor
+    notes = []
+    for name in [name for name in found if name.endswith(_BUFFERS)]:
+        tensor = found.pop(name)
+        if name.endswith(_ROPE_BUFFER) and not _is_rope_of(config, tensor):
+            notes.append(
+                f"not used, as in transformers: {name}, which is another rope than that of "
+                "rope_parameters in config.json"
             )
-
-    def take(self, name: str, *shape: int) -> LazyTensor:
-        """The tensor ``name``, without the prefix; of the given shape."""
-        return self._pop(self.prefix + name, shape)
-
-    def take_ends(self, name: str, is_tied: bool, *shape: int) -> dict[str, LazyTensor]:
-        """The embedding and, if it is not tied to it, the output layer, by Megatron's keys."""
-        is_tied, self.left, notes = settle_head(is_tied, self.left, self.prefix + name)
-        self.notes += notes
-        ends = {EMBEDDING: self.take(name, *shape)}
-        return ends if is_tied else ends | {OUTPUT_LAYER: self._pop(HEAD, shape)}
-
-    def check_left_over(self) -> None:
-        """Refuse tensors that no part of the model has taken."""
-        if self.left:
-            names = sorted(self.left)
-            raise ConversionError(
-                f"{self.folder}: the tensor {names[0]} has no place in the model "
-                f"({len(names)} left over)"
-            )
-
-    def _pop(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        tensor = self.left.pop(name, None)
-        if tensor is None:
-            raise ConversionError(f"{self.folder}: there is no tensor {name}")
-        if tuple(tensor.shape) != shape:
-            raise ConversionError(
-                f"{self.folder}: the tensor {name} has the shape {list(tensor.shape)}, and "
-                f"{list(shape)} by config.json"
-            )
-        return tensor.cast(self.dtype)
-
-    def _drop_buffers(self, config) -> None:
-        """Leave out what older files hold beside weights, and compare the rope's."""
-        for name in [name for name in self.left if name.endswith(_BUFFERS)]:
-            tensor = self.left.pop(name)
-            if name.endswith(_ROPE_BUFFER) and not _is_rope_of(config, tensor):
-                self.notes.append(
-                    f"not used, as in transformers: {name}, which is another rope than that of "
-                    "rope_parameters in config.json"
-                )
+    if not found:
+        raise ConversionError(f"{folder}: its files hold no weights")
+    check_weights(found)
+    return found, notes
 
 
 _ROPE_BUFFER = ".rotary_emb.inv_freq"
@@ -218,197 +176,28 @@ def _is_rope_of(config, inverse_frequencies: LazyTensor) -> bool:
     )
 
 
-def _llama_flags(config) -> list[str]:
-    """Flags of Llama, Mistral, Qwen2 and Qwen3."""
-    _require(config, "hidden_act", "silu")
-    _require(config, "attention_bias", False)
-    _require(config, "mlp_bias", False)
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        partial = config.rope_parameters["partial_rotary_factor"]
-        raise _refusal(config, "rope_parameters.partial_rotary_factor", partial, 1.0)
-    flags = [
-        *_common_flags(config),
-        *("--ffn-hidden-size", config.intermediate_size),
-        *("--group-query-attention", "--num-query-groups", config.num_key_value_heads),
-        *("--kv-channels", _head_dim(config)),
-        *("--normalization", "RMSNorm", "--norm-epsilon", config.rms_norm_eps),
-        *("--swiglu", "--disable-bias-linear"),
-        *("--attention-dropout", config.attention_dropout, "--hidden-dropout", 0.0),
-        *("--position-embedding-type", "rope"),
-        *rope_flags(config.rope_parameters),
-        *_window_flags(config),
-    ]
-    if config.model_type == "qwen2":
-        flags.append("--add-qkv-bias")
-    if config.model_type == "qwen3":
-        flags.append("--qk-layernorm")
-    return [str(flag) for flag in flags]
-
-
-def _take_llama(weights: _Weights, config) -> dict[str, LazyTensor]:
-    hidden, ffn, head = config.hidden_size, config.intermediate_size, _head_dim(config)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    tensors = _take_ends(weights, config, "embed_tokens.weight", {"norm.weight": "weight"})
-    for i in range(config.num_hidden_layers):
-        layer, target = f"layers.{i}.", f"decoder.layers.{i}."
-        attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
-        sizes = {"q": heads * head, "k": groups * head, "v": groups * head}
-
-        def qkv(kind, *shape, attention=attention, sizes=sizes):
-            parts = [
-                weights.take(f"{attention}{n}_proj.{kind}", r, *shape) for n, r in sizes.items()
-            ]
-            return interleave_qkv(*parts, groups)
-
-        tensors |= {
-            f"{target}self_attention.linear_qkv.layer_norm_weight": weights.take(
-                f"{layer}input_layernorm.weight", hidden
-            ),
-            f"{target}self_attention.linear_qkv.weight": qkv("weight", hidden),
-            f"{target}self_attention.linear_proj.weight": weights.take(
-                f"{attention}o_proj.weight", hidden, heads * head
-            ),
-            f"{target}mlp.linear_fc1.layer_norm_weight": weights.take(
-                f"{layer}post_attention_layernorm.weight", hidden
-            ),
-            f"{target}mlp.linear_fc1.weight": concatenate(
-                [weights.take(f"{mlp}{name}_proj.weight", ffn, hidden) for name in ("gate", "up")]
-            ),
-            f"{target}mlp.linear_fc2.weight": weights.take(f"{mlp}down_proj.weight", hidden, ffn),
-        }
-        if config.model_type == "qwen2":
-            tensors[f"{target}self_attention.linear_qkv.bias"] = qkv("bias")
-        if config.model_type == "qwen3":
-            for name in ("q", "k"):
-                tensors[f"{target}self_attention.{name}_layernorm.weight"] = weights.take(
-                    f"{attention}{name}_norm.weight", head
-                )
-    return tensors
-
-
-def _gpt2_flags(config) -> list[str]:
-    """Flags of GPT-2; Megatron's own gelu is the exact one, --openai-gelu the tanh of GPT-2."""
-    _require(config, "activation_function", *_TANH_GELU, "gelu")
-    _require(config, "scale_attn_weights", True)
-    _require(config, "scale_attn_by_inverse_layer_idx", False)
-    _require(config, "add_cross_attention", False)
-    flags = [
-        *_common_flags(config),
-        *("--ffn-hidden-size", _gpt2_ffn(config)),
-        *("--normalization", "LayerNorm", "--norm-epsilon", config.layer_norm_epsilon),
-        *("--attention-dropout", config.attn_pdrop, "--hidden-dropout", config.resid_pdrop),
-        *("--position-embedding-type", "learned_absolute", "--no-bias-gelu-fusion"),
-    ]
-    if config.activation_function in _TANH_GELU:
-        flags.append("--openai-gelu")
-    return [str(flag) for flag in flags]
-
-
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-
-
-def _take_gpt2(weights: _Weights, config) -> dict[str, LazyTensor]:
-    hidden, ffn, heads = config.hidden_size, _gpt2_ffn(config), config.num_attention_heads
-    final = {"ln_f.weight": "weight", "ln_f.bias": "bias"}
-    tensors = _take_ends(weights, config, "wte.weight", final)
-    tensors["embedding.position_embeddings.weight"] = weights.take(
-        "wpe.weight", config.max_position_embeddings, hidden
-    )
-    for i in range(config.num_hidden_layers):
-        layer, target = f"h.{i}.", f"decoder.layers.{i}."
-        # Conv1D stores [in, out].
-        for name, key, columns, rows in (
-            ("attn.c_attn", "self_attention.linear_qkv", 3 * hidden, hidden),
-            ("attn.c_proj", "self_attention.linear_proj", hidden, hidden),
-            ("mlp.c_fc", "mlp.linear_fc1", ffn, hidden),
-            ("mlp.c_proj", "mlp.linear_fc2", hidden, ffn),
-        ):
-            weight = weights.take(f"{layer}{name}.weight", rows, columns).transpose()
-            bias = weights.take(f"{layer}{name}.bias", columns)
-            if name == "attn.c_attn":
-                weight, bias = (interleave_qkv(*part.chunk(3), heads) for part in (weight, bias))
-            tensors[f"{target}{key}.weight"], tensors[f"{target}{key}.bias"] = weight, bias
-        for norm, key in (("ln_1", "self_attention.linear_qkv"), ("ln_2", "mlp.linear_fc1")):
-            for kind in ("weight", "bias"):
-                tensors[f"{target}{key}.layer_norm_{kind}"] = weights.take(
-                    f"{layer}{norm}.{kind}", hidden
-                )
-    return tensors
-
-
-_FAMILIES: dict[str, tuple[Callable, Callable]] = {
-    "llama": (_llama_flags, _take_llama),
-    "mistral": (_llama_flags, _take_llama),
-    "qwen2": (_llama_flags, _take_llama),
-    "qwen3": (_llama_flags, _take_llama),
-    "gpt2": (_gpt2_flags, _take_gpt2),
-}
-
-
-def interleave_qkv(
-    query: LazyTensor, key: LazyTensor, value: LazyTensor, groups: int
-) -> LazyTensor:
-    """Megatron's order of the QKV projection's rows: by query group, its queries, key and value.
-
-    Args:
-        query: [heads * head_dim, ...], in order of heads.
-        key, value: [groups * head_dim, ...].
-        groups: number of key and value heads.
-    """
-    parts = zip(query.chunk(groups), key.chunk(groups), value.chunk(groups))
-    return concatenate([part for group in parts for part in group])
-
-
-def _take_ends(weights: _Weights, config, embedding: str, norm: dict) -> dict[str, LazyTensor]:
-    """Embedding, final norm and output layer."""
-    tensors = weights.take_ends(
-        embedding, config.tie_word_embeddings, config.vocab_size, config.hidden_size
-    )
-    for name, kind in norm.items():
-        tensors[f"decoder.final_layernorm.{kind}"] = weights.take(name, config.hidden_size)
-    return tensors
-
-
-def _common_flags(config) -> list:
-    positions = config.max_position_embeddings
-    return [
-        *("--num-layers", config.num_hidden_layers, "--hidden-size", config.hidden_size),
-        *("--num-attention-heads", config.num_attention_heads),
-        *("--seq-length", min(positions, 4096), "--max-position-embeddings", positions),
-    ]
-
-
-def _window_flags(config) -> list:
-    """Sliding-window attention: Megatron counts the keys before a query, transformers it as well."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
+def _note_on_others(found: Tensors, target: torch.dtype) -> list[str]:
+    """A line on weights of another dtype than most, which they get."""
+    others = {tensor.dtype for tensor in found.values()} - {target}
+    if not others:
         return []
-    flags = ["--window-size", f"({window - 1},0)"]
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        windowed = [int(kind == "sliding_attention") for kind in kinds]
-        if not any(windowed):
-            return []
-        flags += ["--window-attn-skip-freq", str(windowed).replace(" ", "")]
-    return flags
+    names = " and ".join(str(d).removeprefix("torch.") for d in sorted(others, key=str))
+    return [f"cast to {str(target).removeprefix('torch.')}: tensors of {names}"]
 
 
-def _require(config, name: str, *accepted) -> None:
-    value = getattr(config, name, accepted[0])
-    if value not in accepted:
-        raise _refusal(config, name, value, " or ".join(map(str, accepted)))
-
-
-def _refusal(config, name: str, value, accepted) -> ConversionError:
-    return ConversionError(
-        f"config.json of a {config.model_type} model: {name} is {value}, which Megatron-Core 0.19.2 "
-        f"cannot compute; accepted: {accepted}"
-    )
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _gpt2_ffn(config) -> int:
-    return config.n_inner or 4 * config.hidden_size
+def _check(folder: Path, found: Mapping[str, LazyTensor], expected: Mapping[str, Shape]) -> None:
+    """Refuse tensors that are missing, left over or of another shape than config.json says."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConversionError(f"{folder}: there is no tensor {name}")
+        if tuple(found[name].shape) != shape:
+            raise ConversionError(
+                f"{folder}: the tensor {name} has the shape {list(found[name].shape)}, and "
+                f"{list(shape)} by config.json"
+            )
+    left_over = sorted(found.keys() - expected.keys())
+    if left_over:
+        raise ConversionError(
+            f"{folder}: the tensor {left_over[0]} has no place in the model "
+            f"({len(left_over)} left over)"
+        )

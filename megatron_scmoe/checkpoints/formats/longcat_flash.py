@@ -17,8 +17,10 @@ import torch
 from transformers import LongcatFlashConfig
 
 from megatron_scmoe.checkpoints.formats.refusals import IN_NO_FORMAT, refuse
-from megatron_scmoe.checkpoints.formats.registry import Format, Tensors
-from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, check_tensors, concatenate, stack
+from megatron_scmoe.checkpoints.formats.registry import Format
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, Tensors
+from megatron_scmoe.checkpoints.parameter_mapping import Param, ParamMapping, Row, Table
+from megatron_scmoe.checkpoints.parameter_transforms import EXPERTS, FP32, GATE_UP, Sizes
 from megatron_scmoe.errors import ConversionError
 
 MODEL_TYPE = "longcat_flash"
@@ -171,14 +173,9 @@ def longcat_config(args: argparse.Namespace, tokens: int, rows: int) -> dict[str
 
 def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The tensors of Megatron's model, from those of a LongCat-Flash folder."""
-    shape = LongCatShape.of_config(config)
     unused = set(left_out(config, tensors))
     used = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    pairs = list(_pairs(shape))
-    check_tensors(used, {name: pair.shape for pair in pairs for name in pair.longcat})
-    result = {pair.megatron: pair.join([used[name] for name in pair.longcat]) for pair in pairs}
-    biases = {pair.megatron for pair in pairs if pair.is_bias}
-    return {k: v.cast(torch.float32) if k in biases else v for k, v in result.items()}
+    return mapping(LongCatShape.of_config(config)).to_megatron(used)
 
 
 def left_out(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
@@ -194,17 +191,13 @@ def to_longcat(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     Biases that the model does without are zero.
     """
     shape = LongCatShape.of_config(config)
-    pairs = list(_pairs(shape))
+    params = mapping(shape)
     zeros = {
-        pair.megatron: LazyTensor.full(pair.shape, 0.0, torch.float32)
-        for pair in pairs
-        if pair.is_bias
+        name: LazyTensor.full(size, 0.0, torch.float32)
+        for name, size in params.megatron_shapes.items()
+        if name.endswith(_BIASES)
     }
-    tensors = {**zeros, **tensors}
-    check_tensors(tensors, {pair.megatron: pair.joined_shape for pair in pairs})
-    result = {}
-    for pair in pairs:
-        result.update(zip(pair.longcat, pair.split(tensors[pair.megatron])))
+    result = params.to_hf({**zeros, **tensors})
     dtype = result["model.embed_tokens.weight"].dtype
     return result | {k: LazyTensor.full(size, 0.0, dtype) for k, size in _unused(shape)}
 
@@ -220,121 +213,97 @@ FORMAT = Format(
 )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A tensor of Megatron and the tensors of LongCat-Flash, of one shape, that it consists of.
+_START = Table("", "", (
+    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}),
+))  # fmt: skip
 
-    With ``stacked`` 0 they lie one after the other along the first dimension; with n, n of them do so
-    for each entry of a new first dimension. The router's biases are fp32 in Megatron.
-    """
+_ATTENTION = Table("decoder.layers.{block}.", "model.layers.{layer}.", (
+    Row("input_layernorm.weight", {"input_layernorm.{half}.weight": "hidden"}),
+    Row("self_attention.linear_kv_down_proj.weight",
+        {"self_attn.{half}.kv_a_proj_with_mqa.weight": "latent_and_rope hidden"}),
+    Row("self_attention.linear_kv_up_proj.layer_norm_weight",
+        {"self_attn.{half}.kv_a_layernorm.weight": "latent"}),
+    Row("self_attention.linear_kv_up_proj.weight",
+        {"self_attn.{half}.kv_b_proj.weight": "keys_and_values latent"}),
+    Row("self_attention.linear_proj.weight", {"self_attn.{half}.o_proj.weight": "hidden values"}),
+    Row("self_attention.linear_q_proj.weight", {"self_attn.{half}.q_proj.weight": "queries hidden"},
+        when="not_compressed"),
+    Row("self_attention.linear_q_down_proj.weight",
+        {"self_attn.{half}.q_a_proj.weight": "q_latent hidden"}, when="q_latent"),
+    Row("self_attention.linear_q_up_proj.layer_norm_weight",
+        {"self_attn.{half}.q_a_layernorm.weight": "q_latent"}, when="q_latent"),
+    Row("self_attention.linear_q_up_proj.weight",
+        {"self_attn.{half}.q_b_proj.weight": "queries q_latent"}, when="q_latent"),
+))  # fmt: skip
 
-    megatron: str
-    longcat: tuple[str, ...]
-    shape: tuple[int, ...]
-    stacked: int = 0
-    is_bias: bool = False
+_DENSE = Table("decoder.layers.{block}.mlp.", "model.layers.{layer}.", (
+    Row("linear_fc1.layer_norm_weight", {"post_attention_layernorm.0.weight": "hidden"}),
+    Row("linear_fc2.weight", {"mlps.0.down_proj.weight": "hidden ffn"}),
+    Row("linear_fc1.weight",
+        {"mlps.0.gate_proj.weight": "ffn hidden", "mlps.0.up_proj.weight": "ffn hidden"}, GATE_UP),
+))  # fmt: skip
 
-    @property
-    def joined_shape(self) -> tuple[int, ...]:
-        along = self.stacked or len(self.longcat)
-        rest = (along * self.shape[0], *self.shape[1:])
-        return (len(self.longcat) // along, *rest) if self.stacked else rest
+_MOE = Table("decoder.layers.{block}.", "model.layers.{layer}.", (
+    Row("pre_mlp_layernorm.weight", {"post_attention_layernorm.1.weight": "hidden"}),
+    Row("mlp.shared_experts.linear_fc2.weight", {"mlps.1.down_proj.weight": "hidden ffn"}),
+    Row("mlp.shared_experts.linear_fc1.weight",
+        {"mlps.1.gate_proj.weight": "ffn hidden", "mlps.1.up_proj.weight": "ffn hidden"}, GATE_UP),
+    Row("mlp.router.weight", {"mlp.router.classifier.weight": "choices hidden"}),
+    Row("mlp.router.expert_bias", {"mlp.router.e_score_correction_bias": "choices"}, FP32),
+    Row("mlp.router.classifier_bias", {"mlp.router.classifier.bias": "choices"}, FP32,
+        when="router_bias"),
+    Row("mlp.experts.experts.linear_fc1.weight",
+        {"mlp.experts.{expert}.gate_proj.weight": "expert_ffn hidden",
+         "mlp.experts.{expert}.up_proj.weight": "expert_ffn hidden"}, EXPERTS),
+    Row("mlp.experts.experts.linear_fc2.weight",
+        {"mlp.experts.{expert}.down_proj.weight": "hidden expert_ffn"}, EXPERTS),
+))  # fmt: skip
 
-    def join(self, parts: list[LazyTensor]) -> LazyTensor:
-        if not self.stacked:
-            return concatenate(parts) if len(parts) > 1 else parts[0]
-        groups = [parts[i : i + self.stacked] for i in range(0, len(parts), self.stacked)]
-        return stack([concatenate(group) if len(group) > 1 else group[0] for group in groups])
+_END = Table("", "", (
+    Row("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}),
+    Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}, when="output_layer"),
+))  # fmt: skip
 
-    def split(self, whole: LazyTensor) -> list[LazyTensor]:
-        if not self.stacked:
-            return whole.chunk(len(self.longcat))
-        entries = [whole.index(i) for i in range(whole.shape[0])]
-        return [part for entry in entries for part in entry.chunk(self.stacked)]
+_BIASES = (".router.expert_bias", ".router.classifier_bias")
+"""What a model of Megatron may do without, and the format may not."""
 
 
-def _pairs(shape: LongCatShape) -> Iterator[_Pair]:
-    """Every tensor of the model, in the order of computation."""
-    h, vocabulary = shape.hidden_size, (shape.vocab_size, shape.hidden_size)
-    yield _Pair("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
+def mapping(shape: LongCatShape) -> ParamMapping:
+    """The tensors of a model in both formats, in the order of computation."""
+    return ParamMapping(_params(shape))
+
+
+def _params(shape: LongCatShape) -> Iterator[Param]:
+    """Layer n is the blocks 2n, with a dense MLP, and 2n + 1, with the MoE."""
+    sizes = _sizes(shape)
+    yield from _START.fill(sizes)
     for layer in range(shape.num_layers):
-        for half in (0, 1):
-            yield from _half_layer(shape, layer, half)
-        yield from _routed(shape, layer)
-    yield _Pair("decoder.final_layernorm.weight", ("model.norm.weight",), (h,))
-    if not shape.tie_word_embeddings:
-        yield _Pair("output_layer.weight", ("lm_head.weight",), vocabulary)
+        yield from _ATTENTION.fill(sizes, layer=layer, half=0, block=2 * layer)
+        yield from _DENSE.fill(sizes, layer=layer, block=2 * layer)
+        yield from _ATTENTION.fill(sizes, layer=layer, half=1, block=2 * layer + 1)
+        yield from _MOE.fill(sizes, layer=layer, block=2 * layer + 1)
+    yield from _END.fill(sizes)
 
 
-def _half_layer(shape: LongCatShape, layer: int, half: int) -> Iterator[_Pair]:
-    """Attention and dense MLP ``half`` of a layer: those of one Megatron block."""
-    h, heads, ffn = shape.hidden_size, shape.num_attention_heads, shape.ffn_hidden_size
-    latent, rope = shape.kv_lora_rank, shape.qk_rope_head_dim
-    queries = heads * (shape.qk_nope_head_dim + rope)
-    block, longcat = f"decoder.layers.{2 * layer + half}", f"model.layers.{layer}"
-    names = {
-        "input_layernorm": (f"input_layernorm.{half}", (h,)),
-        "self_attention.linear_kv_down_proj": (
-            f"self_attn.{half}.kv_a_proj_with_mqa",
-            (latent + rope, h),
-        ),
-        "self_attention.linear_kv_up_proj.layer_norm": (
-            f"self_attn.{half}.kv_a_layernorm",
-            (latent,),
-        ),
-        "self_attention.linear_kv_up_proj": (
-            f"self_attn.{half}.kv_b_proj",
-            (heads * (shape.qk_nope_head_dim + shape.v_head_dim), latent),
-        ),
-        "self_attention.linear_proj": (f"self_attn.{half}.o_proj", (h, heads * shape.v_head_dim)),
-    }
-    rank = shape.q_lora_rank
-    if rank is None:
-        names["self_attention.linear_q_proj"] = (f"self_attn.{half}.q_proj", (queries, h))
-    else:
-        up = "self_attention.linear_q_up_proj"
-        names["self_attention.linear_q_down_proj"] = (f"self_attn.{half}.q_a_proj", (rank, h))
-        names[f"{up}.layer_norm"] = (f"self_attn.{half}.q_a_layernorm", (rank,))
-        names[up] = (f"self_attn.{half}.q_b_proj", (queries, rank))
-    norm = ("mlp.linear_fc1.layer_norm", "pre_mlp_layernorm")[half]
-    names[norm] = (f"post_attention_layernorm.{half}", (h,))
-    mlp = ("mlp", "mlp.shared_experts")[half]
-    names[f"{mlp}.linear_fc2"] = (f"mlps.{half}.down_proj", (h, ffn))
-    for megatron, (name, size) in names.items():
-        joint = "_" if megatron.endswith(".layer_norm") else "."
-        yield _Pair(f"{block}.{megatron}{joint}weight", (f"{longcat}.{name}.weight",), size)
-    gated = tuple(f"{longcat}.mlps.{half}.{part}_proj.weight" for part in ("gate", "up"))
-    yield _Pair(f"{block}.{mlp}.linear_fc1.weight", gated, (ffn, h))
-
-
-def _routed(shape: LongCatShape, layer: int) -> Iterator[_Pair]:
-    """Router and experts of a layer."""
-    h, ffn, experts = shape.hidden_size, shape.expert_ffn_hidden_size, shape.n_routed_experts
-    total = experts + shape.zero_expert_num
-    block, longcat = f"decoder.layers.{2 * layer + 1}.mlp", f"model.layers.{layer}.mlp"
-    router = f"{longcat}.router"
-    yield _Pair(f"{block}.router.weight", (f"{router}.classifier.weight",), (total, h))
-    yield _Pair(
-        f"{block}.router.expert_bias",
-        (f"{router}.e_score_correction_bias",),
-        (total,),
-        is_bias=True,
+def _sizes(shape: LongCatShape) -> Sizes:
+    heads, nope, rope = shape.num_attention_heads, shape.qk_nope_head_dim, shape.qk_rope_head_dim
+    return dict(
+        vocab=shape.vocab_size,
+        hidden=shape.hidden_size,
+        latent=shape.kv_lora_rank,
+        latent_and_rope=shape.kv_lora_rank + rope,
+        keys_and_values=heads * (nope + shape.v_head_dim),
+        values=heads * shape.v_head_dim,
+        q_latent=shape.q_lora_rank or 0,
+        not_compressed=shape.q_lora_rank is None,
+        queries=heads * (nope + rope),
+        ffn=shape.ffn_hidden_size,
+        expert_ffn=shape.expert_ffn_hidden_size,
+        experts=shape.n_routed_experts,
+        choices=shape.n_routed_experts + shape.zero_expert_num,
+        router_bias=shape.router_bias,
+        output_layer=not shape.tie_word_embeddings,
     )
-    if shape.router_bias:
-        yield _Pair(
-            f"{block}.router.classifier_bias",
-            (f"{router}.classifier.bias",),
-            (total,),
-            is_bias=True,
-        )
-    gated = tuple(
-        f"{longcat}.experts.{i}.{part}_proj.weight"
-        for i in range(experts)
-        for part in ("gate", "up")
-    )
-    yield _Pair(f"{block}.experts.experts.linear_fc1.weight", gated, (ffn, h), stacked=2)
-    down = tuple(f"{longcat}.experts.{i}.down_proj.weight" for i in range(experts))
-    yield _Pair(f"{block}.experts.experts.linear_fc2.weight", down, (h, ffn), stacked=1)
 
 
 def _unused(shape: LongCatShape) -> Iterator[tuple[str, tuple[int, int]]]:

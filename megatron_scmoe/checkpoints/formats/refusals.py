@@ -1,6 +1,6 @@
-"""What a Hugging Face format cannot express of a Megatron model, refused by flag on the way out.
+"""What one side cannot express of the other: refused by flag on export, by field on import.
 
-Most of these change what is computed without changing a tensor: the folder would load and be wrong.
+Most of these change what is computed without changing a tensor: the result would load and be wrong.
 """
 
 import argparse
@@ -29,6 +29,27 @@ def refuse(args: argparse.Namespace, model_type: str, refusals: Iterable[Refusal
         if not is_fine(value):
             shown = flag if value is True else f"{flag} {value}"
             raise ConversionError(f"{shown}: the {model_type} model in transformers has it not")
+
+
+def require(config: Any, field: str, *accepted: Any) -> None:
+    """Compare a field of transformers' configuration with what Megatron computes.
+
+    A model without the field has the first of the accepted values.
+
+    Raises:
+        ConversionError: if it is another value; it names the field.
+    """
+    value = getattr(config, field, accepted[0])
+    if value not in accepted:
+        raise refusal_of_field(config, field, value, " or ".join(map(str, accepted)))
+
+
+def refusal_of_field(config: Any, field: str, value: Any, accepted: Any) -> ConversionError:
+    """What to raise for a field of transformers' configuration that Megatron cannot compute."""
+    return ConversionError(
+        f"config.json of a {config.model_type} model: {field} is {value}, which Megatron-Core 0.19.2 "
+        f"cannot compute; accepted: {accepted}"
+    )
 
 
 IN_NO_FORMAT: tuple[Refusal, ...] = (
@@ -66,4 +87,4 @@ IN_NO_FORMAT: tuple[Refusal, ...] = (
         ),
     ),
 )
-"""Of both formats; each adds its own."""
+"""Of all formats that are exported to; each adds its own."""

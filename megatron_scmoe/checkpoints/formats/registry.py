@@ -1,4 +1,4 @@
-"""The Hugging Face formats that ScMoE checkpoints are converted to and from."""
+"""The Hugging Face formats by ``model_type``: of ScMoE models both ways, of dense models in."""
 
 import argparse
 import importlib
@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors
+from megatron_scmoe.checkpoints.parameter_mapping import ParamMapping
 from megatron_scmoe.errors import ConversionError
 
-Tensors = dict[str, LazyTensor]
+_MODULES = {"scmoe": "scmoe", "longcat_flash": "longcat_flash"}
+"""The module in this folder of each ``model_type``; it holds a :class:`Format` named ``FORMAT``."""
 
-_MODULES = {
-    "scmoe": "megatron_scmoe.checkpoints.formats.scmoe",
-    "longcat_flash": "megatron_scmoe.checkpoints.formats.longcat_flash",
+_DENSE_MODULES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "gpt2": "gpt2",
 }
-"""The module of each ``model_type``; it holds a :class:`Format` named ``FORMAT``."""
+"""The same of dense models, whose ``FORMAT`` is a :class:`DenseFormat`."""
 
 NAMES = tuple(_MODULES)
+DENSE_NAMES = tuple(sorted(_DENSE_MODULES))
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,25 @@ class Format:
     left_out: Callable[[Mapping[str, Any], Tensors], list[str]] = lambda config, tensors: []
 
 
+@dataclass(frozen=True)
+class DenseFormat:
+    """A ``model_type`` of transformers, or several alike, and the dense GPT of Megatron it is.
+
+    Args:
+        prefix: what the names of all tensors but the output layer's begin with.
+        embedding: the name of the embedding's tensor behind the prefix.
+        flags: gives the model's flags of the pretraining script from transformers' configuration, or
+            raises ConversionError naming the field.
+        mapping: gives the tensors of both sides from transformers' configuration, and whether the
+            output layer is the embedding.
+    """
+
+    prefix: str
+    embedding: str
+    flags: Callable[[Any], list[str]]
+    mapping: Callable[[Any, bool], ParamMapping]
+
+
 def find_format(model_type: str | None) -> Format:
     """The format of a ``model_type``.
 
@@ -64,4 +89,13 @@ def find_format(model_type: str | None) -> Format:
         raise ConversionError(
             f"model_type {model_type}; accepted: {', '.join(NAMES)} (dense models: upcycle)"
         )
-    return importlib.import_module(_MODULES[model_type]).FORMAT
+    return _import(_MODULES[model_type])
+
+
+def find_dense_format(model_type: str) -> DenseFormat:
+    """The format of one of :data:`DENSE_NAMES`."""
+    return _import(_DENSE_MODULES[model_type])
+
+
+def _import(module: str):
+    return importlib.import_module(f"megatron_scmoe.checkpoints.formats.{module}").FORMAT

@@ -1,25 +1,22 @@
 """ScMoE's own Hugging Face format: ``config.json`` and names of tensors, both ways and exact.
 
-Names and shapes of a folder's tensors are those of the modelling code (hf/modeling_scmoe.py), built
-without memory. Every tensor of either side is used exactly once.
+Names and shapes of a folder's tensors are those of the modelling code (hf/modeling_scmoe.py).
 """
 
 import argparse
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_scmoe.checkpoints import hf
 from megatron_scmoe.checkpoints.formats.refusals import IN_NO_FORMAT, Refusal, one_of, refuse
-from megatron_scmoe.checkpoints.formats.registry import Format, Tensors
+from megatron_scmoe.checkpoints.formats.registry import Format
 from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
-from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, check_tensors, concatenate, stack
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors
 from megatron_scmoe.checkpoints.model_arguments import LLAMA3_ROPE, rope_flags
+from megatron_scmoe.checkpoints.parameter_mapping import Param, ParamMapping, Row, Table
+from megatron_scmoe.checkpoints.parameter_transforms import EXPERTS, GATE_UP, QKV, Sizes
 from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ConversionError, in_words
 
@@ -104,24 +101,12 @@ def flags_from_config(config: Mapping[str, Any]) -> list[str]:
 
 def to_hf(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The tensors of a folder from Megatron's."""
-    config = _config(config)
-    shapes = _shapes(config)
-    rules = list(_rules(config))
-    check_tensors(tensors, _megatron_shapes(rules, shapes))
-    result: Tensors = {}
-    for rule in rules:
-        result.update(zip(rule.hf, rule.split(tensors[rule.megatron])))
-    check_tensors(result, shapes)
-    return result
+    return mapping(_config(config)).to_hf(tensors)
 
 
 def to_megatron(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Megatron's tensors from those of a folder."""
-    config = _config(config)
-    check_tensors(tensors, _shapes(config))
-    return {
-        rule.megatron: rule.join([tensors[name] for name in rule.hf]) for rule in _rules(config)
-    }
+    return mapping(_config(config)).to_megatron(tensors)
 
 
 _FOLDER = Path(hf.__file__).parent
@@ -283,166 +268,108 @@ def _config(config: Mapping[str, Any]) -> ScMoEConfig:
 # --- tensors --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """One tensor of Megatron and the tensors of the folder it consists of."""
+_START = Table("embedding.", "model.", (
+    Row("word_embeddings.weight", {"embed_tokens.weight": "vocab hidden"}),
+    Row("position_embeddings.weight", {"embed_positions.weight": "positions hidden"},
+        when="positions"),
+))  # fmt: skip
 
-    megatron: str
-    hf: list[str]
-    split: Callable[[LazyTensor], list[LazyTensor]] = lambda tensor: [tensor]
-    join: Callable[[list[LazyTensor]], LazyTensor] = lambda parts: parts[0]
+_ATTENTION = Table("decoder.layers.{block}.", "model.layers.{block}.", (
+    Row("self_attention.linear_qkv.layer_norm_*", {"input_layernorm.*": "hidden"}, bias="layer_norm"),
+    Row("self_attention.linear_qkv.*",
+        {"self_attn.q_proj.*": "queries hidden",
+         "self_attn.k_proj.*": "keys hidden",
+         "self_attn.v_proj.*": "keys hidden"}, QKV, bias="qkv_biases"),
+    Row("self_attention.linear_proj.*", {"self_attn.o_proj.*": "hidden queries"}, bias="biases"),
+    Row("self_attention.q_layernorm.*", {"self_attn.q_norm.*": "head"}, when="qk_norm",
+        bias="layer_norm"),
+    Row("self_attention.k_layernorm.*", {"self_attn.k_norm.*": "head"}, when="qk_norm",
+        bias="layer_norm"),
+))  # fmt: skip
 
+_DENSE = Table("decoder.layers.{block}.", "model.layers.{block}.", (
+    Row("mlp.linear_fc1.layer_norm_*", {"post_attention_layernorm.*": "hidden"}, bias="layer_norm"),
+    Row("mlp.linear_fc1.*", {"mlp.gate_proj.*": "ffn hidden", "mlp.up_proj.*": "ffn hidden"},
+        GATE_UP, when="gated", bias="biases"),
+    Row("mlp.linear_fc1.*", {"mlp.up_proj.*": "ffn hidden"}, when="not_gated", bias="biases"),
+    Row("mlp.linear_fc2.*", {"mlp.down_proj.*": "hidden ffn"}, bias="biases"),
+))  # fmt: skip
 
-def _shapes(config: ScMoEConfig) -> dict[str, torch.Size]:
-    """Shapes of the folder's tensors by name, from the modelling code."""
-    try:
-        with torch.device("meta"):
-            model = ScMoEForCausalLM(config)
-    except RuntimeError as error:  # sizes that overflow
-        raise ConversionError(
-            f"config.json: no model has these sizes ({in_words(error)})"
-        ) from error
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {name: tensor.shape for name, tensor in state.items()}
+_SHARED_EXPERT = Table("decoder.layers.{block}.", "model.layers.{block}.", (
+    Row("pre_mlp_layernorm.*", {"post_attention_layernorm.*": "hidden"}, bias="layer_norm"),
+    Row("mlp.shared_experts.linear_fc1.*",
+        {"mlp.shared_expert.gate_proj.*": "shared_ffn hidden",
+         "mlp.shared_expert.up_proj.*": "shared_ffn hidden"}, GATE_UP, when="gated", bias="biases"),
+    Row("mlp.shared_experts.linear_fc1.*", {"mlp.shared_expert.up_proj.*": "shared_ffn hidden"},
+        when="not_gated", bias="biases"),
+    Row("mlp.shared_experts.linear_fc2.*", {"mlp.shared_expert.down_proj.*": "hidden shared_ffn"},
+        bias="biases"),
+))  # fmt: skip
 
+_MOE = Table("decoder.layers.{block}.mlp.", "model.layers.{block}.mlp.", (
+    Row("router.*", {"router.*": "experts hidden"}, bias="biases"),
+    Row("router.expert_bias", {"router.expert_bias": "experts"}, when="expert_bias"),
+    Row("shared_experts.gate_weight", {"shared_expert_gate.weight": "1 hidden"}, when="cg1"),
+    Row("combine_gate.weight", {"combine_gate.weight": "2 hidden"}, when="cg2"),
+    Row("shortcut_layernorm.*", {"tap_norm.*": "hidden"}, when="own_norm", bias="layer_norm"),
+    Row("post_layernorm.*", {"post_norm.*": "hidden"}, when="post_norm", bias="layer_norm"),
+    Row("experts.experts.linear_fc1.*",
+        {"experts.{expert}.gate_proj.*": "expert_ffn hidden",
+         "experts.{expert}.up_proj.*": "expert_ffn hidden"}, EXPERTS, when="gated", bias="biases"),
+    Row("experts.experts.linear_fc1.*", {"experts.{expert}.up_proj.*": "expert_ffn hidden"}, EXPERTS,
+        when="not_gated", bias="biases"),
+    Row("experts.experts.linear_fc2.*", {"experts.{expert}.down_proj.*": "hidden expert_ffn"},
+        EXPERTS, bias="biases"),
+))  # fmt: skip
 
-def _megatron_shapes(rules: list[_Rule], shapes: dict[str, torch.Size]) -> dict[str, torch.Size]:
-    def nothing(box):
-        raise AssertionError("only shapes are wanted")
-
-    return {
-        rule.megatron: rule.join(
-            [LazyTensor(shapes[name], torch.float32, nothing) for name in rule.hf]
-        ).shape
-        for rule in rules
-    }
-
-
-def _rules(config: ScMoEConfig) -> Iterator[_Rule]:
-    yield _Rule("embedding.word_embeddings.weight", ["model.embed_tokens.weight"])
-    if config.position_embedding == "learned_absolute":
-        yield _Rule("embedding.position_embeddings.weight", ["model.embed_positions.weight"])
-    for i, is_moe in enumerate(config.moe_layers):
-        yield from _layer_rules(config, f"decoder.layers.{i}", f"model.layers.{i}", is_moe)
-    yield from _norm_rules(config, "decoder.final_layernorm.", "model.norm.")
-    if not config.tie_word_embeddings:
-        yield _Rule("output_layer.weight", ["lm_head.weight"])
-
-
-def _layer_rules(config: ScMoEConfig, m: str, h: str, is_moe: int) -> Iterator[_Rule]:
-    attention = f"{m}.self_attention"
-    yield from _norm_rules(config, f"{attention}.linear_qkv.layer_norm_", f"{h}.input_layernorm.")
-    parts = [f"{h}.self_attn.{name}_proj" for name in "qkv"]
-    for kind in _kinds(config.linear_bias or config.qkv_bias):
-        yield _Rule(
-            f"{attention}.linear_qkv.{kind}",
-            [f"{part}.{kind}" for part in parts],
-            functools.partial(_split_qkv, config),
-            functools.partial(_join_qkv, config),
-        )
-    for kind in _kinds(config.linear_bias):
-        yield _Rule(f"{attention}.linear_proj.{kind}", [f"{h}.self_attn.o_proj.{kind}"])
-    if config.qk_norm:
-        for name in "qk":
-            yield from _norm_rules(
-                config, f"{attention}.{name}_layernorm.", f"{h}.self_attn.{name}_norm."
-            )
-    if not is_moe:
-        norm = f"{m}.mlp.linear_fc1.layer_norm_"
-        yield from _norm_rules(config, norm, f"{h}.post_attention_layernorm.")
-        yield from _mlp_rules(config, f"{m}.mlp", f"{h}.mlp", config.linear_bias)
-        return
-    if config.shared_expert_intermediate_size is not None:
-        norm = f"{m}.pre_mlp_layernorm."
-        yield from _norm_rules(config, norm, f"{h}.post_attention_layernorm.")
-        yield from _mlp_rules(
-            config, f"{m}.mlp.shared_experts", f"{h}.mlp.shared_expert", config.linear_bias
-        )
-    yield from _moe_rules(config, f"{m}.mlp", f"{h}.mlp")
+_END = Table("", "", (
+    Row("decoder.final_layernorm.*", {"model.norm.*": "hidden"}, bias="layer_norm"),
+    Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}, when="output_layer"),
+))  # fmt: skip
 
 
-def _moe_rules(config: ScMoEConfig, m: str, h: str) -> Iterator[_Rule]:
-    for kind in _kinds(config.linear_bias):
-        yield _Rule(f"{m}.router.{kind}", [f"{h}.router.{kind}"])
-    if config.router_expert_bias:
-        yield _Rule(f"{m}.router.expert_bias", [f"{h}.router.expert_bias"])
-    if config.combine == "cg1":
-        yield _Rule(f"{m}.shared_experts.gate_weight", [f"{h}.shared_expert_gate.weight"])
-    elif config.combine == "cg2":
-        yield _Rule(f"{m}.combine_gate.weight", [f"{h}.combine_gate.weight"])
-    if config.router_norm == "own":
-        yield from _norm_rules(config, f"{m}.shortcut_layernorm.", f"{h}.tap_norm.")
-    if config.post_norm:
-        yield from _norm_rules(config, f"{m}.post_layernorm.", f"{h}.post_norm.")
-    experts = [f"{h}.experts.{i}" for i in range(config.num_experts)]
-    inner = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
-    for kind in _kinds(config.linear_bias):
-        yield _Rule(
-            f"{m}.experts.experts.linear_fc1.{kind}",
-            [f"{expert}.{name}.{kind}" for expert in experts for name in inner],
-            functools.partial(_split_experts, len(experts), len(inner)),
-            functools.partial(_join_experts, len(inner)),
-        )
-        yield _Rule(
-            f"{m}.experts.experts.linear_fc2.{kind}",
-            [f"{expert}.down_proj.{kind}" for expert in experts],
-            functools.partial(_split_experts, len(experts), 1),
-            functools.partial(_join_experts, 1),
-        )
+def mapping(c: ScMoEConfig) -> ParamMapping:
+    """The tensors of a model in both formats, in the order of computation."""
+    return ParamMapping(_params(c))
 
 
-def _mlp_rules(config: ScMoEConfig, m: str, h: str, bias: bool) -> Iterator[_Rule]:
-    for kind in _kinds(bias):
-        if config.gated_mlp:
-            yield _Rule(
-                f"{m}.linear_fc1.{kind}",
-                [f"{h}.gate_proj.{kind}", f"{h}.up_proj.{kind}"],
-                lambda tensor: tensor.chunk(2),
-                concatenate,
-            )
-        else:
-            yield _Rule(f"{m}.linear_fc1.{kind}", [f"{h}.up_proj.{kind}"])
-        yield _Rule(f"{m}.linear_fc2.{kind}", [f"{h}.down_proj.{kind}"])
+def _params(c: ScMoEConfig) -> Iterator[Param]:
+    sizes = _sizes(c)
+    yield from _START.fill(sizes)
+    for block, is_moe in enumerate(c.moe_layers):
+        yield from _ATTENTION.fill(sizes, block=block)
+        if not is_moe:
+            yield from _DENSE.fill(sizes, block=block)
+            continue
+        if c.shared_expert_intermediate_size is not None:
+            yield from _SHARED_EXPERT.fill(sizes, block=block)
+        yield from _MOE.fill(sizes, block=block)
+    yield from _END.fill(sizes)
 
 
-def _norm_rules(config: ScMoEConfig, m: str, h: str) -> Iterator[_Rule]:
-    for kind in _kinds(config.norm_type == "LayerNorm"):
-        yield _Rule(f"{m}{kind}", [f"{h}{kind}"])
-
-
-def _kinds(bias: bool) -> tuple[str, ...]:
-    return ("weight", "bias") if bias else ("weight",)
-
-
-def _split_qkv(config: ScMoEConfig, tensor: LazyTensor) -> list[LazyTensor]:
-    """Megatron keeps a group's queries, its key and its value together."""
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    queries = heads // groups
-    rest = tensor.shape[1:]
-
-    def part(start, count):
-        def function(whole):
-            grouped = whole.reshape(groups, queries + 2, size, *rest)
-            return grouped[:, start : start + count].reshape(-1, *rest)
-
-        return tensor.apply(function, (groups * count * size, *rest))
-
-    return [part(0, queries), part(queries, 1), part(queries + 1, 1)]
-
-
-def _join_qkv(config: ScMoEConfig, parts: list[LazyTensor]) -> LazyTensor:
-    groups = config.num_key_value_heads
-    grouped = [part.reshape(groups, part.shape[0] // groups, *part.shape[1:]) for part in parts]
-    rows = sum(part.shape[0] for part in parts)
-    return concatenate(grouped, dim=1).reshape(rows, *parts[0].shape[1:])
-
-
-def _split_experts(count: int, inner: int, tensor: LazyTensor) -> list[LazyTensor]:
-    """A stack of experts into the parts of each."""
-    return [part for i in range(count) for part in tensor.index(i).chunk(inner)]
-
-
-def _join_experts(inner: int, parts: list[LazyTensor]) -> LazyTensor:
-    return stack([concatenate(parts[i : i + inner]) for i in range(0, len(parts), inner)])
+def _sizes(c: ScMoEConfig) -> Sizes:
+    return dict(
+        vocab=c.vocab_size,
+        hidden=c.hidden_size,
+        positions=c.max_position_embeddings if c.position_embedding == "learned_absolute" else 0,
+        head=c.head_dim,
+        groups=c.num_key_value_heads,
+        queries=c.num_attention_heads * c.head_dim,
+        keys=c.num_key_value_heads * c.head_dim,
+        ffn=c.intermediate_size,
+        shared_ffn=c.shared_expert_intermediate_size or 0,
+        expert_ffn=c.moe_intermediate_size,
+        experts=c.num_experts,
+        layer_norm=c.norm_type == "LayerNorm",
+        biases=c.linear_bias,
+        qkv_biases=c.linear_bias or c.qkv_bias,
+        qk_norm=c.qk_norm,
+        gated=c.gated_mlp,
+        not_gated=not c.gated_mlp,
+        expert_bias=c.router_expert_bias,
+        cg1=c.combine == "cg1",
+        cg2=c.combine == "cg2",
+        own_norm=c.router_norm == "own",
+        post_norm=c.post_norm,
+        output_layer=not c.tie_word_embeddings,
+    )

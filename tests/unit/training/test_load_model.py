@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_scmoe.checkpoints.metadata import read_metadata
+from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.errors import InputError
 from megatron_scmoe.training import load_model

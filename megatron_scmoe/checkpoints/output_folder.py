@@ -1,17 +1,17 @@
-"""New folders appear complete or not at all."""
+"""The folder that a conversion writes: what it may replace, and that there is space for it."""
 
 import contextlib
 import errno
 import fnmatch
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import maybe_load_config
 
 from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.platform.atomic_write import atomic_write, lack_of_space
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """What Megatron keeps in a folder of checkpoints."""
@@ -37,9 +37,7 @@ def new_folder(
     force: bool = False,
     sources: Iterable[str | os.PathLike] = (),
 ) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name when the block ends without an error.
-
-    After any error, an interrupt included, nothing of it is left.
+    """A folder to fill, which takes the name ``path`` when the block ends well (atomic_write.py).
 
     Args:
         path: the folder to make; its parent must exist.
@@ -53,25 +51,18 @@ def new_folder(
     """
     path = Path(path).expanduser().resolve()
     _check_place(path, force, sources)
-    free = shutil.disk_usage(path.parent).free
-    needed = needed_bytes + _SPARE_BYTES
-    if free < needed:
-        raise ConversionError(
-            f"{path.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        )
+    lack = lack_of_space(path.parent, needed_bytes + _SPARE_BYTES)
+    if lack:
+        raise ConversionError(f"{path.parent}: {lack}")
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise ConversionError(f"{path.parent}: {error.strerror}") from error
-    old = temporary / "old"
-    try:
-        folder = temporary / "new"
-        folder.mkdir()  # with the permissions that the user's umask gives, unlike mkdtemp's
-        yield folder
-        _check_place(path, force, sources)
-        if path.exists():
-            path.rename(old)
-        folder.rename(path)
+        with contextlib.ExitStack() as stack:
+            try:
+                (folder,) = stack.enter_context(atomic_write(path))
+            except OSError as error:
+                raise ConversionError(f"{path.parent}: {error.strerror}") from error
+            folder.mkdir()
+            yield folder
+            _check_place(path, force, sources)
     except BaseException as error:
         for cause in _causes(error):
             if isinstance(cause, KeyboardInterrupt | SystemExit) and cause is not error:
@@ -79,10 +70,6 @@ def new_folder(
         if _is_disk_full(error, path.parent):
             raise ConversionError(f"{path.parent}: the disk is full") from error
         raise
-    finally:
-        if old.exists() and not path.exists():  # stopped between the two renames
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

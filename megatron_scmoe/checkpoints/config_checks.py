@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import type_validator
 
-from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, have_equal_values
+from megatron_scmoe.checkpoints.lazy_tensor import Tensors, have_equal_values
 from megatron_scmoe.errors import ConversionError
-
-Tensors = dict[str, LazyTensor]
 
 HEAD = "lm_head.weight"
 

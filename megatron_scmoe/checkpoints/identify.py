@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from megatron_scmoe.checkpoints.folder import TRACKER
+from megatron_scmoe.checkpoints.output_folder import TRACKER
 
 ACCEPTED = (
     f"a torch_dist checkpoint (a folder with {TRACKER}, or an iter_ folder), or a Hugging Face folder "

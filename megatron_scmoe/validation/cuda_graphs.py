@@ -118,8 +118,7 @@ def slot_auto_is_not_measured_captured(scmoe: ScMoEConfig, settings: Settings) -
 
 @rule("--scmoe-expert-slot", "--cuda-graph-modules", "--scmoe-tap")
 def dispatch_has_compute_beside_it_in_backward(scmoe: ScMoEConfig, settings: Settings) -> None:
-    given = scmoe.expert_slot
-    slot = given if isinstance(given, int) else DEFAULT_EXPERT_SLOT[scmoe.tap]
+    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
     behind = slot_behind_second_attention(scmoe.tap)
     exchanges = scmoe.overlap and (settings.expert_model_parallel_size or 1) > 1
     captures_mlp = _captures_routing(settings) and "mlp" in _modules(settings)

@@ -19,7 +19,7 @@ from megatron.training import checkpointing, training
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_scmoe.checkpoints import folder, model_arguments
+from megatron_scmoe.checkpoints import model_arguments, output_folder
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform import log_filters
 from megatron_scmoe.training import optimizer_state, run_checks
@@ -135,7 +135,7 @@ def test_a_split_is_read_alike():
 @row("megatron.training.checkpointing.get_checkpoint_tracker_filename")
 def test_the_file_has_the_same_name():
     name = checkpointing.get_checkpoint_tracker_filename("x")
-    assert name == f"x/{folder.TRACKER}"
+    assert name == f"x/{output_folder.TRACKER}"
 
 
 @row("ShardedObject.unique_key")

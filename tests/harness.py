@@ -25,6 +25,8 @@ from tests.resident import RankFailure, ResidentRanks
 cpu_backend.enable_if_no_gpu()
 
 TIMEOUT_S = 300
+PATIENCE_S = 12
+"""How long the other ranks may go on once one has failed; two cores run several ranks at a time."""
 """Longest run of any test's ranks; a hang is a failure."""
 
 _context = get_context("forkserver" if cpu_backend.is_enabled() else "spawn")
@@ -267,7 +269,7 @@ def _join(processes, timeout_s: float, poll=lambda: None, stop=lambda: False) ->
         poll()
         failed = stop() or any(p.exitcode not in (0, None) for p in processes)
         if failed:
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + PATIENCE_S)
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)

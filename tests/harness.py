@@ -25,9 +25,10 @@ from tests.resident import RankFailure, ResidentRanks
 cpu_backend.enable_if_no_gpu()
 
 TIMEOUT_S = 300
+"""Longest run of any test's ranks; a hang is a failure."""
+
 PATIENCE_S = 12
 """How long the other ranks may go on once one has failed; two cores run several ranks at a time."""
-"""Longest run of any test's ranks; a hang is a failure."""
 
 _context = get_context("forkserver" if cpu_backend.is_enabled() else "spawn")
 if cpu_backend.is_enabled():

@@ -3,8 +3,8 @@
     python benchmarks/extrapolate.py benchmarks/results/2xh200-medium-staged.json --gpus 4
 
 With more ranks a larger share of the tokens leaves its GPU: (n - 1) / n. All-to-alls take longer by
-that much, at the same bandwidth of each GPU (or --bandwidth times it); compute stays. Stock top-2k
-sends twice the tokens and waits for all of it; stock top-k + shared and serial ScMoE send as many as
+that much, at the same bandwidth of each GPU (or --bandwidth times it); compute stays. Stock
+sends twice the tokens and waits for all of it; stock + shared expert and serial ScMoE send as many as
 ScMoE; of shared-overlap, all that the shared expert's compute can hide is taken to be hidden; what
 ScMoE hides is simulated (megatron_scmoe/analysis/simulator.py). The measured time is kept and only the
 difference is added. An extrapolation, not a measurement: contention on the host's memory by more GPUs

@@ -18,10 +18,11 @@ MODELS = {
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 LINKS = {
-    "native": "NVLink",
-    "host-staged": "tokens through host memory",
     "socket": "tokens through sockets",
+    "host-staged": "tokens through host memory",
+    "native": "NVLink",
 }
+"""By the name of a link, the slow ones first."""
 
 
 def model(result: dict) -> str:
@@ -38,9 +39,9 @@ def place(result: dict) -> str:
     if result["device"] == "cpu":
         rate = re.search(r"two hosts at (\d+)([kmg])bit", result["link"])
         return (
-            f"two hosts without a GPU, {rate[1]} {rate[2].replace('m', 'M').replace('g', 'G')}bit/s"
+            f"{_number(ranks)} CPU ranks, {rate[1]} {rate[2].replace('m', 'M').replace('g', 'G')}bit/s"
             if rate
-            else f"{_number(ranks)} ranks on one host without a GPU"
+            else f"{_number(ranks)} CPU ranks"
         )
     device = result["device"].removeprefix("NVIDIA ")
     link = f", {LINKS.get(result['link'], result['link'])}" if ranks > 1 else ""

@@ -33,10 +33,11 @@ HEAD = """\
 # Flags
 
 `python docs/write_flags.py` writes this page from the source of `--help`. All of Megatron's flags
-work beside these. What cannot work together stops at start-up with one line.
+work too. What cannot work together stops at start-up with one line.
 
 A model also needs `--moe-layer-freq '[0,1]*N'`, which makes N pairs of a dense and a MoE block, and
-`--moe-shared-expert-intermediate-size`, the size of its shared expert.
+`--moe-shared-expert-intermediate-size`, the size of its shared expert. [The model](model.md)
+explains taps, gates and top-1.
 
 The flags of [the model](#the-model) and of
 [its LongCat-Flash parts](#zero-experts-biased-choices-latent-attention) say what is computed. They

@@ -35,8 +35,8 @@ class ScMoEConfig:
     pos3, the input of the preceding block."""
 
     combine: Combine = "cg1"
-    """How shared and routed output join: add, SE + routed; cg1, sigmoid(w.x) * SE + routed;
-    cg2, c0 * SE + c1 * routed with c = softmax(W x). x is the input of the shared expert."""
+    """How shared and routed output join: add, shared + routed; cg1, sigmoid(w.x) * shared + routed;
+    cg2, c0 * shared + c1 * routed with c = softmax(W x). x is the input of the shared expert."""
 
     router_norm: RouterNorm = "own"
     """The norm on the tap: own, a norm of its own; shared, the norm (its weights; with pos2 also its
@@ -78,7 +78,7 @@ class ScMoEConfig:
 
     exchange: Exchange = "collective"
     """What carries the all-to-alls: collective, NCCL's (or gloo's) kernels; copy-peer and copy-host,
-    the GPUs' copy engines, which take no multiprocessor from the compute beside them, directly or
+    the GPUs' copy engines, which take no multiprocessor from the compute meanwhile, directly or
     through pinned host memory. Copy engines reach the GPUs of one host."""
 
     copy_engine_all_to_alls: list[AllToAllName] | None = None
@@ -86,7 +86,7 @@ class ScMoEConfig:
     dispatch-backward, combine-backward; the others stay with the collective. Default: all."""
 
     zero_experts: int = 0
-    """Identity ("zero-computation") experts beside --num-experts, as in LongCat-Flash: a token
+    """Identity ("zero-computation") experts on top of --num-experts, as in LongCat-Flash: a token
     routed to one comes back as itself times its weight, without communication. The router scores
     them after the others, and --moe-router-topk counts them in."""
 

@@ -49,7 +49,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         cpu_backend.FLAG,
         action="store_true",
-        help=f"train on the CPU, even beside a GPU (${cpu_backend.VARIABLE}=1)",
+        help=f"train on the CPU, even where there is a GPU (${cpu_backend.VARIABLE}=1)",
     )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

@@ -41,7 +41,10 @@ MADE = {
 """Files that a command makes, or a user has, whatever the folder."""
 
 FOREIGN_FLAGS = {
-    "torchrun": {"--nproc-per-node", "--nnodes", "--standalone"},
+    "torchrun": {
+        *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint")
+    },
+    "srun": {"--nodes", "--ntasks-per-node"},
     "sbatch": {"--nodes", "--requeue", "--dependency", "--export"},
     "docker": {"--build-arg"},
     "git": {"--depth"},

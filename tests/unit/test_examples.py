@@ -159,8 +159,24 @@ def test_shared_part_is_no_command():
 @pytest.fixture(scope="module")
 def accepted() -> dict[str, tuple]:
     """The settings that the commands of ``ACCEPTED`` give, all read in one process."""
-    commands = [dry_run(*case) for case in ACCEPTED.values()]
-    return dict(zip(ACCEPTED, run_distributed(accept, 1, commands)[0]))
+    commands = {name: dry_run(*case) for name, case in ACCEPTED.items()}
+    commands["README"] = readme_command()
+    return dict(zip(commands, run_distributed(accept, 1, list(commands.values()))[0]))
+
+
+def readme_command() -> list[str]:
+    """The command for a model of one's own, and the flags that a run chooses itself."""
+    text = (EXAMPLE.parents[1] / "README.md").read_text()
+    [command] = re.findall(r"^    (torchrun .*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    chosen = "--moe-token-dispatcher-type alltoall --max-position-embeddings 2048"
+    return shlex.split(f"{command.replace(chr(92), '')} {chosen}")
+
+
+def test_the_command_of_the_readme_is_accepted(accepted):
+    args, _, scmoe = accepted["README"]
+    assert (args.world_size, args.expert_model_parallel_size) == (8, 8)
+    assert args.moe_shared_expert_intermediate_size == args.moe_ffn_hidden_size
+    assert (scmoe.tap, args.moe_router_topk, args.moe_router_pre_softmax) == ("pos2", 1, True)
 
 
 def stand_in(folder: Path, name: str, script: str) -> Path:

@@ -33,8 +33,8 @@ class ScMoEConfig(PreTrainedConfig):
         tap: what router and routed experts read: pos1, the output of the preceding block (with
             experts in every block: the block's own input); pos2, the preceding block between
             attention and MLP; pos3, its input.
-        combine: add, SE + routed; cg1, sigmoid(w.x) SE + routed; cg2, c0 SE + c1 routed with
-            c = softmax(W x).
+        combine: add, shared + routed; cg1, sigmoid(w.x) shared + routed; cg2, c0 shared + c1
+            routed with c = softmax(W x).
         router_norm: own, the tap has a norm of its own; shared, that of the preceding dense MLP.
         post_norm: a norm on the joined output.
         router_score_function: softmax or sigmoid.

@@ -58,7 +58,7 @@ def test_names_can_be_said(results):
         "Pos-3, slot 2, copy engines in backward, CUDA graphs, 16 sequences"
     )
     assert page.title(results["cpu-2hosts-400mbit"]) == (
-        "Small model, 4 blocks, two hosts without a GPU, 400 Mbit/s"
+        "Small model, 4 blocks, two CPU ranks, 400 Mbit/s"
     )
     assert page.title(results["1xh200-wide"]) == "Eight wide experts, 8 blocks, one H200"
 

@@ -17,7 +17,8 @@ demo: $(INSTALLED)  ## train a small ScMoE GPT on the source of Python's standar
 	@$(BIN)/python tools/demo.py $(ARGS)
 
 test: $(INSTALLED)  ## all tests that need no GPU
-	@$(BIN)/python -m pytest tests/unit tests/distributed tests/golden --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest tests/distributed tests/golden tests/unit --numprocesses 2 --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED)  ## the tests of tenths of a second, for while you work
 	@$(BIN)/python -m pytest tests/unit -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
+from tests.harness import TIMEOUT_S
 from tests.tools import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "train_on_your_own_text.md"
@@ -58,7 +59,7 @@ def run(kind: str, code: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = {"bash": ["bash", "-euc", code], "python": [sys.executable, "-c", code]}[kind]
     finished = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=280, check=False,
+        command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert finished.returncode == 0, f"{code}\n{finished.stdout}\n{finished.stderr}"

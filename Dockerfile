@@ -71,7 +71,7 @@ import torch
 import transformer_engine.pytorch
 
 import megatron_scmoe.spec
-import megatron_scmoe.training
+import megatron_scmoe.training.pretrain
 
 kept = dict(line.split("==") for line in Path("/opt/scmoe/kept.txt").read_text().splitlines())
 changed = {name: version(name) for name in kept if version(name) != kept[name]}

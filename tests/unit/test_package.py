@@ -113,3 +113,12 @@ def test_version_is_the_same_everywhere():
         r"^## (\d+\.\d+\.\d+) ", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE
     )
     assert versions[0] == megatron_scmoe.__version__
+
+
+def test_image_imports_the_modules_of_a_run():
+    """Its build fails if one of them does not load there: a folder of modules would load always."""
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    modules = re.findall(r"^import (megatron_scmoe\S*)$", dockerfile, re.MULTILINE)
+    assert modules
+    for module in modules:
+        assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module

@@ -1,7 +1,7 @@
 """An all-to-all that leaves every multiprocessor to the compute beside it.
 
 NCCL's all-to-all is a kernel: it holds multiprocessors while it waits and copies, and the GEMMs it is
-hidden under run longer for want of them. Between GPUs of one host the copies can be left to the GPU's
+hidden under have fewer and run longer. Between GPUs of one host the copies can be left to the GPU's
 copy engines. Once it is enqueued, nothing of this runs on the host, and no copy between GPUs on a
 multiprocessor:
 

@@ -85,7 +85,7 @@ class CopyEngines:
 
     Args:
         group: the expert-parallel group.
-        memory: where the slots lie, see the module's description.
+        memory: where the slots lie, see the description of the folder (``__init__.py``).
 
     Raises:
         CopyEngineError: if the group spans hosts, or the driver refuses what this needs.

@@ -11,6 +11,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_scmoe import arguments
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
+from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
@@ -363,3 +364,12 @@ class TestOptimizer:
         bf16 = self.saved(kinds=("exp_avg", "fp32_param"), bf16=True)
         assert self.refusal(bf16).startswith("fp32: ")
         optimizer_state.check(self.run(fp16=True), bf16)
+
+
+def test_a_setting_of_the_run_under_its_older_name_changes_nothing():
+    """Version 0.1.0 saved --scmoe-copied; each run sets anew what is of the run."""
+    older = without(arguments_of(), "scmoe_copy_engine_all_to_alls")
+    vars(older).update(scmoe_copied=["dispatch"], scmoe_exchange="copy-host", scmoe_chunks=2)
+    resuming.check(arguments_of(), of(older))
+    loaded = arguments.scmoe_config_from_args(settings_of_the_model(of(older).args))
+    assert loaded == arguments.scmoe_config_from_args(arguments_of())

@@ -52,7 +52,7 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
 
 
 def sizes_of(config: TransformerConfig, micro_batch: int, sequence: int) -> dict[str, int]:
-    """What operator times depend on, besides the machine: Megatron's settings by name."""
+    """What operator times depend on, beyond the machine: Megatron's settings by name."""
     names = (
         *("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_moe_experts"),
         *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk"),

@@ -5,8 +5,8 @@
     benchmarks/two_hosts.sh --rate 400mbit -- benchmarks/train_run.py --shape cpu   # no GPU
 
 Each run is a short training of its own: pretrain_gpt_scmoe.py, or the same loop on Megatron's own
-model. The systems take turns, in another order every round. What is measured is Megatron's own time of each
-iteration behind the warm-up: data, forwards, backwards, gradient reduction, optimizer, logging.
+model. The systems take turns, in another order every round. What is measured is the time that Megatron
+logs for each iteration behind the warm-up: data, forwards, backwards, optimizer and the log itself.
 The JSON is written after every run: what an interrupted measurement has found is kept.
 """
 

@@ -34,7 +34,7 @@ _DEFAULTS = (
 _QUIET_HOST = "--no-check-for-nan-in-loss-and-grad --manual-gc --manual-gc-interval 100"
 _OF_CPU = (
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion "
-    "--no-masked-softmax-fusion --no-rope-fusion"
+    "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
 )
 
 _BEST = {

@@ -43,7 +43,9 @@ def error_line(text: str) -> str | None:
     refusals = [line.split(" error: ", 1)[1] for line in lines if re.match(r"\S+: error: ", line)]
     raised = r"(?:\[rank\d+\]:\s*|rank \d+: )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
     exceptions = [match[1] for line in lines if (match := re.match(raised, line))]
-    return next(reversed([*exceptions[-1:], *refusals[:1]]), None)
+    if refusals:
+        return refusals[0]
+    return exceptions[-1] if exceptions else None
 
 
 class Measurement:

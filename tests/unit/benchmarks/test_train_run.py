@@ -1,0 +1,257 @@
+"""train_run.py: its flags, what it reads from logs, its table; one measurement on two gloo ranks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_scmoe.platform.command_line import UsageError
+from tests.benchmarks import BENCHMARKS, benchmark, environment
+
+LOG = """\
+> building train, validation, and test datasets for GPT ...
+ [2026-11-20 10:00:00.000000] iteration        1/       3 | consumed samples:            2 | elapsed \
+time per iteration (ms): 900.0 | throughput per GPU (TFLOP/s/GPU): 55.0 | learning rate: 5.0E-05 | \
+global batch size:     2 | lm loss: 6.250000E+00 | loss scale: 1.0 |
+ [2026-11-20 10:00:01.000000] iteration        2/       3 | consumed samples:            4 | elapsed \
+time per iteration (ms): 500.5 | throughput per GPU (TFLOP/s/GPU): 99.0 | lm loss: 6.125000E+00 |
+ [2026-11-20 10:00:02.000000] iteration        3/       3 | consumed samples:            6 | elapsed \
+time per iteration (ms): 499.5 | throughput per GPU (TFLOP/s/GPU): 101.0 | lm loss: 6.000000E+00 |
+"""
+
+
+def variant(name: str):
+    return benchmark("train_settings").Variant(*name.split("/"))
+
+
+def flags(name: str, link: str = "native", on_cpu: bool = False, **changes) -> list[str]:
+    """The flags of one run of the wide shape on two ranks."""
+    settings = {"micro_batches": 4, "forced_balance": True} | changes
+    return benchmark("train_settings").flags(
+        variant(name),
+        benchmark("shapes").SHAPES[settings.pop("shape", "wide")],
+        link,
+        2,
+        on_cpu=on_cpu,
+        **settings,
+    )
+
+
+def value(words: list[str], flag: str) -> str:
+    """What stands behind the last of these flags, which is what argparse takes."""
+    return words[len(words) - words[::-1].index(flag)]
+
+
+def found(losses: dict[str, str] | None = None, log: str = LOG, peak: float | None = 100.0) -> dict:
+    """What a rank gives of a run."""
+    return {
+        "iterations": benchmark("train_result").parse_log(log),
+        "losses": {"1": (6.25).hex(), "2": (6.125).hex(), "3": (6.0).hex()}
+        if losses is None
+        else losses,
+        "peak_memory_mb": peak,
+        "machine": {},
+    }
+
+
+def row(name: str, *rounds: list[dict], device: str = "NVIDIA H100 80GB HBM3") -> dict:
+    measured = benchmark("train_result").Measurement(warmup=1, iterations=3)
+    for ranks in rounds:
+        measured.add(ranks)
+    return measured.row(variant(name), tokens=1000, device=device)
+
+
+def runs(**milliseconds: float) -> dict[str, dict]:
+    """Rows with these times; ``top2__best_graphs`` is ``top2/best+graphs``."""
+    rows = {}
+    for key, took in milliseconds.items():
+        system, settings = key.replace("_graphs", "+graphs").split("__")
+        name = f"{system.replace('_', '-')}/{settings}"
+        rows[name] = row(name, [found()]) | {"iteration_ms": took}
+    return rows
+
+
+# --- flags ---
+
+
+def test_top2_has_the_active_experts_of_the_others_and_no_shared_one():
+    top2, shared, scmoe = (flags(f"{name}/defaults") for name in ("top2", "shared", "scmoe"))
+    assert value(top2, "--moe-router-topk") == "2"
+    assert "--moe-shared-expert-intermediate-size" not in top2
+    for words in (shared, scmoe):
+        assert value(words, "--moe-router-topk") == "1"
+        assert value(words, "--moe-shared-expert-intermediate-size") == "5632"
+
+
+def test_serial_differs_from_scmoe_in_the_overlap_only():
+    serial, overlapped = (flags(f"{name}/defaults") for name in ("scmoe-serial", "scmoe"))
+    assert [word for word in serial if word not in overlapped] == ["--no-scmoe-overlap"]
+    assert not any(word.startswith("--scmoe") for word in flags("shared/defaults"))
+
+
+def test_settings_of_speed():
+    none, defaults, best = (flags(f"scmoe/{name}") for name in ("none", "defaults", "best"))
+    assert "--overlap-grad-reduce" not in none
+    assert "--overlap-grad-reduce" in defaults
+    assert "--manual-gc" not in defaults
+    assert {"--manual-gc", "--no-check-for-nan-in-loss-and-grad"} <= set(best)
+    assert value(best, "--scmoe-expert-slot") == "2"
+
+
+def test_graphs_hold_what_the_system_can_capture():
+    def captured(name: str, **changes) -> set[str]:
+        words = flags(name, **changes)
+        modules = words[words.index("--cuda-graph-modules") + 1 :]
+        return {word for word in modules if not word.startswith("--")} - {"2"}
+
+    routing = {"attn", "mlp", "moe_router", "moe_preprocess"}
+    assert captured("top2/best+graphs") == captured("scmoe/best+graphs") == routing
+    assert captured("shared-overlap/best+graphs") == routing - {"moe_preprocess"}
+    assert captured("scmoe/best+graphs", shape="llama2") == {"attn"}
+    assert value(flags("scmoe/defaults+graphs"), "--scmoe-expert-slot") == "2"
+
+
+def test_routing_is_forced_or_real():
+    flag = "--moe-router-force-load-balancing"
+    assert flag in flags("top2/defaults")
+    assert flag not in flags("top2/defaults", forced_balance=False)
+
+
+def test_a_flag_given_for_a_run_wins():
+    given = [("scmoe/*", "--scmoe-expert-slot 1")]
+    assert value(flags("scmoe/best", overrides=given), "--scmoe-expert-slot") == "1"
+    assert "--scmoe-expert-slot" not in flags("scmoe-serial/best", overrides=given)
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--settings", "best+graphs"], r"best\+graphs: accepted without a GPU: none, defaults"),
+        (["--blocks", "3"], "--blocks 3: ScMoE pairs blocks"),
+        (["--iterations", "8"], "--warmup 8 with --iterations 8: none is left"),
+        (["--flags", "tops/*=--manual-gc"], r"tops/\*=...: no run has such a name; accepted: top2"),
+        (["--trace", "."], "--trace: there is no GPU"),
+        (["--keep-logs", "no/such"], "--keep-logs no/such: there is no such folder"),
+        (["--json", "x.txt"], "--json x.txt: accepted are names that end in .json"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        benchmark("train_options").parse(True, ["--shape", "cpu", *words])
+
+
+def test_graphs_need_a_warm_up_that_holds_their_capture():
+    words = ["--shape", "wide", "--settings", "best+graphs", "--warmup", "3"]
+    with pytest.raises(UsageError, match="--warmup 3: graphs are captured behind iteration 3"):
+        benchmark("train_options").parse(False, words)
+
+
+# --- what is read and made of it ---
+
+
+def test_a_log_gives_time_rate_and_loss_of_each_iteration():
+    assert benchmark("train_result").parse_log(LOG) == {
+        1: {"ms": 900.0, "tflops": 55.0, "loss": 6.25},
+        2: {"ms": 500.5, "tflops": 99.0, "loss": 6.125},
+        3: {"ms": 499.5, "tflops": 101.0, "loss": 6.0},
+    }
+
+
+@pytest.mark.parametrize(
+    "text,line",
+    [
+        ("x.py: error: --tap pos9: unknown\n", "--tap pos9: unknown"),
+        ("Traceback ...\n[rank0]: torch.OutOfMemoryError: x\n", "torch.OutOfMemoryError: x"),
+        ("rank 1: ValueError: no\n", "ValueError: no"),
+        ("nothing said\n", None),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_failure_is_found(text, line):
+    assert benchmark("train_result").error_line(text) == line
+
+
+def test_a_row_counts_what_is_behind_the_warm_up():
+    made = row("scmoe/best", [found(losses={}, log=""), found(peak=120.0)])
+    assert made["iteration_ms"] == 500.0
+    assert made["tokens_per_s_per_gpu"] == 2000.0
+    assert made["tflops_per_gpu"] == 100.0
+    assert made["flop_utilisation"] == pytest.approx(100 / 989.4)
+    assert made["peak_memory_mb"] == 120.0
+    assert made["final_loss"] == 6.0
+
+
+def test_a_failure_names_its_cause_and_keeps_what_was_measured():
+    failed = [{"error": "another rank failed"}, {"error": "OutOfMemoryError: CUDA"}]
+    assert row("top2/best", failed)["error"] == "OutOfMemoryError: CUDA"
+    later = row("top2/best", [found()], failed)
+    assert (later["iteration_ms"], later["error"]) == (500.0, "OutOfMemoryError: CUDA")
+
+
+def test_runs_are_compared_with_the_fastest_of_their_settings():
+    rows = runs(
+        top2__defaults=900, top2__best=600, top2__best_graphs=500, shared__best=450,
+        shared_overlap__best=440, scmoe__best_graphs=400,
+    )  # fmt: skip
+    speeds = benchmark("train_result").speeds(rows, rows["scmoe/best+graphs"])
+    assert speeds == {"top2": 500 / 400, "shared": 440 / 400, "serial": None}
+
+
+def test_losses_are_compared_bit_for_bit():
+    notes = benchmark("train_result").loss_notes
+    rows = runs(scmoe_serial__best=500, scmoe__best=400)
+    assert notes(rows) == ["best: the losses of scmoe and scmoe-serial agree bit for bit"]
+    last_bit = {"1": (6.25).hex(), "2": (6.125 + 2**-40).hex(), "3": (6.0).hex()}
+    rows["scmoe/best"] = row("scmoe/best", [found(losses=last_bit)])
+    assert notes(rows) == ["best: the losses of scmoe and scmoe-serial DIFFER from iteration 2 on"]
+    rows["scmoe/best"] = row("scmoe/best", [found()], [found(losses=last_bit)])
+    assert "DIFFER, and so do rounds of one system" in notes(rows)[0]
+
+
+def test_the_table_of_round_numbers():
+    rows = runs(top2__best=800, shared__best=600, scmoe_serial__best=500, scmoe__best=400)
+    rows["top2/none"] = row("top2/none", [{"error": "OutOfMemoryError: CUDA"}])
+    rows["scmoe/best"]["trace"] = {"idle_share": 0.021, "exposed_share": 0.3}
+    result = {"shape": "wide", "sizes": {}, "world_size": 2, "link": "native", "runs": rows}
+    lines = benchmark("report").train_table(result).splitlines()
+    scmoe = next(line for line in lines if line.startswith("scmoe/best"))
+    assert scmoe.split()[:2] == ["scmoe/best", "400.0"]
+    assert [word for word in scmoe.split() if word.endswith("x")] == ["2.000x", "1.500x", "1.250x"]
+    assert scmoe.split()[-2:] == ["2.1%", "30.0%"]
+    assert any(
+        line.split() == ["top2/none", "failed:", "OutOfMemoryError:", "CUDA"] for line in lines
+    )
+
+
+# --- a measurement ---
+
+
+@pytest.mark.slow
+def test_two_gloo_ranks_train_and_are_measured(tmp_path):
+    """Stock and ScMoE in the smallest runs: JSON, picture and table."""
+    path = tmp_path / "result.json"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *(BENCHMARKS / "train_run.py", "--shape", "cpu", "--blocks", "2", "--micro-batch", "1"),
+        *("--micro-batches", "2", "--iterations", "3", "--warmup", "1", "--rounds", "1"),
+        *("--systems", "top2", "scmoe", "--json", path, "--plot", path.with_suffix(".png")),
+    ]
+    run = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment()
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(path.read_text())
+    assert list(result["runs"]) == ["top2/defaults", "scmoe/defaults"]
+    assert (result["world_size"], result["device"]) == (2, "cpu")
+    for made in result["runs"].values():
+        assert made["iteration_ms"] > 0
+        assert made["tokens_per_s_per_gpu"] == pytest.approx(256e3 / made["iteration_ms"])
+        assert list(made["losses"]) == ["1", "2", "3"]
+        assert 5 < made["final_loss"] < 8
+        assert made["flop_utilisation"] is None
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "scmoe/defaults" in run.stdout

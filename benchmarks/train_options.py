@@ -54,8 +54,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--shape", choices=SHAPES, required=True, help="model and micro-batch")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM",
-        default=["top2", "shared", "scmoe-serial", "scmoe"],
-        help=f"of {', '.join(SYSTEMS)}")  # fmt: skip
+        default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default: all")  # fmt: skip
     parser.add_argument("--settings", nargs="+", default=["defaults"], metavar="SETTINGS",
         help=f"flags of speed (train_settings.py): {', '.join(all_settings(False))}")  # fmt: skip
     parser.add_argument("--flags", action="append", type=_override, default=[],

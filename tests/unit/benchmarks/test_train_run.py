@@ -1,13 +1,15 @@
 """train_run.py: its flags, what it reads from logs, its table; one measurement on two gloo ranks."""
 
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from megatron_scmoe.platform.command_line import UsageError
-from tests.benchmarks import BENCHMARKS, benchmark, environment
+from tests.benchmarks import BENCHMARKS, RESULTS, benchmark, environment
 
 LOG = """\
 > building train, validation, and test datasets for GPT ...
@@ -224,6 +226,63 @@ def test_the_table_of_round_numbers():
     assert any(
         line.split() == ["top2/none", "failed:", "OutOfMemoryError:", "CUDA"] for line in lines
     )
+
+
+# --- the page ---
+
+
+def result_of(**milliseconds: float) -> dict:
+    """A whole JSON of the CPU shape."""
+    rows = runs(**milliseconds)
+    for made in rows.values():
+        made |= {"peak_memory_mb": None, "flop_utilisation": None}
+    return {
+        "benchmark": "train_run", "shape": "cpu", "sizes": asdict(benchmark("shapes").SHAPES["cpu"]),
+        "systems": sorted({made["system"] for made in rows.values()}),
+        "settings": ["best"], "overrides": ["scmoe/*=--scmoe-expert-slot 1"], "micro_batches": 3,
+        "routing": "real", "data": "mock", "rounds": 2, "iterations": 14, "warmup": 8,
+        "versions": {"torch": "2.11.0"}, "environment": {}, "link": "gloo, two hosts at 400mbit",
+        "device": "cpu", "world_size": 2, "date": "2026-11-26", "runs": rows,
+    }  # fmt: skip
+
+
+def test_whole_runs_are_on_the_page(tmp_path):
+    result = result_of(top2__best=800, scmoe_serial__best=500, scmoe__best=400)
+    (tmp_path / "whole.json").write_text(json.dumps(result))
+    lines = "\n".join(benchmark("train_page").whole_runs(tmp_path)).splitlines()
+    assert "### Small model, 4 blocks, two CPU ranks, 400 Mbit/s, real routing" in lines
+    (scmoe,) = (line for line in lines if line.startswith("| **ScMoE, overlapped**"))
+    assert "| best | 400.0 | " in scmoe
+    assert "| 2.000x |  | 1.250x | 2000 |" in scmoe
+    assert "- Settings best: the losses of scmoe and scmoe-serial agree bit for bit." in lines
+
+
+def test_other_tools_refuse_a_result_of_whole_runs(tmp_path):
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(result_of(top2__best=800)))
+    with pytest.raises(UsageError, match="it is no result of step_time"):
+        benchmark("result").read_result(path)
+
+
+def measured_whole() -> dict[str, dict]:
+    """Measurements of whole runs: the stored ones, and one made here."""
+    stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    kept = {name: found for name, found in stored.items() if "benchmark" in found}
+    return kept | {"made here": result_of(top2__best=800, scmoe__best=400)}
+
+
+@pytest.mark.parametrize("name,result", measured_whole().items())
+def test_a_command_measures_what_was_measured(name, result):
+    words = shlex.split(benchmark("train_page").command(result).replace("\\\n", ""))
+    given = words[words.index("benchmarks/train_run.py") + 1 :]
+    given = given[: given.index("--trace")] if "--trace" in given else given
+    options = benchmark("train_options").parse(result["device"] == "cpu", given)
+    for key in ("shape", "systems", "settings", "micro_batches", "routing", "rounds",
+                "iterations", "warmup"):  # fmt: skip
+        assert getattr(options, key) == result[key], key
+    assert [f"{pattern}={words}" for pattern, words in options.flags] == result["overrides"]
+    for key in ("blocks", "micro_batch"):
+        assert getattr(options.sizes, key) == result["sizes"][key]
 
 
 # --- a measurement ---

@@ -14,8 +14,16 @@ from train_settings import GRAPHS, Variant
 
 from megatron_scmoe.platform.command_line import UsageError
 
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "GH200": 989.4, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 of one GPU, from NVIDIA's data sheets (SXM), by a word of the device's name."""
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200 NVL": 835.0,
+    "H200": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+}
+"""Dense bf16 of one GPU, from NVIDIA's data sheets, by a part of the device's name: the first found."""
 
 COMPARED = {"top2": ("top2",), "shared": ("shared", "shared-overlap"), "serial": ("scmoe-serial",)}
 """What runs are compared with: the fastest of these systems, with graphs or without."""

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from train_options import parse
-from train_settings import Variant, flags
+from train_settings import TRACED, Variant, flags, run_flags
 
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform.command_line import asks_for_help, run_tool
@@ -35,9 +35,6 @@ from train_result import Measurement
 
 from megatron_scmoe.analysis.profiler_trace import TraceError, gpu_use
 from megatron_scmoe.platform import cpu_backend, launch
-
-TRACED = 2
-"""Iterations in a trace; the one before warms the profiler up."""
 
 
 def main() -> None:
@@ -94,7 +91,13 @@ class _Series:
         found = self.found[variant.name]
         name = variant.name.replace("/", "-")
         with tempfile.TemporaryDirectory() as folder:
-            words = self.flags(variant) + self._flags_of_run(folder if traced else None)
+            words = self.flags(variant) + run_flags(
+                self.options.iterations,
+                self.options.data_path,
+                self.on_cpu,
+                with_tail=self.options.trace is not None,
+                trace_into=folder if traced else None,
+            )
             log = self.options.keep_logs and (
                 self.options.keep_logs / f"{name}-round{turn + 1}-rank{self.ranks.rank}.log"
             )
@@ -125,22 +128,6 @@ class _Series:
             self.on_cpu,
             options.flags,
         )
-
-    def _flags_of_run(self, trace: str | None) -> list[str]:
-        """How long it runs, on what, and what it logs."""
-        last = self.options.iterations
-        data = self.options.data_path
-        words = ["--data-path", data, "--split", "1,0,0"] if data else ["--mock-data"]
-        if trace:
-            begin = last + 2
-            last = begin + TRACED
-            words += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
-            words += ["--profile-step-start", str(begin), "--profile-step-end", str(last)]
-            words += ["--tensorboard-dir", f"{trace}/tensorboard"]
-        words += ["--train-iters", str(last), "--lr", "1e-4", "--lr-warmup-iters", "2"]
-        words += ["--log-interval", "1", "--eval-iters", "0", "--eval-interval", "1000"]
-        words += ["--num-workers", "1", "--seed", "1234"]
-        return words if self.on_cpu else [*words, "--log-throughput"]
 
     def _row(self, variant: Variant) -> dict:
         tokens = (

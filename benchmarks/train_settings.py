@@ -22,6 +22,9 @@ GRAPHS = "+graphs"
 GRAPH_WARMUP = 3
 """Iterations before graphs are captured; none of them, nor the next, is to be measured."""
 
+TRACED = 2
+"""Iterations in a trace."""
+
 SETTINGS = ("none", "defaults", "best")
 """``none``: no flag of speed; ``defaults``: what recipes for Megatron give, with Megatron's NaN checks
 and garbage collection; ``best``: the fastest known. All but ``none`` may have graphs."""
@@ -107,6 +110,38 @@ def flags(
         *(more for pattern, more in overrides if fnmatch(variant.name, pattern)),
     ]
     return [word for part in parts for word in part.split()]
+
+
+def run_flags(
+    iterations: int,
+    data_path: str | None,
+    on_cpu: bool,
+    with_tail: bool = False,
+    trace_into: str | None = None,
+) -> list[str]:
+    """How long a run is, on what data, and what it logs and traces.
+
+    Args:
+        iterations: that may be measured.
+        data_path: prefix of a dataset; None for Megatron's mock data.
+        with_tail: add iterations to be traced. Data and learning rates depend on the length, so
+            all runs of a measurement have the tail, also those that are not traced.
+        trace_into: a folder; Megatron writes ``torch_profile/rank-0.json.gz`` there.
+    """
+    begin = iterations + 2  # the profiler warms up in the one before
+    last = begin + TRACED if with_tail or trace_into else iterations
+    words = (
+        f"--train-iters {last} --lr 1e-4 --lr-warmup-iters 2 --lr-decay-style constant "
+        "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 1 --seed 1234"
+    ).split()
+    if not on_cpu:
+        words.append("--log-throughput")
+    words += ["--data-path", data_path, "--split", "1,0,0"] if data_path else ["--mock-data"]
+    if trace_into:
+        words += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
+        words += ["--profile-step-start", str(begin), "--profile-step-end", str(last)]
+        words += ["--tensorboard-dir", f"{trace_into}/tensorboard"]
+    return words
 
 
 def _model(shape: Shape) -> str:

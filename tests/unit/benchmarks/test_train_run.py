@@ -126,6 +126,16 @@ def test_a_flag_given_for_a_run_wins():
     assert "--scmoe-expert-slot" not in flags("scmoe-serial/best", overrides=given)
 
 
+def test_a_traced_run_trains_as_one_that_is_not(tmp_path):
+    """Of the same length; what is traced lies behind what is measured."""
+    run_flags = benchmark("train_settings").run_flags
+    plain, traced = (run_flags(14, None, False, True, into) for into in (None, str(tmp_path)))
+    assert traced[: len(plain)] == plain
+    assert value(traced, "--train-iters") == value(traced, "--profile-step-end") == "18"
+    assert value(traced, "--profile-step-start") == "16"
+    assert value(run_flags(14, None, False), "--train-iters") == "14"
+
+
 # --- the command line ---
 
 

@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 from train_result import error_line, parse_log
+
+from megatron_scmoe.errors import ScMoEError
 
 SCRIPT = Path(__file__).with_name("train_rank.py")
 
@@ -29,13 +32,16 @@ POLL_S = 0.5
 class Ranks:
     """This process's place among those of all ranks."""
 
-    def __init__(self) -> None:
-        from torch.distributed.rendezvous import rendezvous
-
-        self._store, self.rank, self.world_size = next(
-            iter(rendezvous("env://", timeout=timedelta(minutes=10)))
-        )
+    def __init__(self, store, rank: int, world_size: int):
+        self._store, self.rank, self.world_size = store, rank, world_size
         self._runs = 0
+
+    @classmethod
+    def of_launcher(cls) -> "Ranks":
+        """As the environment says, which torchrun or two_hosts.sh has set."""
+        from torch.distributed import rendezvous
+
+        return cls(*next(iter(rendezvous("env://", timeout=timedelta(minutes=10)))))
 
     def run(self, is_stock: bool, flags: list[str], limit_s: float, log: Path | None) -> list[dict]:
         """Train once, and wait for the end.
@@ -84,7 +90,7 @@ class Ranks:
             now = time.monotonic()
             if now - begin > limit_s:
                 return f"not done after {limit_s:.0f} s"
-            if failed is None and self._store.check([self._key("failed")]):
+            if failed is None and self._has_failed():
                 failed = now
             if failed is not None and now - failed > PATIENCE_S:
                 return "another rank failed"
@@ -106,10 +112,16 @@ class Ranks:
         return f"scmoe-train-run/{self._runs}/{name}"
 
     def _say(self, name: str, value: str) -> None:
-        self._store.set(self._key(name), value)
+        with _one_line_if_left():
+            self._store.set(self._key(name), value)
 
     def _hear(self, name: str) -> str:
-        return self._store.get(self._key(name)).decode()
+        with _one_line_if_left():
+            return self._store.get(self._key(name)).decode()
+
+    def _has_failed(self) -> bool:
+        with _one_line_if_left():
+            return self._store.check([self._key("failed")])
 
     def close(self) -> None:
         """Leave together: the first rank may hold the store."""
@@ -118,6 +130,22 @@ class Ranks:
         if self.rank == 0:
             for rank in range(self.world_size):
                 self._hear(f"done/{rank}")
+
+
+class RankLeftError(ScMoEError):
+    """Another rank's process is gone, and with it the store or what it was to say."""
+
+    status = 1
+
+
+@contextlib.contextmanager
+def _one_line_if_left() -> Iterator[None]:
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise RankLeftError("the process of another rank has ended; what it says is why") from error
 
 
 def _end(process: subprocess.Popen) -> None:

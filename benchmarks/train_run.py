@@ -43,7 +43,7 @@ def main() -> None:
     options = parse(on_cpu)
     launch.check()
     signal.signal(signal.SIGTERM, _interrupt)  # what runs is ended, what was measured is shown
-    series = _Series(options, Ranks(), on_cpu)
+    series = _Series(options, Ranks.of_launcher(), on_cpu)
     try:
         series.run()
     finally:

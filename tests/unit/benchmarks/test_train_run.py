@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import asdict
 
 import pytest
@@ -134,6 +135,24 @@ def test_a_traced_run_trains_as_one_that_is_not(tmp_path):
     assert value(traced, "--train-iters") == value(traced, "--profile-step-end") == "18"
     assert value(traced, "--profile-step-start") == "16"
     assert value(run_flags(14, None, False), "--train-iters") == "14"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_megatron_knows_every_flag(on_cpu, tmp_path):
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_scmoe.platform.megatron_flags import add_run_args
+
+    settings = benchmark("train_settings")
+    parser = add_megatron_arguments(add_run_args(ArgumentParser(allow_abbrev=False)))
+    run = settings.run_flags(14, "data", on_cpu, with_tail=True, trace_into=str(tmp_path))
+    for system in settings.SYSTEMS:
+        for name in settings.all_settings(on_cpu):
+            words = flags(f"{system}/{name}", on_cpu=on_cpu, link="host-staged")
+            args = parser.parse_args(words + run)
+            assert args.moe_shared_expert_overlap == (system == "shared-overlap")
+            assert bool(args.manual_gc) == name.startswith("best")
 
 
 # --- the command line ---

@@ -23,25 +23,30 @@ from train_options import parse
 from train_settings import TRACED, Variant, flags, run_flags
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.platform.command_line import asks_for_help, run_tool
+from megatron_scmoe.platform.command_line import UsageError, asks_for_help, run_tool
 
 if __name__ == "__main__" and asks_for_help():
     parse(on_cpu=False)  # shows it and ends, before the seconds that the imports below take
 
+import torch
 from link import link_name
 from report import train_table, write
 from train_processes import Ranks
 from train_result import Measurement
 
 from megatron_scmoe.analysis.profiler_trace import TraceError, gpu_use
-from megatron_scmoe.platform import cpu_backend, launch
+from megatron_scmoe.platform import cpu_backend
 
 
 def main() -> None:
     """Run the systems in turn, report."""
-    on_cpu = cpu_backend.enable_if_no_gpu()
+    on_cpu = cpu_backend.is_asked_for() or not torch.cuda.is_available()
     options = parse(on_cpu)
-    launch.check()
+    if "RANK" not in os.environ:
+        raise UsageError(
+            "started alone; accepted: torchrun --nproc-per-node N benchmarks/train_run.py ..., or "
+            "benchmarks/two_hosts.sh"
+        )
     signal.signal(signal.SIGTERM, _interrupt)  # what runs is ended, what was measured is shown
     series = _Series(options, Ranks.of_launcher(), on_cpu)
     try:

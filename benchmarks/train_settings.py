@@ -131,7 +131,7 @@ def run_flags(
     begin = iterations + 2  # the profiler warms up in the one before
     last = begin + TRACED if with_tail or trace_into else iterations
     words = (
-        f"--train-iters {last} --lr 1e-4 --lr-warmup-iters 2 --lr-decay-style constant "
+        f"--train-iters {last} --lr 1e-4 --lr-decay-style constant "
         "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 1 --seed 1234"
     ).split()
     if not on_cpu:

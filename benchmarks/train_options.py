@@ -13,6 +13,9 @@ from train_settings import GRAPH_WARMUP, SYSTEMS, Variant, all_settings
 
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
 
+FIRST_LOGS = 2
+"""How many lines of the log hold the first iteration's time."""
+
 
 def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     """The options, with ``sizes``, the shape they make, and ``variants``, what is to run.
@@ -115,6 +118,11 @@ def _check_settings(options: Namespace, on_cpu: bool) -> None:
 
 
 def _check_length(options: Namespace) -> None:
+    if options.warmup < FIRST_LOGS:
+        raise UsageError(
+            f"--warmup {options.warmup}: Megatron logs the second iteration averaged with the first; "
+            f"accepted: {FIRST_LOGS} or more"
+        )
     if options.warmup >= options.iterations:
         raise UsageError(
             f"--warmup {options.warmup} with --iterations {options.iterations}: none is left to be "

@@ -167,6 +167,10 @@ def test_megatron_knows_every_flag(on_cpu, tmp_path):
         (["--settings", "best+graphs"], r"best\+graphs: accepted without a GPU: none, defaults"),
         (["--blocks", "3"], "--blocks 3: ScMoE pairs blocks"),
         (["--iterations", "8"], "--warmup 8 with --iterations 8: none is left"),
+        (
+            ["--warmup", "1"],
+            "--warmup 1: Megatron logs the second iteration averaged with the first",
+        ),
         (["--flags", "tops/*=--manual-gc"], r"tops/\*=...: no run has such a name; accepted: top2"),
         (["--trace", "."], "--trace: there is no GPU"),
         (["--keep-logs", "no/such"], "--keep-logs no/such: there is no such folder"),
@@ -328,7 +332,7 @@ def test_two_gloo_ranks_train_and_are_measured(tmp_path):
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *(BENCHMARKS / "train_run.py", "--shape", "cpu", "--blocks", "2", "--micro-batch", "1"),
-        *("--micro-batches", "2", "--iterations", "3", "--warmup", "1", "--rounds", "1"),
+        *("--micro-batches", "2", "--iterations", "4", "--warmup", "2", "--rounds", "1"),
         *("--systems", "scmoe", "--json", path, "--plot", path.with_suffix(".png")),
     ]
     run = subprocess.run(
@@ -341,7 +345,7 @@ def test_two_gloo_ranks_train_and_are_measured(tmp_path):
     made = result["runs"]["scmoe/defaults"]
     assert made["iteration_ms"] > 0
     assert made["tokens_per_s_per_gpu"] == pytest.approx(256e3 / made["iteration_ms"])
-    assert list(made["losses"]) == ["1", "2", "3"]
+    assert list(made["losses"]) == ["1", "2", "3", "4"]
     assert 5 < made["final_loss"] < 8
     assert made["flop_utilisation"] is None
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -355,7 +359,7 @@ def test_stock_trains_through_the_same_loop(system, tmp_path):
     settings, shapes = benchmark("train_settings"), benchmark("shapes").SHAPES
     shape = replace(shapes["cpu"], blocks=2, micro_batch=1)
     words = settings.flags(variant(f"{system}/defaults"), shape, "gloo", 2, 1, True, True)
-    words += settings.run_flags(2, None, on_cpu=True)
+    words += settings.run_flags(3, None, on_cpu=True)
     task = (2, harness._free_port(), words, str(tmp_path / "log"))
     ranks = [
         harness._context.Process(target=_stock, args=(str(tmp_path / f"{rank}.json"), rank, *task))
@@ -366,9 +370,11 @@ def test_stock_trains_through_the_same_loop(system, tmp_path):
     assert statuses == [0, 0], text[-3000:]
     made = json.loads((tmp_path / "1.json").read_text())
     logged = benchmark("train_result").parse_log(text)
-    assert sorted(logged) == [1, 2]
-    for number, loss in made["losses"].items():
-        assert float.fromhex(loss) == pytest.approx(logged[int(number)]["loss"], rel=1e-6)
+    losses = {int(number): float.fromhex(loss) for number, loss in made["losses"].items()}
+    assert sorted(logged) == sorted(losses) == [1, 2, 3]
+    assert logged[1]["loss"] == pytest.approx(losses[1], rel=1e-6)
+    assert logged[2]["loss"] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-6)
+    assert logged[3]["loss"] == pytest.approx(losses[3], rel=1e-6)
     assert made["machine"]["world_size"] == 2
 
 

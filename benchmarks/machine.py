@@ -16,6 +16,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)  # lists of parameters, be
 
 import torch
 import yaml
+from link import link_name
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
@@ -61,23 +62,11 @@ def describe() -> dict:
             name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
         },
         "versions": {name: _installed_version(name) for name in PACKAGES},
-        "link": link_name(),
+        "link": link_name(ON_CPU),
         "device": "cpu" if ON_CPU else torch.cuda.get_device_name(),
         "world_size": torch.distributed.get_world_size(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def link_name() -> str:
-    """How the ranks are joined, by the environment."""
-    if ON_CPU:
-        return os.environ.get("SCMOE_LINK", "gloo on one host")
-    ranks, of_host = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if ranks != of_host:
-        return f"{int(ranks) // int(of_host)} hosts"
-    if os.environ.get("NCCL_P2P_DISABLE") == "1":
-        return "socket" if os.environ.get("NCCL_SHM_DISABLE") == "1" else "host-staged"
-    return "native"
 
 
 def _installed_version(package: str) -> str | None:

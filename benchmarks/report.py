@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from result import baseline, measured_keys
+from train_result import COMPARED, finished, is_train_run, loss_notes, speeds
 
 from megatron_scmoe.platform.command_line import staged_outputs
 
@@ -45,8 +46,68 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def train_table(result: dict) -> str:
+    """The table of whole runs that is printed: times, and how many times as fast as the others."""
+    runs = result["runs"]
+    words = "".join(f"{f'over {word}':>13}" for word in COMPARED)
+    heads = f"{'ms':>9}{'quartiles':>19}{words}{'tokens/s/GPU':>14}{'MFU':>7}{'peak MiB':>10}"
+    heads += f"{'final loss':>12}"
+    traced = any(row.get("trace") for row in runs.values())
+    lines = [title(result), f"{'run':<30}{heads}{'  idle  exposed' if traced else ''}"]
+    for name, row in runs.items():
+        if "iteration_ms" not in row:
+            lines.append(f"{name:<30}  failed: {row['error']}")
+            continue
+        low, high = row["quartiles"] or [row["iteration_ms"]] * 2
+        found = speeds(runs, row)
+        cells = f"{row['iteration_ms']:>9.1f}{f'{low:.1f} to {high:.1f}':>19}"
+        cells += "".join(f"{_or_dash(found[word], '.3f', 'x'):>13}" for word in COMPARED)
+        cells += f"{row['tokens_per_s_per_gpu']:>14.0f}"
+        cells += f"{_or_dash(row['flop_utilisation'], '.3f'):>7}"
+        cells += f"{_or_dash(row['peak_memory_mb'], '.0f'):>10}"
+        cells += f"{_or_dash(row['final_loss'], '.5f'):>12}"
+        if traced:
+            use = row["trace"] or {}
+            cells += f"{_or_dash(use.get('idle_share'), '.1%'):>7}"
+            cells += f"{_or_dash(use.get('exposed_share'), '.1%'):>9}"
+        lines.append(f"{name:<30}{cells}")
+        if row["error"]:
+            lines.append(f"{'':<30}  a later round failed: {row['error']}")
+    return "\n".join([*lines, *loss_notes(runs)])
+
+
+def _or_dash(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def plot_train_run(result: dict, path: Path) -> None:
+    """Each run's median as a bar, with its quartiles."""
+    from matplotlib.figure import Figure
+
+    runs = finished(result["runs"])
+    medians = [row["iteration_ms"] for row in runs.values()]
+    errors = [
+        [
+            abs(row["iteration_ms"] - (row["quartiles"] or [row["iteration_ms"]] * 2)[side])
+            for row in runs.values()
+        ]
+        for side in (0, 1)
+    ]
+    figure = Figure(figsize=(max(6, 0.9 * len(runs)), 3.5), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(range(len(runs)), medians, yerr=errors, capsize=3)
+    axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.set_xticks(range(len(runs)), [name.replace("/", "\n") for name in runs], fontsize=7)
+    axes.set_ylabel("ms an iteration")
+    axes.set_title(title(result))
+    figure.savefig(path, dpi=130)
+
+
 def plot(result: dict, path: Path) -> None:
     """Each system's times as bars."""
+    if is_train_run(result):
+        plot_train_run(result, path)
+        return
     from matplotlib.figure import Figure
 
     systems, keys = result["systems"], measured_keys(result["systems"])

@@ -1,7 +1,7 @@
 """The command that measures a result again, from the settings that its JSON holds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from options import all_that_run
 from result import SETTINGS_THEN
@@ -15,8 +15,13 @@ LINE = 104
 
 def command(result: dict) -> str:
     """One command; lines that go on end in a backslash."""
+    return folded(_parts(result))
+
+
+def folded(parts: Iterable[str]) -> str:
+    """The parts of a command in lines; those that go on end in a backslash."""
     lines, line = [], ""
-    for part in _parts(result):
+    for part in parts:
         if line and len(line) + len(part) > LINE - 4:
             lines.append(line)
             line = " "
@@ -24,16 +29,21 @@ def command(result: dict) -> str:
     return " \\\n".join([*lines, line])
 
 
-def _parts(result: dict) -> Iterator[str]:
-    """What is not broken between lines."""
-    on_cpu = result["device"] == "cpu"
-    if on_cpu:
+def launcher(result: dict) -> Iterator[str]:
+    """What stands before the script: variables, and what starts the ranks."""
+    if result["device"] == "cpu":
         rate = re.search(r"two hosts at (\S+)", result["link"])
         yield f"benchmarks/two_hosts.sh --rate {rate[1]} --" if rate else _torchrun(result)
     else:
         for name, value in _environment(result).items():
             yield f"{name}={value}"
         yield _torchrun(result)
+
+
+def _parts(result: dict) -> Iterator[str]:
+    """What is not broken between lines."""
+    on_cpu = result["device"] == "cpu"
+    yield from launcher(result)
     yield "benchmarks/step_time.py"
     sizes, shape = result["sizes"], SHAPES[result["shape"]]
     graphs = sizes["cuda_graphs"]

@@ -63,6 +63,7 @@ def read_result(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
         whole = result["systems"] and result["sizes"] and result["world_size"]
+        whole = whole and "benchmark" not in result  # another one's
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError):

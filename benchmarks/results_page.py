@@ -17,6 +17,9 @@ from rerun import command as rerun_command
 from result import TIMES, baseline, measured_keys, read_result, speed
 from shapes import SHAPES
 from spoken import LINKS, graph_note, model, place, run_note, sizes_note, system_name, variant
+from tables import table
+from train_page import whole_runs
+from train_result import is_train_run
 
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform.command_line import OneLineParser, run_tool
@@ -51,6 +54,7 @@ def page(folder: Path) -> str:
     groups = [list(group) for _, group in groupby(results, title)]
     intro = (folder / "intro.md").read_text()
     sections = (line for group in groups for line in _section(group, folder))
+    intro = intro.replace("{whole runs}\n", _lines(whole_runs(folder)))
     return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
         (*sections, *_operator_times(results, folder))
     )
@@ -64,7 +68,7 @@ def read_all(folder: Path) -> list[dict]:
     notes = tomllib.loads((folder / "notes.toml").read_text())
     results = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem.endswith(OPERATOR_TIMES):
+        if path.stem.endswith(OPERATOR_TIMES) or is_train_run(json.loads(path.read_text())):
             continue
         about = notes.get(path.stem, {})
         own = {"name": path.stem, "notes": about.get("notes", []), "floor": about.get("floor")}
@@ -96,7 +100,7 @@ def _summary(results: list[dict]) -> Iterator[str]:
     """One row for each result that has the baseline."""
     yield "How many times as fast as stock the overlapped ScMoE is, and what it hides:\n"
     names = TIMES.values()
-    yield from _table(
+    yield from table(
         ["model", "GPUs, link", "settings", *names, *(f"hidden, {name}" for name in names)],
         (
             [
@@ -135,7 +139,7 @@ def _result(result: dict, folder: Path) -> Iterator[str]:
         yield ""
     if result.get("slots"):
         yield "A pair of blocks alone, forward and backward, by expert slot:\n"
-        yield from _table(
+        yield from table(
             ["slot", "predicted, ms", "measured, ms"],
             (
                 [str(slot), f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}"]
@@ -163,7 +167,7 @@ def _times_table(result: dict) -> Iterator[str]:
         if memory:
             cells.append(f"{row['peak_memory_mb']:.0f}")
         rows.append(cells)
-    yield from _table(["system", *heads, *(["peak memory, MiB"] if memory else [])], rows)
+    yield from table(["system", *heads, *(["peak memory, MiB"] if memory else [])], rows)
 
 
 def _ratios(result: dict) -> Iterator[str]:
@@ -182,7 +186,7 @@ def _ratios(result: dict) -> Iterator[str]:
             speeds = [_times(speed(systems, "scmoe", other, key)) for key in keys]
             rows.append([f"over {_name(result, other)}", *speeds])
     if rows:
-        yield from _table(["ScMoE, overlapped", *(TIMES[key] for key in keys)], rows)
+        yield from table(["ScMoE, overlapped", *(TIMES[key] for key in keys)], rows)
     if _knows_memory(result) and "shared" in systems:
         ratio = systems["scmoe"]["peak_memory_mb"] / systems["shared"]["peak_memory_mb"]
         yield f"Its peak memory is {ratio:.3f} times that of {_name(result, 'shared')}.\n"
@@ -196,7 +200,7 @@ def _operator_times(results: list[dict], folder: Path) -> Iterator[str]:
     yield "## Operator times\n"
     yield "Milliseconds of each operator of one pair of blocks, alone, for one micro-batch.\n"
     names = list(next(iter(found.values()))["forward"])
-    yield from _table(
+    yield from table(
         ["file", "direction", *names],
         (
             [_link(name), direction, *(f"{times[direction][operator]:.2f}" for operator in names)]
@@ -215,14 +219,6 @@ def _lines(lines: Iterable[str]) -> str:
 
 def _link(name: str) -> str:
     return f"[`{name}`](results/{name}.json)"
-
-
-def _table(heads: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
-    yield f"| {' | '.join('---' for _ in heads)} |"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    yield ""
 
 
 def _knows_memory(result: dict) -> bool:

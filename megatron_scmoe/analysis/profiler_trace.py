@@ -25,6 +25,8 @@ _KINDS = {  # the first that matches; flash attention's names contain those of i
     PERMUTATION: "permute|sort_chunks|chunk_sort|row_id_map|indexselect|indexfunc|"
     "vectorized_gather|scatter_gather",
 }
+_COPIES = ("gpu_memcpy", "gpu_memset")
+_TRANSFER = re.compile(r"Memcpy (?:PtoP|DtoH|HtoD)")
 _STEP_ACCEPTED = (
     "a trace of whole steps, forward and backward, of the all-to-all dispatcher by NCCL "
     "(--scmoe-exchange collective), with expert parallelism and without recompute"
@@ -65,6 +67,11 @@ class Kernel:
         known = self.collective is None or self.collective.startswith("all_to_all")
         return "ncclDevKernel_SendRecv" in self.name and known
 
+    @property
+    def is_transfer(self) -> bool:
+        """Whether it communicates: a kernel of NCCL, or a copy that leaves or enters the device."""
+        return self.kind == COMMUNICATION or _TRANSFER.match(self.name) is not None
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -82,8 +89,11 @@ class Pass:
     exchanges: dict[Kernel, str]
 
 
-def read_trace(path: str | Path) -> list[Kernel]:
+def read_trace(path: str | Path, with_copies: bool = False) -> list[Kernel]:
     """The kernels of a chrome trace as torch.profiler writes it (.json or .json.gz), by begin.
+
+    Args:
+        with_copies: also what copies and fills memory without a kernel.
 
     Raises:
         TraceError: if the file is anything else, is truncated, or holds no kernel.
@@ -99,9 +109,10 @@ def read_trace(path: str | Path) -> list[Kernel]:
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
     if not isinstance(events, list):
         raise TraceError(path, "no list 'traceEvents'", accepted)
+    wanted = ("kernel", *(_COPIES if with_copies else ()))
     kernels = []
     for number, event in enumerate(events):
-        if isinstance(event, dict) and event.get("cat") == "kernel":
+        if isinstance(event, dict) and event.get("cat") in wanted:
             try:
                 kernels.append(_kernel(event))
             except (KeyError, TypeError, ValueError) as error:
@@ -113,6 +124,58 @@ def read_trace(path: str | Path) -> list[Kernel]:
     first = min(kernel.begin for kernel in kernels)
     shifted = (replace(k, begin=k.begin - first, end=k.end - first) for k in kernels)
     return sorted(shifted, key=lambda kernel: kernel.begin)
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """How a GPU spent the time of a trace, in milliseconds.
+
+    Attributes:
+        span: from the begin of the first to the end of the last thing it did.
+        compute: in which something computes, copies on the device included.
+        communication: in which something is sent or received: NCCL's kernels, and copies between the
+            device and the host or another device.
+        exposed: communication with no compute beside it.
+        idle: neither.
+        collectives: by the profiler's name of the collective, how long its kernels take together, and
+            how much of it has no compute beside it.
+    """
+
+    span: float
+    compute: float
+    communication: float
+    exposed: float
+    idle: float
+    collectives: dict[str, tuple[float, float]]
+
+    def per_iteration(self, count: int) -> dict:
+        """All of it divided by the number of iterations traced; ``idle_share`` is one of the span."""
+        times = ("span", "compute", "communication", "exposed", "idle")
+        return {f"{name}_ms": getattr(self, name) / count for name in times} | {
+            "idle_share": self.idle / self.span,
+            "exposed_share": self.exposed / self.span,
+            "collectives": {
+                name: {"ms": total / count, "exposed_ms": alone / count}
+                for name, (total, alone) in self.collectives.items()
+            },
+        }
+
+
+def gpu_use(path: str | Path) -> GpuUse:
+    """How the GPU spent the time of a trace. Raises TraceError as :func:`read_trace` does."""
+    work = read_trace(path, with_copies=True)
+    sent = [thing for thing in work if thing.is_transfer]
+    compute = [(thing.begin, thing.end) for thing in work if not thing.is_transfer]
+    span = max(thing.end for thing in work) - work[0].begin
+    communication, beside = time_beside(_merged((t.begin, t.end) for t in sent), compute)
+    collectives = {}
+    for name in sorted({_title(thing) for thing in sent}):
+        own = [(thing.begin, thing.end) for thing in sent if _title(thing) == name]
+        total, hidden = time_beside(own, compute)
+        collectives[name] = (total, total - hidden)
+    busy = sum(end - begin for begin, end in _merged((t.begin, t.end) for t in work))
+    computing = sum(end - begin for begin, end in _merged(compute))
+    return GpuUse(span, computing, communication, communication - beside, span - busy, collectives)
 
 
 def find_pairs(kernels: Sequence[Kernel], path: str | Path) -> list[tuple[Pass, Pass]]:
@@ -169,17 +232,29 @@ def time_beside(
         exchanges: begin and end of each; they do not overlap.
         compute: begin and end of each; they may.
     """
-    busy: list[list[float]] = []
-    for begin, end in sorted(compute):
-        if busy and begin <= busy[-1][1]:
-            busy[-1][1] = max(busy[-1][1], end)
-        else:
-            busy.append([begin, end])
+    busy = _merged(compute)
     total = beside = 0.0
     for begin, end in exchanges:
         total += end - begin
         beside += sum(max(0.0, min(end, b) - max(begin, a)) for a, b in busy)
     return total, beside
+
+
+def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spans in order; those that touch or overlap are one."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _title(transfer: Kernel) -> str:
+    """The collective's name; of a copy, its kind."""
+    copy = _TRANSFER.match(transfer.name)
+    return copy[0] if copy else transfer.collective or "NCCL"
 
 
 def _kernel(event: dict) -> Kernel:

@@ -1,0 +1,135 @@
+"""The command line of train_run.py. Whatever cannot be done is refused before anything is started."""
+
+import argparse
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from shapes import SHAPES
+from train_settings import GRAPH_WARMUP, SYSTEMS, Variant, all_settings
+
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
+
+FIRST_LOGS = 2
+"""How many lines of the log hold the first iteration's time."""
+
+
+def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
+    """The options, with ``sizes``, the shape they make, and ``variants``, what is to run.
+
+    Raises:
+        UsageError: if they cannot be followed; the message is one line.
+    """
+    options = _parser().parse_args(argv)
+    shape = SHAPES[options.shape]
+    options.sizes = replace(
+        shape,
+        blocks=options.blocks or shape.blocks,
+        micro_batch=options.micro_batch or shape.micro_batch,
+    )
+    options.variants = [
+        Variant(system, settings)
+        for settings in dict.fromkeys(options.settings)
+        for system in dict.fromkeys(options.systems)
+    ]
+    _check_model(options)
+    _check_settings(options, on_cpu)
+    _check_length(options)
+    for pattern, _ in options.flags:
+        if not any(fnmatch(variant.name, pattern) for variant in options.variants):
+            names = ", ".join(variant.name for variant in options.variants)
+            raise UsageError(f"--flags {pattern}=...: no run has such a name; accepted: {names}")
+    for flag, path, suffix in (("--json", options.json, ".json"), ("--plot", options.plot, ".png")):
+        if path is not None:
+            check_output(flag, path, [suffix])
+    for flag, folder in (("--trace", options.trace), ("--keep-logs", options.keep_logs)):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"{flag} {folder}: there is no such folder; accepted: one that exists")
+    return options
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        description="Whole training runs of ScMoE and of stock Megatron-Core, in turn."
+    )
+    parser.add_argument("--shape", choices=SHAPES, required=True, help="model and micro-batch")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM",
+        default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default: all")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", default=["defaults"], metavar="SETTINGS",
+        help=f"flags of speed (train_settings.py): {', '.join(all_settings(False))}")  # fmt: skip
+    parser.add_argument("--flags", action="append", type=_override, default=[],
+        metavar="RUN=FLAGS",
+        help="flags of the pretraining script that runs of this name get on top of their settings; "
+        "a pattern, such as 'scmoe/best*=--scmoe-expert-slot 1'")  # fmt: skip
+    parser.add_argument("--blocks", type=positive, metavar="N", help="instead of the shape's")
+    parser.add_argument("--micro-batch", type=positive, metavar="N", help="instead of the shape's")
+    parser.add_argument("--micro-batches", type=positive, default=4, metavar="N",
+        help="of each rank in an iteration")  # fmt: skip
+    parser.add_argument("--routing", choices=("balanced", "real"), default="balanced",
+        help="forced to be balanced, or as the router decides")  # fmt: skip
+    parser.add_argument("--data-path", metavar="PREFIX",
+        help="a dataset of tools/preprocess_data.py (default: Megatron's mock data)")  # fmt: skip
+
+    run = parser.add_argument_group("the runs")
+    run.add_argument("--rounds", type=positive, default=2, metavar="N", help="runs of each")
+    run.add_argument("--iterations", type=positive, default=14, metavar="N", help="of a run")
+    run.add_argument("--warmup", type=positive, default=8, metavar="N",
+        help="iterations at the begin of a run that do not count")  # fmt: skip
+    run.add_argument("--time-limit", type=positive, default=300, metavar="SECONDS", help="of a run")
+    run.add_argument("--trace", type=Path, metavar="FOLDER",
+        help="trace two more iterations of each last run; the traces are kept there")  # fmt: skip
+    run.add_argument(
+        "--keep-logs", type=Path, metavar="FOLDER", help="keep the output of all ranks"
+    )
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    run.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (.png)")
+    return parser
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, flags = text.partition("=")
+    if not (pattern and equals and flags.startswith("--")):
+        raise argparse.ArgumentTypeError(f"{text}: accepted: RUN=FLAGS, as scmoe/best=--manual-gc")
+    return pattern, flags
+
+
+def _check_model(options: Namespace) -> None:
+    shape = options.sizes
+    if not shape.every_block and shape.blocks % 2:
+        raise UsageError(f"--blocks {shape.blocks}: ScMoE pairs blocks; accepted: even numbers")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if shape.experts % ranks:
+        raise UsageError(
+            f"--shape {options.shape}: {ranks} ranks cannot share {shape.experts} experts"
+        )
+
+
+def _check_settings(options: Namespace, on_cpu: bool) -> None:
+    for name in options.settings:
+        if name not in all_settings(on_cpu):
+            where = " without a GPU" if on_cpu else ""
+            accepted = ", ".join(all_settings(on_cpu))
+            raise UsageError(f"--settings {name}: accepted{where}: {accepted}")
+    if on_cpu and options.trace is not None:
+        raise UsageError("--trace: there is no GPU whose kernels it could show; leave it out")
+
+
+def _check_length(options: Namespace) -> None:
+    if options.warmup < FIRST_LOGS:
+        raise UsageError(
+            f"--warmup {options.warmup}: Megatron logs the second iteration averaged with the first; "
+            f"accepted: {FIRST_LOGS} or more"
+        )
+    if options.warmup >= options.iterations:
+        raise UsageError(
+            f"--warmup {options.warmup} with --iterations {options.iterations}: none is left to be "
+            f"measured; accepted: less than {options.iterations}"
+        )
+    if any(variant.graphs for variant in options.variants) and options.warmup <= GRAPH_WARMUP:
+        raise UsageError(
+            f"--warmup {options.warmup}: graphs are captured behind iteration {GRAPH_WARMUP}; "
+            f"accepted: above {GRAPH_WARMUP}"
+        )

@@ -1,0 +1,113 @@
+"""Whole training runs on RESULTS.md: tables of what train_run.py wrote, and the commands that did."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from rerun import folded, launcher
+from shapes import SHAPES
+from spoken import model, place, system_name
+from tables import table
+from train_result import COMPARED, finished, is_train_run, loss_notes, read_train_run, speeds
+
+AGAINST = {"top2": "over stock", "shared": "over stock + shared expert", "serial": "over serial"}
+"""The heads of the columns, by what :data:`COMPARED` names."""
+
+
+def whole_runs(folder: Path) -> Iterator[str]:
+    """The section of all measurements in a folder; nothing if there is none."""
+    paths = [
+        path for path in sorted(folder.glob("*.json")) if is_train_run(json.loads(path.read_text()))
+    ]
+    if not paths:
+        return
+    yield "## Whole training runs\n"
+    yield (
+        "Milliseconds of an iteration in Megatron's own training loop, as its log gives them: the "
+        'median and the quartiles of all iterations behind the warm-up. "Over" compares with the '
+        "fastest run of the other system under the same settings, with CUDA graphs or without.\n"
+    )
+    for path in paths:
+        yield from _measurement(path.stem, read_train_run(path), folder)
+
+
+def command(result: dict) -> str:
+    """The command that measures it again."""
+    return folded(_parts(result))
+
+
+def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
+    routing = "balanced routing" if result["routing"] == "balanced" else "real routing"
+    yield f"### {model(result)}, {place(result)}, {routing}\n"
+    yield f"[`{name}`](results/{name}.json): {_note(result)}\n"
+    runs = result["runs"]
+    memory = any(row["peak_memory_mb"] for row in finished(runs).values())
+    rate = any(row["flop_utilisation"] for row in finished(runs).values())
+    traced = any(row["trace"] for row in finished(runs).values())
+    heads = ["system", "settings", "iteration, ms", "quartiles", *(AGAINST[w] for w in COMPARED)]
+    heads += ["tokens/s a rank"]
+    heads += ["FLOP utilisation"] * rate + ["peak memory, MiB"] * memory
+    heads += ["GPU idle", "communication alone"] * traced
+    rows = []
+    for row in finished(runs).values():
+        found, use = speeds(runs, row), row["trace"] or {}
+        cells = [
+            system_name(row["system"], result["sizes"]["topk"], None),
+            row["settings"].replace("+", ", "),
+            f"{row['iteration_ms']:.1f}",
+            " to ".join(f"{ms:.1f}" for ms in row["quartiles"] or []),
+            *(_shown(found[word], ".3f", "x") for word in COMPARED),
+            f"{row['tokens_per_s_per_gpu']:.0f}",
+        ]
+        cells += [_shown(row["flop_utilisation"], ".3f")] * rate
+        cells += [_shown(row["peak_memory_mb"], ".0f")] * memory
+        if traced:
+            cells += [_shown(use.get(key), ".1%") for key in ("idle_share", "exposed_share")]
+        rows.append(cells)
+    yield from table(heads, rows)
+    for name_of_run, row in runs.items():
+        if row["error"]:
+            yield f"- `{name_of_run}` failed: {row['error']}"
+    for note in loss_notes(runs):
+        yield f"- Settings {note}."
+    yield f"\n```bash\n{command(result)}\n```\n"
+    if (folder / f"{name}.png").exists():
+        yield f"![{model(result)}, {place(result)}](results/{name}.png)\n"
+
+
+def _note(result: dict) -> str:
+    sizes = result["sizes"]
+    versions = (f"{name} {version}" for name, version in result["versions"].items() if version)
+    return (
+        f"{result['date']}, {result['rounds']} runs of {result['iterations']} iterations each, the "
+        f"first {result['warmup']} to warm up; {result['micro_batches']} micro-batches of "
+        f"{sizes['micro_batch']} sequences per rank. Versions: {', '.join(versions)}."
+    )
+
+
+def _parts(result: dict) -> Iterator[str]:
+    sizes, shape = result["sizes"], SHAPES[result["shape"]]
+    yield from launcher(result)
+    yield "benchmarks/train_run.py"
+    yield f"--shape {result['shape']}"
+    for name in ("blocks", "micro_batch"):
+        if sizes[name] != getattr(shape, name):
+            yield f"--{name.replace('_', '-')} {sizes[name]}"
+    yield f"--systems {' '.join(result['systems'])}"
+    yield f"--settings {' '.join(result['settings'])}"
+    for override in result["overrides"]:
+        yield f"--flags {shlex.quote(override)}"
+    yield f"--micro-batches {result['micro_batches']}"
+    if result["routing"] != "balanced":
+        yield f"--routing {result['routing']}"
+    if result["data"] == "own":
+        yield "--data-path PREFIX"
+    for name in ("rounds", "iterations", "warmup"):
+        yield f"--{name} {result[name]}"
+    if any(row.get("trace") for row in result["runs"].values()):
+        yield "--trace FOLDER"
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"

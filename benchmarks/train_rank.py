@@ -1,0 +1,102 @@
+"""One rank of one whole run, in a process of its own; train_run.py starts it.
+
+    python benchmarks/train_rank.py FACTS scmoe|stock FLAGS ...
+
+``scmoe`` runs ``pretrain_gpt_scmoe.py`` as it is; ``stock`` runs Megatron's loop on Megatron's own
+model, with the same data and forward step. Into FACTS goes what the log does not say, or not exactly.
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def main(facts: Path, kind: str) -> None:
+    """Train as the flags in ``sys.argv`` say, then write the facts."""
+    from megatron_scmoe.platform import cpu_backend, log_filters
+
+    cpu_backend.choose()  # before anything of Megatron is imported
+    log_filters.install()
+    found = _Facts()
+    if kind == "scmoe":
+        sys.argv[0] = str(REPOSITORY / "pretrain_gpt_scmoe.py")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+    else:
+        _train_stock()
+    facts.write_text(json.dumps(found.collect()))
+
+
+def _train_stock() -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_scmoe.platform import launch, megatron_workarounds
+    from megatron_scmoe.training.pretrain import datasets_provider, forward_step
+
+    launch.check()
+    args = parse_and_validate_args()
+    megatron_workarounds.leave_out_missing_fusions(args)
+    megatron_workarounds.apply(args)
+    config = core_transformer_config_from_args(args)
+    model = megatron_workarounds.gpt_config(args, config)
+    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
+    settings = pretrain_cfg_container_from_args(args, model)
+    pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+class _Facts:
+    """Listens to what Megatron logs.
+
+    Losses are kept on the device until the run is over, as reading one would stop the host.
+    """
+
+    def __init__(self) -> None:
+        from megatron.training import training
+
+        self.losses: dict = {}
+        self.machine: dict = {}
+        self._log = training.training_log
+        training.training_log = self._listen
+
+    def _listen(self, losses, totals, learning_rate, iteration, *args, **kwargs):
+        if not self.machine:  # while there is a process group
+            import machine
+
+            self.machine = machine.describe()
+        if "lm loss" in losses:
+            self.losses[iteration] = losses["lm loss"].detach().clone()
+        return self._log(losses, totals, learning_rate, iteration, *args, **kwargs)
+
+    def collect(self) -> dict:
+        """Exact losses as hexadecimal numbers by iteration, peak memory in MiB, the machine."""
+        import torch
+        from machine import ON_CPU
+
+        return {
+            "losses": {n: float(loss).hex() for n, loss in self.losses.items()},
+            "peak_memory_mb": None if ON_CPU else torch.cuda.max_memory_allocated() / 2**20,
+            "machine": self.machine,
+        }
+
+
+if __name__ == "__main__":
+    facts_path, run_kind = Path(sys.argv[1]), sys.argv[2]
+    del sys.argv[1:3]
+    if run_kind == "scmoe":  # its errors are its own
+        main(facts_path, run_kind)
+    else:
+        from megatron_scmoe.platform.command_line import run_command
+
+        run_command(lambda: main(facts_path, run_kind))

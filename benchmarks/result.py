@@ -7,6 +7,7 @@ Times are milliseconds a micro-batch.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from shapes import SCMOE
 
@@ -54,19 +55,31 @@ def speed(systems: dict[str, dict], system: str, other: str, key: str) -> float 
     return rows[1][key] / rows[0][key] if all(key in row for row in rows) else None
 
 
+def read_json(path: Path) -> Any:
+    """What a file holds; None if that is no JSON.
+
+    Raises:
+        UsageError: if it cannot be read; the message is one line that names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except ValueError:
+        return None
+
+
 def read_result(path: Path) -> dict:
     """The result in a file; settings that it is too old to hold have the values they had then.
 
     Raises:
         UsageError: if it holds none; the message is one line that names the file.
     """
+    result = read_json(path)
     try:
-        result = json.loads(path.read_text())
         whole = result["systems"] and result["sizes"] and result["world_size"]
         whole = whole and "benchmark" not in result  # another one's
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         whole = False
     if not whole:
         raise UsageError(f"{path}: it is no result of step_time.py; accepted: its --json")

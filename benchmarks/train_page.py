@@ -42,15 +42,16 @@ def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
     yield f"### {model(result)}, {place(result)}, {routing}\n"
     yield f"[`{name}`](results/{name}.json): {_note(result)}\n"
     runs = result["runs"]
-    memory = any(row["peak_memory_mb"] for row in finished(runs).values())
-    rate = any(row["flop_utilisation"] for row in finished(runs).values())
-    traced = any(row["trace"] for row in finished(runs).values())
+    measured = finished(runs).values()
+    memory = any(row["peak_memory_mb"] for row in measured)
+    rate = any(row["flop_utilisation"] for row in measured)
+    traced = any(row["trace"] for row in measured)
     heads = ["system", "settings", "iteration, ms", "quartiles", *(AGAINST[w] for w in COMPARED)]
     heads += ["tokens/s a rank"]
     heads += ["FLOP utilisation"] * rate + ["peak memory, MiB"] * memory
     heads += ["GPU idle", "communication alone"] * traced
     rows = []
-    for row in finished(runs).values():
+    for row in measured:
         found, use = speeds(runs, row), row["trace"] or {}
         cells = [
             system_name(row["system"], result["sizes"]["topk"], None),

@@ -5,11 +5,11 @@
 Times are milliseconds an iteration.
 """
 
-import json
 import re
 import statistics
 from pathlib import Path
 
+from result import read_json
 from train_settings import GRAPHS, Variant
 
 from megatron_scmoe.platform.command_line import UsageError
@@ -154,8 +154,9 @@ def speeds(runs: dict[str, dict], row: dict) -> dict[str, float | None]:
 def loss_notes(runs: dict[str, dict]) -> list[str]:
     """Whether scmoe and scmoe-serial agree in every loss, bit for bit; a sentence for each settings."""
     notes = []
-    for row in finished(runs).values():
-        serial = finished(runs).get(f"scmoe-serial/{row['settings']}")
+    measured = finished(runs)
+    for row in measured.values():
+        serial = measured.get(f"scmoe-serial/{row['settings']}")
         if row["system"] != "scmoe" or serial is None:
             continue
         about = f"{row['settings']}: the losses of scmoe and scmoe-serial"
@@ -176,12 +177,7 @@ def is_train_run(result: dict) -> bool:
 
 def read_train_run(path: Path) -> dict:
     """The measurement in a file. Raises UsageError, one line, if it holds none."""
-    try:
-        result = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except ValueError:
-        result = {}
+    result = read_json(path)
     if not (is_train_run(result) and result.get("runs")):
         raise UsageError(f"{path}: it is no result of train_run.py; accepted: its --json")
     return result

@@ -67,6 +67,11 @@ def check_files(args) -> None:
     _check_operator_times(args)
 
 
+def names_data(args) -> bool:
+    """Whether any flag says where the data is."""
+    return any(_value(args, flag) for flags in _SOURCES for flag in flags)
+
+
 def make_paths_absolute(args) -> None:
     """Name the files of the tokenizer from the root: a checkpoint stores them for any other folder.
 

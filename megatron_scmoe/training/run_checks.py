@@ -19,6 +19,7 @@ from megatron_scmoe.arguments import flag_of, in_flags
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
+from megatron_scmoe.training import input_checks
 from megatron_scmoe.training.run_defaults import has_validation_data
 
 
@@ -161,7 +162,7 @@ def _check_all_is_given(args, has_model: bool) -> None:
             missing.append("--train-iters")
     if args.tokenizer_type is None and not args.use_checkpoint_args:
         missing.append("--tokenizer-type")
-    if not any(getattr(args, name) for name in _DATA) and args.ckpt_convert_format is None:
+    if not input_checks.names_data(args) and args.ckpt_convert_format is None:
         missing.append("--data-path (or --mock-data)")
     if len(missing) > 1:
         raise RunError(
@@ -169,18 +170,6 @@ def _check_all_is_given(args, has_model: bool) -> None:
             "a run needs them",
             "all of them; docs/running.md has a smallest run",
         )
-
-
-_DATA = (
-    "data_path",
-    "data_args_path",
-    "per_split_data_args_path",
-    "train_data_path",
-    "valid_data_path",
-    "test_data_path",
-    "mock_data",
-)
-"""What names the data."""
 
 
 def _warn_of_balance(args) -> None:

@@ -34,6 +34,7 @@ from megatron_scmoe.training import (
     run_defaults,
     saved_run,
 )
+from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 
@@ -80,7 +81,13 @@ def main() -> None:
         )
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    iterations = Iterations()
+    pretrain(
+        settings,
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        partial(forward_step, iterations=iterations),
+    )
 
 
 def parse_settings():
@@ -177,12 +184,17 @@ def _say_what_is_finished(saved: SavedRun, args) -> None:
         args.save = None
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, iterations: Iterations | None = None):
     """One micro-batch through the model.
+
+    Args:
+        iterations: is told of it.
 
     Returns:
         The loss of each token ([b, s], last stage) or the hidden states, and the loss function.
     """
+    if iterations is not None:
+        iterations.micro_batch_begins(is_training=model.training)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     tokens, labels, loss_mask, attention_mask, position_ids = get_batch(

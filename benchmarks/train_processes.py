@@ -32,16 +32,19 @@ POLL_S = 0.5
 class Ranks:
     """This process's place among those of all ranks."""
 
-    def __init__(self, store, rank: int, world_size: int):
+    def __init__(self, store, rank: int, world_size: int, ahead: bool = False):
+        """``ahead``: start the process of the next run during a run, where cores are to spare."""
         self._store, self.rank, self.world_size = store, rank, world_size
+        self._ahead = ahead
+        self._next: subprocess.Popen | None = None
         self._runs = 0
 
     @classmethod
-    def of_launcher(cls) -> "Ranks":
+    def of_launcher(cls, ahead: bool) -> "Ranks":
         """As the environment says, which torchrun or two_hosts.sh has set."""
         from torch.distributed import rendezvous
 
-        return cls(*next(iter(rendezvous("env://", timeout=timedelta(minutes=10)))))
+        return cls(*next(iter(rendezvous("env://", timeout=timedelta(minutes=10)))), ahead)
 
     def run(self, is_stock: bool, flags: list[str], limit_s: float, log: Path | None) -> list[dict]:
         """Train once, and wait for the end.
@@ -58,9 +61,10 @@ class Ranks:
         self._runs += 1
         with tempfile.TemporaryDirectory() as folder:
             facts, output = Path(folder) / "facts.json", log or Path(folder) / "log"
-            words = [sys.executable, "-W", "ignore", str(SCRIPT), str(facts)]
-            words += ["stock" if is_stock else "scmoe", *flags]
-            flaw = self._train(words, output, limit_s)
+            output.touch()
+            task = {"facts": str(facts), "log": str(output), "flags": flags}
+            task |= {"kind": "stock" if is_stock else "scmoe"}
+            flaw = self._train(task, limit_s)
             text = output.read_text(errors="replace")
             if flaw is None:
                 found = json.loads(facts.read_text()) | {"iterations": parse_log(text)}
@@ -69,16 +73,22 @@ class Ranks:
         self._say(f"found/{self.rank}", json.dumps(found))
         return [json.loads(self._hear(f"found/{rank}")) for rank in range(self.world_size)]
 
-    def _train(self, words: list[str], log: Path, limit_s: float) -> str | None:
+    def _train(self, task: dict, limit_s: float) -> str | None:
         """What went wrong; None if nothing."""
-        with open(log, "w") as output:
-            process = subprocess.Popen(
-                words, stdout=output, stderr=subprocess.STDOUT, env=self._environment()
-            )
-            try:
-                flaw = self._wait(process, limit_s)
-            finally:
-                _end(process)
+        if self.rank == 0:
+            self._say("port", str(_free_port()))
+        task["environment"] = {"MASTER_PORT": self._hear("port")}
+        process, self._next = self._next or _start(), None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended; its status says how
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(task).encode() + b"\n")
+                process.stdin.close()
+            if self._ahead:
+                self._next = _start()
+            flaw = self._wait(process, limit_s)
+        finally:
+            _end(process)
         if flaw:
             self._say("failed", flaw)
         return flaw
@@ -99,15 +109,6 @@ class Ranks:
             return None
         return f"exit status {status}" if status > 0 else f"ended by signal {-status}"
 
-    def _environment(self) -> dict[str, str]:
-        """Of the process: the launcher's, with a port of its own; not what is torchrun's own affair."""
-        if self.rank == 0:
-            self._say("port", str(_free_port()))
-        own = {"MASTER_PORT": self._hear("port"), "OMP_NUM_THREADS": "1"}
-        path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-        return kept | own | {"PYTHONPATH": path.rstrip(os.pathsep)}
-
     def _key(self, name: str) -> str:
         return f"scmoe-train-run/{self._runs}/{name}"
 
@@ -125,6 +126,8 @@ class Ranks:
 
     def close(self) -> None:
         """Leave together: the first rank may hold the store."""
+        if self._next is not None:
+            _end(self._next)
         self._runs += 1
         self._say(f"done/{self.rank}", "")
         if self.rank == 0:
@@ -146,6 +149,18 @@ def _one_line_if_left() -> Iterator[None]:
         yield
     except DistError as error:
         raise RankLeftError("the process of another rank has ended; what it says is why") from error
+
+
+def _start() -> subprocess.Popen:
+    """A process that waits for its task, with the launcher's environment but torchrun's own affairs.
+
+    What it says before it has a log of its own is shown: it should be nothing.
+    """
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
+    words = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, env=kept | own)
 
 
 def _end(process: subprocess.Popen) -> None:

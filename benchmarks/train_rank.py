@@ -1,12 +1,16 @@
-"""One rank of one whole run, in a process of its own; train_run.py starts it.
+"""One rank of one whole run, in a process of its own; train_processes.py starts it.
 
-    python benchmarks/train_rank.py FACTS scmoe|stock FLAGS ...
+It imports what a run needs and waits for its task, a line of JSON on its standard input:
+
+    {"facts": FILE, "log": FILE, "kind": "scmoe" or "stock", "flags": [...], "environment": {...}}
 
 ``scmoe`` runs ``pretrain_gpt_scmoe.py`` as it is; ``stock`` runs Megatron's loop on Megatron's own
-model, with the same data and forward step. Into FACTS goes what the log does not say, or not exactly.
+model, with the same data and forward step. Into the file of facts goes what the log does not say, or
+not exactly.
 """
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -91,12 +95,31 @@ class _Facts:
         }
 
 
-if __name__ == "__main__":
-    facts_path, run_kind = Path(sys.argv[1]), sys.argv[2]
-    del sys.argv[1:3]
-    if run_kind == "scmoe":  # its errors are its own
-        main(facts_path, run_kind)
-    else:
-        from megatron_scmoe.platform.command_line import run_command
+def wait_for_task() -> dict:
+    """The task, once there is one; from then on all output goes to its log. Ends if there is none."""
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit()
+    task = json.loads(line)
+    os.environ.update(task["environment"])
+    with open(task["log"], "w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    return task
 
-        run_command(lambda: main(facts_path, run_kind))
+
+if __name__ == "__main__":
+    import torch
+
+    from megatron_scmoe.platform.command_line import run_command
+
+    if torch.cuda.is_available():  # without a GPU, what comes has to be mapped to the CPU first
+        import megatron_scmoe.training.pretrain  # noqa: F401  seconds of every run
+    task = wait_for_task()
+    facts_path = Path(task["facts"])
+    sys.argv[1:] = task["flags"]
+    if task["kind"] == "scmoe":  # its errors are its own
+        main(facts_path, "scmoe")
+    else:
+        run_command(lambda: main(facts_path, "stock"))

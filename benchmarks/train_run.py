@@ -48,7 +48,7 @@ def main() -> None:
             "benchmarks/two_hosts.sh"
         )
     signal.signal(signal.SIGTERM, _interrupt)  # what runs is ended, what was measured is shown
-    series = _Series(options, Ranks.of_launcher(), on_cpu)
+    series = _Series(options, Ranks.of_launcher(ahead=not on_cpu), on_cpu)
     try:
         series.run()
     finally:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError, HashStore
 
-from tests.benchmarks import benchmark
+from tests.benchmarks import BENCHMARKS, benchmark
+
+_BEGIN = f"""
+import json, os, sys, time
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from train_rank import wait_for_task
+task = wait_for_task()
+facts, kind, flags = task["facts"], task["kind"], task["flags"]
+"""
 
 
 @pytest.fixture
@@ -17,12 +25,11 @@ def ranks():
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Sets what a run executes in place of a training; ``facts`` is the file to write."""
+    """Sets what a run executes in place of a training, once it has its task."""
 
     def write(text: str) -> None:
         path = tmp_path / "run.py"
-        begin = "import json, os, sys, time\nfacts, kind, *flags = sys.argv[1:]\n"
-        path.write_text(begin + textwrap.dedent(text))
+        path.write_text(_BEGIN + textwrap.dedent(text))
         monkeypatch.setattr(benchmark("train_processes"), "SCRIPT", path)
         monkeypatch.setattr(benchmark("train_processes"), "POLL_S", 0.02)
 
@@ -49,6 +56,18 @@ def test_each_run_has_a_port_of_its_own_and_nothing_of_torchrun(ranks, script, m
     (found,) = ranks.run(True, [], 60, None)
     assert "TORCHELASTIC_ERROR_FILE" not in found
     assert int(found["MASTER_PORT"]) > 1
+
+
+def test_the_next_run_may_start_ahead(script):
+    script("json.dump({'losses': flags}, open(facts, 'w'))")
+    ranks = benchmark("train_processes").Ranks(HashStore(), 0, 1, ahead=True)
+    for flag in ("one", "two"):
+        (found,) = ranks.run(False, [flag], 60, None)
+        assert found["losses"] == [flag]
+    ahead = ranks._next
+    assert ahead.poll() is None
+    ranks.close()
+    assert ahead.poll() is not None
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from megatron_scmoe.training import (
     saved_run,
 )
 from megatron_scmoe.training.iterations import Iterations
+from megatron_scmoe.training.parameter_gathers import ParameterGathers
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 
@@ -82,6 +83,10 @@ def main() -> None:
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     iterations = Iterations()
+    if args.overlap_param_gather and not args.align_param_gather:
+        gathers = ParameterGathers()
+        model_config.post_wrap_hooks.append(gathers.attach)
+        iterations.listeners.append(gathers.iteration_begins)
     pretrain(
         settings,
         datasets_provider,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -43,8 +44,8 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
-        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RowParallelLinear),
-        *(SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
+        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
+        *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )
 }
 """What :func:`source` knows by the name of a class."""

@@ -43,6 +43,15 @@ def test_states_of_another_number_of_optimizers_are_refused():
         optimizer_state._load_one_state(chain, {"one": "state"})
 
 
+@row("megatron.core.rerun_state_machine.RerunStateMachine")
+def test_each_result_is_judged_when_it_comes():
+    module = "megatron.core.rerun_state_machine"
+    assert "RerunStateMachine(*args" in source(f"{module}.initialize_rerun_state_machine")
+    assert "result_rejected: bool = rejection_func(result)" in source(
+        "RerunStateMachine.validate_result"
+    )
+
+
 ADAM_IS_CHOSEN_IN = "megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups"
 
 

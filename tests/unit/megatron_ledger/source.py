@@ -13,7 +13,8 @@ from pathlib import Path
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
@@ -45,6 +46,7 @@ CLASSES = {
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
+        *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),
         *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )
 }

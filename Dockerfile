@@ -40,7 +40,7 @@ missing = {"torch", "transformer-engine"} - names
 if missing:
     raise SystemExit(f"NGC_PYTORCH: the image has no {' and no '.join(sorted(missing))}")
 if "apex" not in names:
-    print("no Apex in this image: weight gradients are accumulated without its fused kernel")
+    print("no Apex in this image: Transformer Engine fuses the accumulation of weight gradients")
 
 asked = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
 by_name = {re.match(r"[\w.-]+", line).group(): line for line in asked}

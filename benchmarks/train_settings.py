@@ -32,7 +32,7 @@ and garbage collection; ``best``: the fastest known. All but ``none`` may have g
 _DEFAULTS = (
     "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
     "--cross-entropy-fusion-impl native --use-distributed-optimizer --overlap-grad-reduce "
-    "--overlap-param-gather --no-gradient-accumulation-fusion"
+    "--overlap-param-gather"
 )
 _QUIET_HOST = "--no-check-for-nan-in-loss-and-grad --manual-gc --manual-gc-interval 100"
 _OF_CPU = (

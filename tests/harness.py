@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -123,16 +123,18 @@ def run_pretrain(
     timeout_s: float = TIMEOUT_S,
     script: str | None = None,
     environment: Mapping[str, str] | None = None,
+    prepare: Callable[[int], None] | None = None,
 ) -> Run:
     """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
 
     Args:
         script: run this one instead, by ``megatron_scmoe.run``.
         environment: see :func:`run_distributed`.
+        prepare: is called with the rank in each process before the script; importable by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        task = (world_size, _free_port(), flags, str(log), script, environment)
+        task = (world_size, _free_port(), flags, str(log), script, environment, prepare)
         if not cpu_backend.is_enabled():
             try:
                 statuses = gpu_ranks(environment).call(
@@ -157,7 +159,14 @@ def _pretrain(rank: int, *task) -> None:
 
 
 def _status_of_pretrain(
-    rank: int, world_size: int, port: int, flags: list[str], log: str, script=None, environment=None
+    rank: int,
+    world_size: int,
+    port: int,
+    flags: list[str],
+    log: str,
+    script=None,
+    environment=None,
+    prepare=None,
 ) -> int:
     """Run the script in this process, its output appended to ``log``; the status it ends with."""
     with _output_to(log):
@@ -175,6 +184,8 @@ def _status_of_pretrain(
 
             sys.argv = ["megatron_scmoe.run", script, *flags]
 
+        if prepare is not None:
+            prepare(rank)
         command_line.LAST_WORD_S = 0.5
         try:
             command_line.run_command(main)

@@ -113,10 +113,10 @@ class Hardware:
     @staticmethod
     def _flags(ranks: int, flags: str) -> list[str]:
         global_batch = math.lcm(GLOBAL_BATCH_SIZE, ranks)
-        # Gradient-accumulation fusion needs Apex. Evaluation is one pass over all of the held-out
-        # text, the same each time; Megatron draws one sequence per rank at a time for it.
+        # Evaluation is one pass over all of the held-out text, the same each time; Megatron draws one
+        # sequence per rank at a time for it.
         return f"""
-            {flags} --no-gradient-accumulation-fusion
+            {flags}
             --expert-model-parallel-size {math.gcd(EXPERTS, ranks)}
             --global-batch-size {global_batch} --micro-batch-size {global_batch // ranks}
             --full-validation --multiple-validation-sets

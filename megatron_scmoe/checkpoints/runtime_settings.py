@@ -51,6 +51,7 @@ _OF_ONE_RANK = dict(
     fine_grained_activation_offloading=False,
     moe_paged_stash=False,
     cuda_graph_impl="none",
+    gradient_accumulation_fusion=False,  # it needs the buffers of a training run
     batch_invariant_mode=False,
     fp8=None,
     fp8_param_gather=False,

@@ -17,19 +17,22 @@ from megatron.training.checkpointing import (
 from megatron.training.utils import warn_rank_0
 from torch.optim.adam import adam
 
-from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform import cpu_backend, fused_accumulation
 
 
 def leave_out_missing_fusions(args) -> None:
     """Turn off the fused kernels that Megatron asks for by default and does not have here.
 
     No installed package has them, or Megatron has none for such experts. Megatron stops instead.
+    What Apex has and Transformer Engine can do is supplied and stays on.
     """
     if args.apply_rope_fusion and not HAVE_TE:
         args.apply_rope_fusion = False
         warn_rank_0("no Transformer Engine: RoPE is not fused (--no-rope-fusion)")
     have_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    if args.gradient_accumulation_fusion and not have_apex:
+    if args.gradient_accumulation_fusion and not have_apex and _can_accumulate(args):
+        fused_accumulation.supply()
+    elif args.gradient_accumulation_fusion and not have_apex:
         args.gradient_accumulation_fusion = False
         warn_rank_0("no Apex: no fused accumulation (--no-gradient-accumulation-fusion)")
     if args.masked_softmax_fusion and not importlib.util.find_spec("scaled_masked_softmax_cuda"):
@@ -42,6 +45,13 @@ def leave_out_missing_fusions(args) -> None:
     if args.num_experts and args.add_bias_linear and args.bias_dropout_fusion:
         args.bias_dropout_fusion = False
         warn_rank_0("experts with biases: not fused with dropout (--no-bias-dropout-fusion)")
+
+
+def _can_accumulate(args) -> bool:
+    """Whether Transformer Engine can stand in for Apex; a deferred weight gradient imports Apex."""
+    has_kernels = HAVE_TE and not cpu_backend.is_enabled()
+    deferred = getattr(args, "defer_embedding_wgrad_compute", False)
+    return has_kernels and args.transformer_impl == "transformer_engine" and not deferred
 
 
 def has_tanh_gelu(args) -> bool:

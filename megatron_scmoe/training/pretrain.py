@@ -27,6 +27,7 @@ from megatron_scmoe.model.layer_spec import describe, stage_spec
 from megatron_scmoe.platform import command_line, launch, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.training import (
+    finite_checks,
     input_checks,
     optimizer_state,
     resuming,
@@ -49,6 +50,7 @@ def main() -> None:
     Raises:
         ScMoEError: for settings, files and folders that cannot serve; before anything is built, or,
             of what only the ranks together or the GPU's driver can tell, as the model is built.
+            Later only :class:`~megatron_scmoe.training.finite_checks.NotFiniteError`.
     """
     launch.check()
     args, scmoe = parse_settings()
@@ -63,6 +65,7 @@ def main() -> None:
 
     megatron_workarounds.apply(args)
     optimizer_state.load_on_any_layout()
+    finite_checks.install(args.check_for_nan_in_loss_and_grad)
     with judged_by_megatron():
         model_config = megatron_workarounds.gpt_config(args, config)
         settings = pretrain_cfg_container_from_args(args, model_config)
@@ -87,12 +90,13 @@ def main() -> None:
         gathers = ParameterGathers()
         model_config.post_wrap_hooks.append(gathers.attach)
         iterations.listeners.append(gathers.iteration_begins)
-    pretrain(
-        settings,
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, iterations=iterations),
-    )
+    with finite_checks.told_in_one_line():
+        pretrain(
+            settings,
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            partial(forward_step, iterations=iterations),
+        )
 
 
 def parse_settings():
@@ -264,17 +268,18 @@ def loss_function(loss_mask: Tensor, output: Tensor):
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     if get_args().check_for_nan_in_loss_and_grad:
         rerun = get_rerun_state_machine()
+        loss_for_checks = report[0]  # a copy: the schedule scales the loss in place
         for reject, message in ((torch.isnan, "found NaN"), (torch.isinf, "found Inf")):
             rerun.validate_result(
-                result=loss,
+                result=loss_for_checks,
                 rejection_func=reject,
                 message=f"{message} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,
             )
-    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     return loss, num_tokens, {"lm loss": report}
 
 

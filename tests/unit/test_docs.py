@@ -278,11 +278,21 @@ def symbol_exists(span: str) -> bool:
     in_megatron = {first, last} <= words("megatron") and first[0].isupper()
     named = VARIABLES.get(first, first) + name[len(first) :]
     packages = ("megatron_scmoe.", "transformers.", "torch.", "")
-    return in_class or in_megatron or any(resolves(package + named) for package in packages)
+    found = any(resolves(package + named) for package in packages)
+    return in_class or in_megatron or found or is_imported_where_installed(name)
 
 
 VARIABLES = {"tokenizer": "PreTrainedTokenizerFast", "model": "PreTrainedModel"}
 """What pages call an object of a class in transformers."""
+
+
+def is_imported_where_installed(name: str) -> bool:
+    """Whether a dotted name is what a module of Megatron imports under ``try``."""
+    module, _, last = name.rpartition(".")
+    if not module.startswith("megatron.") or not resolves(module):
+        return False
+    source = getattr(importlib.import_module(module), "__file__", None)
+    return bool(source and re.search(rf"^ +import {last}$", Path(source).read_text(), re.MULTILINE))
 
 
 def resolves(name: str) -> bool:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.rerun_state_machine import RerunStateMachine
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
@@ -43,8 +45,9 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
-        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RowParallelLinear),
-        *(SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
+        *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
+        *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),
+        *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )
 }
 """What :func:`source` knows by the name of a class."""

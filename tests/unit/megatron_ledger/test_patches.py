@@ -43,6 +43,31 @@ def test_states_of_another_number_of_optimizers_are_refused():
         optimizer_state._load_one_state(chain, {"one": "state"})
 
 
+@row("megatron.core.rerun_state_machine.RerunStateMachine")
+def test_each_result_is_judged_when_it_comes():
+    module = "megatron.core.rerun_state_machine"
+    assert "RerunStateMachine(*args" in source(f"{module}.initialize_rerun_state_machine")
+    assert "result_rejected: bool = rejection_func(result)" in source(
+        "RerunStateMachine.validate_result"
+    )
+
+
+LINEAR = "LinearWithGradAccumulationAndAsyncCommunication.backward"
+
+
+@row("megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda")
+def test_a_gradient_is_accumulated_by_this_module():
+    for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
+        call = f"fused_weight_gradient_mlp_cuda.{name}(total_input, grad_output, weight.main_grad)"
+        assert call in source(LINEAR)
+
+
+@row("megatron.core.tensor_parallel.layers._grad_accum_fusion_available")
+def test_the_fusion_is_refused_without_it():
+    refusal = "if config.gradient_accumulation_fusion and (not _grad_accum_fusion_available):"
+    assert refusal in source("ColumnParallelLinear.__init__")
+
+
 ADAM_IS_CHOSEN_IN = "megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups"
 
 

@@ -5,8 +5,6 @@ of parameters beside it, and where the link is slow every block of the first mic
 together they follow each other without a gap, and the first blocks hide those of the later ones.
 """
 
-from torch.nn import Module
-
 
 class ParameterGathers:
     """Starts the all-gathers of this rank's model chunks, in the order in which forward needs them."""
@@ -35,7 +33,7 @@ class ParameterGathers:
                         group.start_param_sync()
 
 
-def _in_order_of_forward(chunk: Module) -> list:
+def _in_order_of_forward(chunk) -> list:
     """The chunk's bucket groups, by the first parameter of each; Megatron's own order is backward's."""
     found = {
         id(group): group

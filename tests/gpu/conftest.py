@@ -1,15 +1,13 @@
-"""GPUs' ranks are started when the first test here is about to run, all sets of them at once."""
-
-import pytest
+"""All sets of ranks are started before tests are collected: both import Megatron, at once."""
 
 from tests import harness
-from tests.gpu.test_gpu import EXACT, GPUS, ONE_QUEUE
+from tests.gpu.rank_sets import EXACT, GPUS, ONE_QUEUE
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _resident_ranks():
-    if GPUS:
-        harness.gpu_ranks()
-        harness.gpu_ranks(EXACT)
+def pytest_collection(session) -> None:
+    if session.config.option.collectonly or GPUS == 0:
+        return
+    harness.gpu_ranks()
+    harness.gpu_ranks(EXACT)
     if GPUS > 1:
         harness.gpu_ranks(ONE_QUEUE)

@@ -9,9 +9,8 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight
 from megatron_scmoe.overlap.copy_engine import rings
 from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
+from tests.gpu.rank_sets import EXACT, GPUS
 from tests.gpu.test_gpu import (
-    EXACT,
-    GPUS,
     make_deterministic,
     pytestmark,  # noqa: F401  (skips this module too)
     requires_multi_gpu,

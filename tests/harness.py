@@ -20,7 +20,7 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 from megatron_scmoe.platform import cpu_backend
-from tests.resident import RankFailure, ResidentRanks
+from tests.resident import RankFailure, ResidentRanks, destroy_process_groups
 
 cpu_backend.enable_if_no_gpu()
 
@@ -225,7 +225,7 @@ def _in_process_group(rank, folder, backend, world_size, environment, function, 
         return function(*args, **kwargs)
     finally:
         with contextlib.suppress(Exception):
-            torch.distributed.destroy_process_group()
+            destroy_process_groups()
 
 
 def _send_result(rank, results, *task):

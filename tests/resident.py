@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 
@@ -100,8 +101,26 @@ class ResidentRanks:
         return returned, failures
 
 
+def destroy_process_groups() -> None:
+    """All of them at once: one after the other, NCCL's take seconds."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    groups = [
+        group for group in distributed_c10d._world.pg_map if group != distributed_c10d.group.WORLD
+    ]
+    arguments = {}
+    if torch.cuda.is_initialized():  # a thread begins on the first GPU
+        device = torch.cuda.current_device()
+        arguments = dict(initializer=torch.cuda.set_device, initargs=(device,))
+    with ThreadPoolExecutor(len(groups) + 1, **arguments) as pool:
+        list(pool.map(torch.distributed.destroy_process_group, groups))
+    torch.distributed.destroy_process_group()
+
+
 def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
     os.environ |= environment
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what one set has measured serves all
     import torch
 
     from megatron_scmoe.platform import cpu_backend
@@ -138,7 +157,7 @@ def _forget(environment: dict[str, str], argv: list[str]) -> None:
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        destroy_process_groups()
     torch.use_deterministic_algorithms(False)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""All sets of ranks are started before tests are collected: both import Megatron, at once."""
+"""What takes long is started before the tests are collected, which imports Megatron as well."""
 
 from tests import harness
 from tests.gpu.rank_sets import EXACT, GPUS, ONE_QUEUE
@@ -11,3 +11,11 @@ def pytest_collection(session) -> None:
     harness.gpu_ranks(EXACT)
     if GPUS > 1:
         harness.gpu_ranks(ONE_QUEUE)
+    harness._context.Process(target=_build_extension).start()
+
+
+def _build_extension() -> None:
+    """Megatron compiles C++ (20 s) where an activation is recomputed for the first time."""
+    from megatron.core.tensor_parallel.random import _get_share_storage
+
+    _get_share_storage()

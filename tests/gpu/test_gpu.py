@@ -112,6 +112,7 @@ def test_captured_blocks_train_bit_identically(tap, modules):
     assert trained(*flags, *graphs).losses == trained(*flags).losses
 
 
+CAPTURABLE = "--te-rng-tracker --train-iters 10 --eval-interval 4".split()
 ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_preprocess"
 
 
@@ -132,7 +133,7 @@ ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_prep
     ],
 )
 def test_captured_blocks_train_bit_identically_on_two_gpus(modules, flags):
-    flags = ["--te-rng-tracker", "--train-iters", "10", "--eval-interval", "4", *flags.split()]
+    flags = [*CAPTURABLE, *flags.split()]
     graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
     captured = trained(*flags, *graphs, world_size=2)
     assert captured.losses == trained(*flags, world_size=2).losses

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
 
 
 class RankFailure(AssertionError):
@@ -39,11 +40,19 @@ class ResidentRanks:
         self._ranks: list[tuple] = []
         self._start()
 
-    def call(self, function: Callable, world_size: int, timeout_s: float, *args) -> list:
+    def call(
+        self,
+        function: Callable,
+        world_size: int,
+        timeout_s: float,
+        *args,
+        is_failure: Callable[[Any], bool] = lambda value: False,
+    ) -> list:
         """Call ``function(rank, *args)`` on the first ``world_size`` ranks.
 
         Args:
             function: importable by name.
+            is_failure: whether a rank that returned this has left the others waiting.
 
         Returns:
             What each rank returned, by rank.
@@ -54,7 +63,7 @@ class ResidentRanks:
         """
         for rank, (_, connection) in enumerate(self._ranks[:world_size]):
             connection.send((function, (rank, *args)))
-        returned, failures = self._collect(world_size, time.monotonic() + timeout_s)
+        returned, failures = self._collect(world_size, time.monotonic() + timeout_s, is_failure)
         if len(returned) + len(failures) < world_size:  # the others wait for what never comes
             missing = sorted(set(range(world_size)) - returned.keys() - failures.keys())
             self.close()
@@ -82,7 +91,7 @@ class ResidentRanks:
             theirs.close()
             self._ranks.append((process, ours))
 
-    def _collect(self, world_size: int, deadline: float) -> tuple[dict, dict]:
+    def _collect(self, world_size: int, deadline: float, is_failure) -> tuple[dict, dict]:
         """What ranks return, and their tracebacks, until all have answered or time is up."""
         returned, failures = {}, {}
         waiting = dict(enumerate(self._ranks[:world_size]))
@@ -93,10 +102,12 @@ class ResidentRanks:
                 del waiting[rank]
                 with contextlib.suppress(EOFError, ConnectionError):
                     value, failure = connection.recv()
-                    if failure is None:
+                    if failure is not None:
+                        failures[rank] = failure
+                    else:
                         returned[rank] = value
-                        continue
-                    failures[rank] = failure
+                        if not is_failure(value):
+                            continue
                 deadline = min(deadline, time.monotonic() + self.PATIENCE_S)
         return returned, failures
 

@@ -30,11 +30,7 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
         blocks=options.blocks or shape.blocks,
         micro_batch=options.micro_batch or shape.micro_batch,
     )
-    options.variants = [
-        Variant(system, settings)
-        for settings in dict.fromkeys(options.settings)
-        for system in dict.fromkeys(options.systems)
-    ]
+    options.variants = _variants(options)
     _check_model(options)
     _check_settings(options, on_cpu)
     _check_length(options)
@@ -57,9 +53,12 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--shape", choices=SHAPES, required=True, help="model and micro-batch")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM",
-        default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default: all")  # fmt: skip
-    parser.add_argument("--settings", nargs="+", default=["defaults"], metavar="SETTINGS",
-        help=f"flags of speed (train_settings.py): {', '.join(all_settings(False))}")  # fmt: skip
+        help=f"of {', '.join(SYSTEMS)}; default: all")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", metavar="SETTINGS",
+        help="flags of speed (train_settings.py), each with every system: "
+        f"{', '.join(all_settings(False))}; default: defaults")  # fmt: skip
+    parser.add_argument("--runs", nargs="+", type=_run, metavar="SYSTEM/SETTINGS",
+        help="instead of --systems and --settings: what to run, such as scmoe/none top2/best")  # fmt: skip
     parser.add_argument("--flags", action="append", type=_override, default=[],
         metavar="RUN=FLAGS",
         help="flags of the pretraining script that runs of this name get on top of their settings; "
@@ -96,6 +95,29 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, flags
 
 
+def _run(text: str) -> Variant:
+    system, _, settings = text.partition("/")
+    if system not in SYSTEMS or settings not in all_settings(False):
+        raise argparse.ArgumentTypeError(
+            f"{text}: accepted: SYSTEM/SETTINGS, of {', '.join(SYSTEMS)} and "
+            f"{', '.join(all_settings(False))}"
+        )
+    return Variant(system, settings)
+
+
+def _variants(options: Namespace) -> list[Variant]:
+    if options.runs is None:
+        return [
+            Variant(system, settings)
+            for settings in dict.fromkeys(options.settings or ["defaults"])
+            for system in dict.fromkeys(options.systems or SYSTEMS)
+        ]
+    for flag, given in (("--systems", options.systems), ("--settings", options.settings)):
+        if given is not None:
+            raise UsageError(f"--runs with {flag}: it names both; accepted: one or the other")
+    return list(dict.fromkeys(options.runs))
+
+
 def _check_model(options: Namespace) -> None:
     shape = options.sizes
     if not shape.every_block and shape.blocks % 2:
@@ -108,7 +130,7 @@ def _check_model(options: Namespace) -> None:
 
 
 def _check_settings(options: Namespace, on_cpu: bool) -> None:
-    for name in options.settings:
+    for name in dict.fromkeys(variant.settings for variant in options.variants):
         if name not in all_settings(on_cpu):
             where = " without a GPU" if on_cpu else ""
             accepted = ", ".join(all_settings(on_cpu))

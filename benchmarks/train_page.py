@@ -26,7 +26,8 @@ def whole_runs(folder: Path) -> Iterator[str]:
     yield (
         "Milliseconds of an iteration in Megatron's own training loop, as its log gives them: the "
         'median and the quartiles of all iterations behind the warm-up. "Over" compares with the '
-        "fastest run of the other system under the same settings, with CUDA graphs or without.\n"
+        "fastest run of the other system under the same settings, with CUDA graphs or without. Settings "
+        "`none` have no flag of speed: ScMoE chooses itself, and is compared with the others' best.\n"
     )
     for path in paths:
         yield from _measurement(path.stem, read_train_run(path), folder)
@@ -95,8 +96,7 @@ def _parts(result: dict) -> Iterator[str]:
     for name in ("blocks", "micro_batch"):
         if sizes[name] != getattr(shape, name):
             yield f"--{name.replace('_', '-')} {sizes[name]}"
-    yield f"--systems {' '.join(result['systems'])}"
-    yield f"--settings {' '.join(result['settings'])}"
+    yield f"--runs {' '.join(result['selected'])}"
     for override in result["overrides"]:
         yield f"--flags {shlex.quote(override)}"
     yield f"--micro-batches {result['micro_batches']}"

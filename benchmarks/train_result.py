@@ -143,10 +143,15 @@ def fastest(runs: dict[str, dict], systems: tuple[str, ...], of_group: str) -> d
 
 
 def speeds(runs: dict[str, dict], row: dict) -> dict[str, float | None]:
-    """How many times as fast a run is as the fastest top2, shared and serial of its group."""
+    """How many times as fast a run is as the fastest top2, shared and serial of its group.
+
+    Without flags of speed (``none``) it is compared with their ``best``, where they have no such run.
+    """
     found = {}
     for word, systems in COMPARED.items():
         other = fastest(runs, systems, group(row))
+        if other is None and group(row) == "none":
+            other = fastest(runs, systems, "best")
         found[word] = other["iteration_ms"] / row["iteration_ms"] if other else None
     return found
 

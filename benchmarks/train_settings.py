@@ -26,7 +26,7 @@ TRACED = 2
 """Iterations in a trace."""
 
 SETTINGS = ("none", "defaults", "best")
-"""``none``: no flag of speed; ``defaults``: what recipes for Megatron give, with Megatron's NaN checks
+"""``none``: no flag of speed, so ScMoE chooses itself; ``defaults``: what recipes for Megatron give, with Megatron's NaN checks
 and garbage collection; ``best``: the fastest known. All but ``none`` may have graphs."""
 
 _DEFAULTS = (
@@ -182,6 +182,8 @@ def _speed(variant: Variant, link: str, on_cpu: bool) -> str:
     if variant.group == "none":
         return ""
     parts = ["--overlap-grad-reduce" if on_cpu else _DEFAULTS]
+    if not variant.is_stock:
+        parts.append("--scmoe-tune off")  # these flags are all there is
     if variant.group == "best":
         parts += [
             more

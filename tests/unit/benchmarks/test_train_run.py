@@ -238,6 +238,12 @@ def test_runs_are_compared_with_the_fastest_of_their_settings():
     assert speeds == {"top2": 500 / 400, "shared": 440 / 400, "serial": None}
 
 
+def test_what_scmoe_chooses_itself_is_compared_with_the_best_of_the_others():
+    rows = runs(top2__none=900, top2__best_graphs=600, shared__best=500, scmoe__none=400)
+    speeds = benchmark("train_result").speeds(rows, rows["scmoe/none"])
+    assert speeds == {"top2": 900 / 400, "shared": 500 / 400, "serial": None}
+
+
 def test_losses_are_compared_bit_for_bit():
     notes = benchmark("train_result").loss_notes
     rows = runs(scmoe_serial__best=500, scmoe__best=400)
@@ -274,8 +280,7 @@ def result_of(**milliseconds: float) -> dict:
         made |= {"peak_memory_mb": None, "flop_utilisation": None}
     return {
         "benchmark": "train_run", "shape": "cpu", "sizes": asdict(benchmark("shapes").SHAPES["cpu"]),
-        "systems": sorted({made["system"] for made in rows.values()}),
-        "settings": ["best"], "overrides": ["scmoe/*=--scmoe-expert-slot 1"], "micro_batches": 3,
+        "selected": sorted(rows), "overrides": ["scmoe/*=--scmoe-expert-slot 1"], "micro_batches": 3,
         "routing": "real", "data": "mock", "rounds": 2, "iterations": 14, "warmup": 8,
         "versions": {"torch": "2.11.0"}, "environment": {}, "link": "gloo, two hosts at 400mbit",
         "device": "cpu", "world_size": 2, "date": "2026-11-26", "runs": rows,
@@ -313,9 +318,9 @@ def test_a_command_measures_what_was_measured(name, result):
     given = words[words.index("benchmarks/train_run.py") + 1 :]
     given = given[: given.index("--trace")] if "--trace" in given else given
     options = benchmark("train_options").parse(result["device"] == "cpu", given)
-    for key in ("shape", "systems", "settings", "micro_batches", "routing", "rounds",
-                "iterations", "warmup"):  # fmt: skip
+    for key in ("shape", "micro_batches", "routing", "rounds", "iterations", "warmup"):
         assert getattr(options, key) == result[key], key
+    assert [variant.name for variant in options.variants] == result["selected"]
     assert [f"{pattern}={words}" for pattern, words in options.flags] == result["overrides"]
     for key in ("blocks", "micro_batch"):
         assert getattr(options.sizes, key) == result["sizes"][key]

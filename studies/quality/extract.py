@@ -23,34 +23,58 @@ ENTRY_GROUP = 4000
 """Characters of the dictionary entries that make one document."""
 
 
-def debian_documents(package: Path, patterns: list[str], mandoc: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of the documents of a Debian package.
-
-    Args:
-        patterns: of the paths below usr/share/; the first part of a match is enough.
-        mandoc: the program that formats manual pages.
-    """
+def debian_files(package: Path, patterns: list[str]) -> dict[str, bytes]:
+    """The files of a Debian package whose paths below usr/share/ match a pattern."""
     unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
     assert unpack.stdout is not None
+    found = {}
     with tarfile.open(fileobj=unpack.stdout, mode="r|") as archive:
         for member in archive:
             path = member.name.removeprefix("./usr/share/")
             wanted = any(fnmatchcase(path, pattern) for pattern in patterns)
             content = archive.extractfile(member) if member.isfile() and wanted else None
             if content is not None:
-                yield from _documents(path, content.read(), mandoc)
+                found[path] = content.read()
+        while unpack.stdout.read(1 << 20):  # what pads the archive
+            pass
     if unpack.wait():
         raise OSError(f"{package}: dpkg-deb cannot read it")
+    return found
 
 
-def wheel_documents(package: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of the modules of a wheel: their docstrings, tests left out."""
+def wheel_files(package: Path) -> dict[str, bytes]:
+    """The modules of a wheel, tests left out."""
     with zipfile.ZipFile(package) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith(".py") and not re.search(r"(^|[/_])tests?([/_.]|$)", name):
-                text = docstrings(archive.read(name))
-                if text:
-                    yield name, text
+        return {
+            name: archive.read(name)
+            for name in archive.namelist()
+            if name.endswith(".py") and not re.search(r"(^|[/_])tests?([/_.]|$)", name)
+        }
+
+
+def documents(path: str, content: bytes, mandoc: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of what a file holds: one document, or of a dictionary many.
+
+    Args:
+        mandoc: the program that formats manual pages.
+    """
+    if path.endswith((".gz", ".dz")):
+        content = gzip.decompress(content)
+    suffix = PurePosixPath(path.removesuffix(".gz")).suffix
+    if path.startswith("man/"):
+        yield path, man_text(content, mandoc)
+    elif suffix == ".dz":
+        yield from dictionary_documents(path, content.decode("utf-8", "replace"))
+    elif suffix in (".html", ".htm"):
+        yield path, html_text(content)
+    elif suffix == ".py":
+        yield path, docstrings(content)
+    elif path.startswith("games/fortunes/"):
+        if not suffix:
+            text = content.decode("utf-8", "replace")
+            yield from dictionary_documents(path, text.replace("\n%\n", "\n\n"))
+    else:
+        yield path, content.decode("utf-8", "replace")
 
 
 def docstrings(source: bytes) -> str:
@@ -111,24 +135,6 @@ def dictionary_documents(name: str, text: str) -> Iterator[tuple[str, str]]:
             group, size, number = [], 0, number + 1
     if group:
         yield f"{name}#{number}", "\n".join(group)
-
-
-def _documents(path: str, content: bytes, mandoc: Path) -> Iterator[tuple[str, str]]:
-    if path.endswith((".gz", ".dz")):
-        content = gzip.decompress(content)
-    name = PurePosixPath(path.removesuffix(".gz"))
-    if path.startswith("man/"):
-        yield path, man_text(content, mandoc)
-    elif name.suffix == ".dz":
-        yield from dictionary_documents(path, content.decode("utf-8", "replace"))
-    elif name.suffix in (".html", ".htm"):
-        yield path, html_text(content)
-    elif path.startswith("games/fortunes/"):
-        if not name.suffix:
-            text = content.decode("utf-8", "replace")
-            yield from dictionary_documents(path, text.replace("\n%\n", "\n\n"))
-    else:
-        yield path, content.decode("utf-8", "replace")
 
 
 def _collect(node, parts: list[str], in_pre: bool) -> None:

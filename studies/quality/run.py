@@ -1,10 +1,11 @@
 """Train arms, sizes and seeds as many processes of one GPU each, within a time limit.
 
-    python studies/quality/run.py --tokens TOKENS --arms top2 pos2 --seeds 1 2 3 --size 10m --gpus 8 \
+    python -m studies.quality.run --tokens TOKENS --arms top2 pos2 --seeds 1 2 3 --size 10m --gpus 8 \
         --out RESULTS --time-limit 500
 
 A run whose result is in RESULTS, or in the repository's results, is not done again: give the same
-command until nothing is left. What the limit cuts off leaves nothing. With --gpus 0 runs are on the CPU.
+command until nothing is left. What the limit cuts off leaves nothing. With --gpus 0 runs are on the
+CPU.
 """
 
 import hashlib
@@ -21,14 +22,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from arms import ARMS, SIZES, active_parameters, model_flags, total_parameters
-from arms import training_flags as flags_of_training
-
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
+from studies.quality.arms import ARMS, SIZES, active_parameters, model_flags, total_parameters
+from studies.quality.arms import training_flags as flags_of_training
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+TRAIN = "studies.quality.train"
+"""The module that does one run."""
+
 POLL_S = 0.2
 LAST_WORDS = 15
 """Lines of the log of a run that failed which are shown."""
@@ -180,7 +183,7 @@ class _Process:
         path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
         kind = "stock" if ARMS[run.arm].stock else "scmoe"
-        words = [sys.executable, "-W", "ignore", str(HERE / "train.py"), str(self._facts)]
+        words = [sys.executable, "-W", "ignore", "-m", TRAIN, str(self._facts)]
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [*words, str(args.tokens.absolute()), kind, *self._flags],

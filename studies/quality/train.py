@@ -1,6 +1,6 @@
 """Train one model and evaluate it on every held-out source; run.py starts it.
 
-    python studies/quality/train.py FACTS TOKENS scmoe|stock FLAGS ...
+    python -m studies.quality.train FACTS TOKENS scmoe|stock FLAGS ...
 
 TOKENS is the folder that data.py has packed. FLAGS are of the pretraining script; ``--data-path`` is
 added here. Into FACTS goes what was found, as JSON. Nothing else is written: there are no checkpoints.
@@ -113,7 +113,8 @@ class _Run:
 
     def _collect(self, args) -> None:
         import torch
-        from watch import Watch
+
+        from studies.quality.watch import Watch
 
         assert self._model is not None
         losses = [float(loss) for loss in self._losses]

@@ -4,8 +4,8 @@
 
 downloads the packages of corpus.toml with apt-get and pip into FOLDER/packages, writes their text to
 FOLDER/text, trains a tokenizer, tokenizes into FOLDER/tokens, and packs these into
-FOLDER/quality.tar.xz, which is all that training needs. It wants Debian 12's apt sources. What is
-there already is not done again. manifest.json, beside this file, says what came out.
+FOLDER/quality.tar.xz, which is all that training needs. It wants Debian 12's apt sources. Packages
+that are there already are not downloaded again. manifest.json, beside this file, says what came out.
 """
 
 import hashlib
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     download(corpus, packages)
     documents = read(corpus, packages, args.workers)
     found = Counter(document.source for document in documents)
+    print(f"{len(documents):,} documents: {dict(found)}", flush=True)
     documents = clean.deduplicate(clean.shuffled(documents, SEED))
+    print(f"{len(documents):,} are left without repeated paragraphs", flush=True)
     train, held_out = clean.split(documents, args.held_out)
     write_text(args.folder / "text", {"train": train} | held_out)
     tokenize(args.folder, list(held_out), args.vocab_size, args.workers)
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     train = train[: len(train) - dropped]
     pack(args.folder)
     manifest = {
-        "packages": {file.name: _sha256(file) for file in sorted(packages.iterdir())},
+        "packages": {file.name: _sha256(file) for file in used(corpus, packages)},
         "vocabulary": args.vocab_size,
         "documents_found": dict(sorted(found.items())),
         "train": _describe(args.folder, train, corpus),
@@ -96,16 +98,22 @@ def download(corpus: dict, folder: Path) -> None:
                 _call(*words, "--only-binary=:all:", f"{name}=={version}", folder=folder)
 
 
+def used(corpus: dict, folder: Path) -> list[Path]:
+    """The packages of the corpus."""
+    debian = [name for source in corpus.values() for name in source.get("debian", {})]
+    wheels = [name for source in corpus.values() for name in source.get("pypi", {})]
+    return sorted([_debian(folder, name) for name in debian] + [_wheel(folder, n) for n in wheels])
+
+
 def read(corpus: dict, packages: Path, workers: int) -> list[Document]:
     """The documents of all packages that are prose, as many characters of each as its source takes."""
     jobs: list[tuple[str, int, Path, list[str] | None]] = []
     for source, content in corpus.items():
         limit = int(content["at_most"] * 1e6)
         for name, patterns in content.get("debian", {}).items():
-            jobs.append((source, limit, next(packages.glob(f"{name}_*.deb")), patterns))
+            jobs.append((source, limit, _debian(packages, name), patterns))
         for name in content.get("pypi", {}):
-            wheel = next(packages.glob(f"{name.replace('-', '_')}-*.whl"))
-            jobs.append((source, limit, wheel, None))
+            jobs.append((source, limit, _wheel(packages, name), None))
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
         mandoc = _unpacked_mandoc(packages, Path(folder))
         parts = list(pool.map(_read_package, jobs, [mandoc] * len(jobs)))
@@ -126,7 +134,7 @@ def tokenize(folder: Path, sources: list[str], vocabulary: int, workers: int) ->
     (folder / "tokens").mkdir(exist_ok=True)
     prefix = folder / "tokens" / "tokenizer"
     train = str(folder / "text" / "train.jsonl")
-    words = ["--vocab-size", str(vocabulary), "--force"]
+    words = ["--vocab-size", str(vocabulary), "--max-characters", "8000000", "--force"]
     train_tokenizer.main(["--input", train, "--output-prefix", str(prefix), *words])
     for name in ("train", *sources):
         preprocess_data.main(
@@ -173,8 +181,16 @@ def pack(folder: Path) -> None:
         tarfile.open(fileobj=stream, mode="w") as archive,
     ):
         for path in sorted((folder / "tokens").iterdir()):
-            if path.suffix in (".bin", ".idx", ".model"):
+            if path.suffix in (".bin", ".idx", ".vocab"):
                 archive.add(path, f"tokens/{path.name}")
+
+
+def _debian(folder: Path, name: str) -> Path:
+    return next(folder.glob(f"{name}_*.deb"))
+
+
+def _wheel(folder: Path, name: str) -> Path:
+    return next(folder.glob(f"{name.replace('-', '_')}-*.whl"))
 
 
 def _read_package(job: tuple[str, int, Path, list[str] | None], mandoc: Path) -> list[Document]:

@@ -114,11 +114,12 @@ class _Run:
     def _collect(self, args) -> None:
         import torch
 
-        from studies.quality.watch import Watch
+        from studies.quality.watch import Guesses, Watch
 
         assert self._model is not None
         losses = [float(loss) for loss in self._losses]
-        with Watch(self._model) as watch:
+        vocabulary = self._tokens / "tokenizer.vocab"
+        with Watch(self._model) as watch, Guesses(self._model, vocabulary) as guesses:
             validation = self._evaluate(args)
         mean = float(np.mean([source["loss"] for source in validation.values()]))
         self._curve.append((len(losses), round(mean, 5)))
@@ -132,6 +133,7 @@ class _Run:
             "train_loss_max": _by_tens(losses, np.max, 4),
             "gradient_norm": _by_tens(self._norms, np.mean, 4),
             "gradient_norm_max": _by_tens(self._norms, np.max, 4),
+            "guesses": guesses.shares(),
             "routers": watch.routers(),
             "gates": watch.gates(),
             "iterations": len(losses),

@@ -1,4 +1,6 @@
-"""What is measured inside a model while it is evaluated: routers and gates, by block."""
+"""What is measured of a model while it is evaluated: routers and gates by block, right guesses."""
+
+from pathlib import Path
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -87,3 +89,66 @@ class Watch:
     def _add_gate(self, module, weights: torch.Tensor) -> None:
         self._add(module, "gate", weights.sum(dim=0))
         self._add(module, "gated", torch.tensor(float(len(weights)), device=weights.device))
+
+
+class Guesses:
+    """Counts while it is entered how often a model's likeliest token is the next one, by its kind.
+
+    Kinds: ``all``; ``repeated``, this token has followed the one before it in this row already, so
+    that it can be copied; ``bracket``, a closing one; ``name``, the rest of a name of code, behind or
+    with an underscore.
+
+    Args:
+        model: called with tokens [b, s] first; returns logits [b, s, v].
+        vocabulary: SentencePiece's list of pieces; without it there are the first two kinds alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, vocabulary: Path):
+        self._model = model
+        self._members: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        if vocabulary.is_file():
+            lines = vocabulary.read_text(encoding="utf-8").splitlines()
+            pieces = [line.rsplit("\t", 1)[0] for line in lines]
+            self._members["bracket"] = torch.tensor(
+                [p.lstrip("\u2581")[:1] in set(")]}") for p in pieces]
+            )
+            self._members["name"] = torch.tensor(["_" in piece for piece in pieces])
+
+    def __enter__(self) -> "Guesses":
+        self._hook = self._model.register_forward_hook(self._hear)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hook.remove()
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By kind the share of right guesses, and of how many."""
+        return {
+            kind: {"right": float(right / max(count, 1)), "tokens": int(count)}
+            for kind, (right, count) in ((k, v.tolist()) for k, v in self._counts.items())
+        }
+
+    def _hear(self, model, inputs, logits) -> None:
+        tokens = inputs[0]
+        before, label = tokens[:, :-1], tokens[:, 1:]
+        right = logits[:, :-1].argmax(dim=-1) == label
+        real = label != 0  # what fills up the last row
+        kinds = {"all": real, "repeated": real & has_been(before, label)}
+        for kind, members in self._members.items():
+            of_vocabulary = torch.zeros(logits.shape[-1], dtype=torch.bool, device=tokens.device)
+            of_vocabulary[: len(members)] = members.to(tokens.device)
+            is_member = of_vocabulary[label]
+            if kind == "name":
+                is_member = is_member | of_vocabulary[before]
+            kinds[kind] = real & is_member
+        for kind, mask in kinds.items():
+            found = torch.stack([(right & mask).sum(), mask.sum()])
+            self._counts[kind] = self._counts.get(kind, 0) + found
+
+
+def has_been(before: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Whether the pair of a token and its label stands earlier in the row; all [b, n]."""
+    pairs = before * (int(label.max()) + 1) + label
+    same = pairs[:, :, None] == pairs[:, None, :]
+    return same.tril(diagonal=-1).any(dim=-1)

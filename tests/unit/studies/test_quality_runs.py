@@ -170,7 +170,7 @@ def test_what_the_time_limit_cuts_off_leaves_nothing(study, capsys):
 
 
 def test_a_run_that_fails_shows_its_last_lines_and_the_others_go_on(study, capsys):
-    with pytest.raises(UsageError, match="failed: tiny-top2-0.02M-lr0.002-seed7"):
+    with pytest.raises(UsageError, match=r"failed: tiny-top2-0\.02M-lr0\.002-seed7"):
         study.call("--arms top2 --seeds 7 1 --gpus 1")
     assert "no memory" in capsys.readouterr().out
     assert [file.name for file in study.out.iterdir()] == ["tiny-top2-0.02M-lr0.002-seed1.json"]

@@ -5,18 +5,16 @@
 downloads the packages of corpus.toml with apt-get and pip into FOLDER/packages, writes their text to
 FOLDER/text, trains a tokenizer, tokenizes into FOLDER/tokens, and packs these into
 FOLDER/quality.tar.xz, which is all that training needs. It wants Debian 12's apt sources. Packages
-that are there already are not downloaded again. manifest.json, beside this file, says what came out.
+and text that are there already are not made again. manifest.json, beside this file, says what came out.
 """
 
 import hashlib
 import itertools
 import json
-import lzma
 import random
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import tomllib
 from collections import Counter
@@ -35,8 +33,8 @@ HERE = Path(__file__).parent
 VOCABULARY = 8192
 ARCHIVE = "quality.tar.xz"
 SEED = 17
-# Tokens are two bytes: the position within them tells much about a byte.
-XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
+XZ = "--lzma2=preset=6,dict=64MiB,lc=3,lp=1,pb=1"
+"""Tokens are two bytes: the position within them tells much about a byte."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,32 +54,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     corpus = tomllib.loads(args.corpus.read_text())
-    packages = args.folder / "packages"
+    packages, text = args.folder / "packages", args.folder / "text"
     packages.mkdir(parents=True, exist_ok=True)
     download(corpus, packages)
-    documents = read(corpus, packages, args.workers)
-    found = Counter(document.source for document in documents)
-    print(f"{len(documents):,} documents: {dict(found)}", flush=True)
-    documents = clean.deduplicate(clean.shuffled(documents, SEED))
-    print(f"{len(documents):,} are left without repeated paragraphs", flush=True)
-    train, held_out = clean.split(documents, args.held_out)
-    write_text(args.folder / "text", {"train": train} | held_out)
-    tokenize(args.folder, list(held_out), args.vocab_size, args.workers)
-    dropped = shorten(tokens_of(args.folder, "train"), args.max_tokens)
-    train = train[: len(train) - dropped]
+    if not text.is_dir():
+        write_text(text, *collect(corpus, packages, args.held_out, args.workers))
+    tokenize(args.folder, list(corpus), args.vocab_size, args.workers)
+    shorten(tokens_of(args.folder, "train"), args.max_tokens)
     pack(args.folder)
     manifest = {
         "packages": {file.name: _sha256(file) for file in used(corpus, packages)},
         "vocabulary": args.vocab_size,
-        "documents_found": dict(sorted(found.items())),
-        "train": _describe(args.folder, train, corpus),
-        "held_out": _describe_held_out(args.folder, held_out),
+        "train": _describe(args.folder, "train", corpus),
+        "held_out": {source: _describe(args.folder, source, corpus) for source in sorted(corpus)},
         "archive_bytes": (args.folder / ARCHIVE).stat().st_size,
-        "train_sha256": _sha256(_bin(tokens_of(args.folder, "train"))),
     }
     with atomic_write(args.manifest) as (file,):
         file.write_text(json.dumps(manifest, indent=1) + "\n")
-    print(json.dumps({key: manifest[key] for key in ("train", "held_out", "archive_bytes")}))
+    print(json.dumps({name: value for name, value in manifest.items() if name != "packages"}))
 
 
 def download(corpus: dict, folder: Path) -> None:
@@ -120,13 +110,26 @@ def read(corpus: dict, packages: Path, workers: int) -> list[Document]:
     return [document for part in parts for document in part]
 
 
-def write_text(folder: Path, parts: dict[str, list[Document]]) -> None:
-    """A file of JSON lines for each part."""
-    folder.mkdir(exist_ok=True)
-    for name, documents in parts.items():
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for document in documents:
-                file.write(json.dumps({"text": document.text, "name": document.name}) + "\n")
+def collect(
+    corpus: dict, packages: Path, held_out: int, workers: int
+) -> tuple[list[Document], dict[str, list[Document]]]:
+    """What is trained on, and what is held out by source: about so many characters of each."""
+    documents = read(corpus, packages, workers)
+    print(f"{len(documents):,} documents", flush=True)
+    documents = clean.deduplicate(clean.shuffled(documents, SEED))
+    print(f"{len(documents):,} are left without repeated paragraphs", flush=True)
+    return clean.split(documents, held_out)
+
+
+def write_text(folder: Path, train: list[Document], held_out: dict[str, list[Document]]) -> None:
+    """A file of JSON lines for what is trained on and for each source; all or nothing."""
+    with atomic_write(folder) as (part,):
+        part.mkdir()
+        for name, documents in ({"train": train} | held_out).items():
+            with open(part / f"{name}.jsonl", "w") as file:
+                for document in documents:
+                    about = {"source": document.source, "name": document.name}
+                    file.write(json.dumps(about | {"text": document.text}) + "\n")
 
 
 def tokenize(folder: Path, sources: list[str], vocabulary: int, workers: int) -> None:
@@ -151,38 +154,32 @@ def tokens_of(folder: Path, name: str) -> Path:
     return folder / "tokens" / f"{name}_text_document"
 
 
-def shorten(prefix: Path, most: int) -> int:
-    """Cut a dataset behind the last document with which it has at most so many tokens.
-
-    Returns:
-        How many documents were cut off.
-    """
+def shorten(prefix: Path, most: int) -> None:
+    """Cut a dataset behind the last document with which it has at most so many tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     data = IndexedDataset(str(prefix))
     kept = int(np.searchsorted(np.cumsum(data.sequence_lengths), most, side="right"))
     if kept == 0:
         raise UsageError(f"--max-tokens {most}: the first document has more")
-    dropped = len(data) - kept
-    if dropped:
+    if kept < len(data):
         with atomic_write(_bin(prefix), _index(prefix)) as (bin_file, index_file):
             builder = IndexedDatasetBuilder(str(bin_file), dtype=data[0].dtype.type)
             for row in range(kept):
                 builder.add_document(data[row], [len(data[row])])
             builder.finalize(str(index_file))
-    return dropped
 
 
 def pack(folder: Path) -> None:
     """All that training needs, in one compressed file."""
-    with (
-        atomic_write(folder / ARCHIVE) as (file,),
-        lzma.open(file, "wb", filters=XZ) as stream,
-        tarfile.open(fileobj=stream, mode="w") as archive,
-    ):
-        for path in sorted((folder / "tokens").iterdir()):
-            if path.suffix in (".bin", ".idx", ".vocab"):
-                archive.add(path, f"tokens/{path.name}")
+    names = sorted(
+        f"tokens/{path.name}"
+        for path in (folder / "tokens").iterdir()
+        if path.suffix in (".bin", ".idx", ".vocab")
+    )
+    with atomic_write(folder / ARCHIVE) as (file,):
+        words = ["tar", "-cf", str(file.absolute()), "-I", f"xz -T4 {XZ}", *names]
+        _call(*words, folder=folder)
 
 
 def _debian(folder: Path, name: str) -> Path:
@@ -228,31 +225,27 @@ def _call(*words: str, folder: Path) -> None:
         raise UsageError(f"{' '.join(words)}: {reason}")
 
 
-def _describe(folder: Path, documents: list[Document], corpus: dict) -> dict:
-    """Documents and characters by source; tokens of all, and how many bytes one stands for."""
-    tokens = _bin(tokens_of(folder, "train")).stat().st_size // 2
-    size = sum(len(document.text.encode()) for document in documents)
-    by_source = {
-        source: {
-            "documents": sum(document.source == source for document in documents),
-            "characters": sum(len(d.text) for d in documents if d.source == source),
-        }
-        for source in corpus
+def _describe(folder: Path, name: str, corpus: dict) -> dict:
+    """Of a dataset: tokens, UTF-8 bytes that one stands for, documents and characters by source."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = tokens_of(folder, name)
+    data = IndexedDataset(str(prefix))
+    with open(folder / "text" / f"{name}.jsonl") as lines:
+        documents = [json.loads(line) for line in itertools.islice(lines, len(data))]
+    tokens = int(data.sequence_lengths.sum())
+    size = sum(len(document["text"].encode()) for document in documents)
+    found = {
+        "documents": len(documents),
+        "tokens": tokens,
+        "bytes_per_token": round(size / tokens, 3),
+        "sha256": _sha256(_bin(prefix)),
     }
-    return {"tokens": tokens, "bytes_per_token": round(size / tokens, 3), "sources": by_source}
-
-
-def _describe_held_out(folder: Path, held_out: dict[str, list[Document]]) -> dict:
-    found = {}
-    for source, documents in held_out.items():
-        tokens = _bin(tokens_of(folder, source)).stat().st_size // 2
-        size = sum(len(document.text.encode()) for document in documents)
-        per_token = round(size / tokens, 3)
-        found[source] = {
-            "documents": len(documents),
-            "tokens": tokens,
-            "bytes_per_token": per_token,
-        }
+    if name == "train":
+        by_source = Counter[str]()
+        for document, length in zip(documents, data.sequence_lengths):
+            by_source[document["source"]] += int(length)
+        found["tokens_by_source"] = {source: by_source[source] for source in sorted(corpus)}
     return found
 
 

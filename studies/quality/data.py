@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 VOCABULARY = 8192
 ARCHIVE = "quality.tar.xz"
 SEED = 17
-XZ = "--lzma2=preset=6,dict=64MiB,lc=3,lp=1,pb=1"
+XZ = "--lzma2=preset=6,dict=16MiB,lc=3,lp=1,pb=1 --block-size=16MiB"
 """Tokens are two bytes: the position within them tells much about a byte."""
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.toml", help="what it is of")
     parser.add_argument("--manifest", type=Path, default=HERE / "manifest.json", help="written")
     parser.add_argument(
-        "--max-tokens", type=positive, default=30_000_000, metavar="N", help="to train on"
+        "--max-tokens", type=positive, default=36_000_000, metavar="N", help="to train on"
     )
     parser.add_argument(
         "--held-out", type=positive, default=1_000_000, metavar="N", help="characters, by source"

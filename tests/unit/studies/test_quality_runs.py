@@ -23,6 +23,7 @@ cpu_backend.enable()
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -42,6 +43,7 @@ for name, arm in ARMS.items():
     flags = [*model_flags(arm, size, True), *training_flags(size, 1, 4000, 1e-3), "--mock-data"]
     sys.argv = ["count", *(flag for flag in flags)]
     destroy_global_vars()
+    destroy_num_microbatches_calculator()
     with contextlib.redirect_stdout(io.StringIO()):
         args, scmoe = (parse_and_validate_args(), None) if arm.stock else parse_settings()
     megatron_workarounds.leave_out_missing_fusions(args)

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from studies.quality import clean, data, extract
+from studies.quality import clean, data, extract, run
 from studies.quality.clean import Document
 
 PROSE = (
@@ -132,3 +132,25 @@ def test_packages_become_tokens_that_megatron_reads(built):
     assert sum(manifest["train"]["tokens_by_source"].values()) == manifest["train"]["tokens"]
     assert found[0].dtype == np.uint16
     assert found[0][-1] == 2  # the end of the document
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_on_them_and_evaluated_by_source(built):
+    """Four steps of ScMoE on a CPU, in a process of its own."""
+    tokens = built / "out" / "tokens"
+    words = f"--tokens {tokens} --arms pos2 --size tiny --train-tokens 1000 --gpus 0"
+    run.main([*words.split(), "--out", str(built / "results")])
+    (file,) = (built / "results").iterdir()
+    result = json.loads(file.read_text())
+    held_out = json.loads((built / "m.json").read_text())["held_out"]
+    assert {name: found["tokens"] + 1 for name, found in result["validation"].items()} == {
+        name: source["tokens"] for name, source in held_out.items()
+    }
+    assert all(
+        5.5 < found["loss"] < 6.5 for found in result["validation"].values()
+    )  # log 512 is 6.2
+    assert result["parameters"] == result["total_parameters"] + result["embedding_parameters"]
+    assert result["routers"]["1"]["experts_per_token"] == 1
+    assert 0 < result["gates"]["1"][0] < 1
+    assert result["guesses"]["all"]["tokens"] > result["guesses"]["repeated"]["tokens"] > 0
+    assert sorted(path.name for path in tokens.iterdir() if path.is_dir()) == []

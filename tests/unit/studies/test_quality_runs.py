@@ -6,10 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_scmoe.platform.command_line import UsageError
 from studies.quality import arms, report, run
 from studies.quality.arms import ARMS, SIZES
+from studies.quality.watch import has_been
 from tests.benchmarks import environment
 from tests.tools import REPOSITORY
 
@@ -236,3 +238,11 @@ def test_the_page_and_the_picture_come_from_the_files(tmp_path):
     assert rows[1] == "| pos2 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 |"
     assert rows[2] == "| pos2 | 3.0000 | 2.5000 |"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# --- what is counted in a model ---
+
+
+def test_a_pair_of_tokens_has_been_if_it_stands_earlier_in_the_row():
+    before, label = torch.tensor([[1, 2, 1, 2, 1]]), torch.tensor([[2, 1, 2, 1, 3]])
+    assert has_been(before, label).tolist() == [[False, False, True, True, False]]

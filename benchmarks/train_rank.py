@@ -33,31 +33,10 @@ def main(facts: Path, kind: str) -> None:
             if end.code:
                 raise
     else:
-        _train_stock()
+        from megatron_scmoe.training import stock
+
+        stock.main()
     facts.write_text(json.dumps(found.collect()))
-
-
-def _train_stock() -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.arguments import parse_and_validate_args
-
-    from megatron_scmoe.platform import launch, megatron_workarounds
-    from megatron_scmoe.training.pretrain import datasets_provider, forward_step
-
-    launch.check()
-    args = parse_and_validate_args()
-    megatron_workarounds.leave_out_missing_fusions(args)
-    megatron_workarounds.apply(args)
-    config = core_transformer_config_from_args(args)
-    model = megatron_workarounds.gpt_config(args, config)
-    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    settings = pretrain_cfg_container_from_args(args, model)
-    pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 class _Facts:

@@ -15,7 +15,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_scmoe.checkpoints.tokenizers import has_tokenizer
 from megatron_scmoe.checkpoints.vocabulary import count_tokens
 from megatron_scmoe.errors import InputError, in_words
 from megatron_scmoe.platform import cpu_backend
@@ -187,6 +186,8 @@ class HuggingFaceModel:
     def vocab_size(self) -> int:
         """How many of a token's logits are those of tokens; an export may hold padding as well."""
         from transformers import AutoTokenizer
+
+        from megatron_scmoe.checkpoints.tokenizers import has_tokenizer  # it imports transformers
 
         rows, declared = self.config.vocab_size, getattr(self.config, "unpadded_vocab_size", None)
         entries = None

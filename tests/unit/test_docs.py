@@ -26,7 +26,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "benchmarks/*.md")
     for path in REPOSITORY.glob(pattern)
 )
-FOLDERS = ("benchmarks", "docs", "examples", "megatron_scmoe", "tests", "tools")
+FOLDERS = ("benchmarks", "docs", "examples", "megatron_scmoe", "studies", "tests", "tools")
 SUFFIXES = (".py", ".md", ".sh", ".sbatch", ".json", ".toml", ".cff", ".txt", ".png")
 
 MADE = {

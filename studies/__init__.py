@@ -1,0 +1,1 @@
+"""Studies: each a folder with its commands and its results."""

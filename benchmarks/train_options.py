@@ -58,7 +58,7 @@ def _parser() -> OneLineParser:
         help="flags of speed (train_settings.py), each with every system: "
         f"{', '.join(all_settings(False))}; default: defaults")  # fmt: skip
     parser.add_argument("--runs", nargs="+", type=_run, metavar="SYSTEM/SETTINGS",
-        help="instead of --systems and --settings: what to run, such as scmoe/none top2/best")  # fmt: skip
+        help="instead of --systems and --settings, such as scmoe/none top2/best")  # fmt: skip
     parser.add_argument("--flags", action="append", type=_override, default=[],
         metavar="RUN=FLAGS",
         help="flags of the pretraining script that runs of this name get on top of their settings; "

@@ -26,8 +26,9 @@ def whole_runs(folder: Path) -> Iterator[str]:
     yield (
         "Milliseconds of an iteration in Megatron's own training loop, as its log gives them: the "
         'median and the quartiles of all iterations behind the warm-up. "Over" compares with the '
-        "fastest run of the other system under the same settings, with CUDA graphs or without. Settings "
-        "`none` have no flag of speed: ScMoE chooses itself, and is compared with the others' best.\n"
+        "fastest run of the other system under the same settings, with CUDA graphs or without. "
+        "Settings `none` have no flag of speed: ScMoE chooses itself, and is compared with the "
+        "others' best.\n"
     )
     for path in paths:
         yield from _measurement(path.stem, read_train_run(path), folder)

@@ -26,8 +26,9 @@ TRACED = 2
 """Iterations in a trace."""
 
 SETTINGS = ("none", "defaults", "best")
-"""``none``: no flag of speed, so ScMoE chooses itself; ``defaults``: what recipes for Megatron give, with Megatron's NaN checks
-and garbage collection; ``best``: the fastest known. All but ``none`` may have graphs."""
+"""``none``: no flag of speed, so ScMoE chooses itself; ``defaults``: what recipes for Megatron give,
+with Megatron's NaN checks and garbage collection; ``best``: the fastest known. All but ``none`` may
+have graphs."""
 
 _DEFAULTS = (
     "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "

@@ -33,6 +33,7 @@ from megatron_scmoe.training import (
     run_checks,
     run_defaults,
     saved_run,
+    schedule_trial,
 )
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.saved_run import SavedRun
@@ -59,6 +60,8 @@ def main() -> None:
     run_checks.check_disk(args)
     tokens = args.seq_length // args.context_parallel_size
     slot_tuner.check_times(scmoe, slot_tuner.sizes_of(config, args.micro_batch_size, tokens))
+    iterations = Iterations()
+    trial = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
 
     megatron_workarounds.apply(args)
     optimizer_state.load_on_any_layout()
@@ -79,9 +82,10 @@ def main() -> None:
                 sequence=tokens,
             )
         )
+    if trial is not None:
+        model_config.pre_wrap_hooks.append(trial.attach)
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    iterations = Iterations()
     pretrain(
         settings,
         datasets_provider,

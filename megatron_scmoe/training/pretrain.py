@@ -34,6 +34,7 @@ from megatron_scmoe.training import (
     run_defaults,
     saved_run,
     schedule_trial,
+    speed_choices,
 )
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.saved_run import SavedRun
@@ -123,6 +124,12 @@ def parse_settings():
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     input_checks.check_files(given)
+    if complete:
+        fast = speed_choices.choose(given, words, saved)
+        add_args, _ = resuming.adding_args(given, chosen | fast.values, saved)
+        scmoe = scmoe_config_from_args(_parse_args(add_args))
+        if (fast.choices or fast.notes) and command_line.is_first_rank():
+            print(speed_choices.describe(fast), flush=True)
     with _told_if_accepted():
         with judged_by_megatron():
             args = parse_and_validate_args(partial(prepare_parser, add_args))

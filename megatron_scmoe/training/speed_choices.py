@@ -129,11 +129,15 @@ def refusal(args: argparse.Namespace) -> str | None:
     return None
 
 
+def is_on_gpu() -> bool:
+    """Whether this process has a GPU, and Transformer Engine for it."""
+    return HAVE_TE and not cpu_backend.is_enabled()
+
+
 def _has_fast_kernels(args: argparse.Namespace) -> bool:
     """Whether Transformer Engine computes the model in 16 bits on a GPU."""
-    on_gpu = HAVE_TE and not cpu_backend.is_enabled()
     plain = (args.bf16 or args.fp16) and not (args.fp8 or args.fp4)
-    return on_gpu and bool(plain) and args.transformer_impl == "transformer_engine"
+    return is_on_gpu() and bool(plain) and args.transformer_impl == "transformer_engine"
 
 
 def _groups_gemms(args: argparse.Namespace) -> bool:

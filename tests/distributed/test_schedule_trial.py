@@ -69,7 +69,7 @@ def _train_with_slow_schedules(log: Path) -> list[str]:
     def slow(path, action):
         is_fast = path.schedule.overlap and path.schedule.slot - path.schedule.tap == 2
         if torch.distributed.get_rank() == 1 and action.step is Step.EXPERTS and not is_fast:
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     schedule_trial.ScheduleTrial.attach = attach_and_slow
     sys.argv = ["pretrain_gpt_scmoe.py", *TINY, "--train-iters", str(ITERATIONS)]
@@ -77,9 +77,3 @@ def _train_with_slow_schedules(log: Path) -> list[str]:
         pretrain.main()
     schedules = [layer.path.schedule for layer in layers]
     return [schedule_trial.name_of(s.slot - s.tap, s.overlap) for s in schedules]
-
-
-def test_a_run_that_is_too_short_says_so():
-    run = train(iterations=10)
-    line = "> schedules are not tried (--scmoe-tune): it takes 20 iterations, and the run has 10"
-    assert line in run.output.splitlines()

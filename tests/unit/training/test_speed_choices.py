@@ -11,6 +11,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_scmoe import arguments
 from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform.command_line import UsageError
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.training import speed_choices
 from megatron_scmoe.training.saved_run import SavedRun
@@ -48,10 +49,9 @@ def gpu(monkeypatch):
             monkeypatch.setattr(moe_utils, name, object())
 
 
-def choose(words: str, saved: SavedRun | None = None, monkeypatch=None):
+def choose(words: str, saved: SavedRun | None = None) -> speed_choices.Chosen:
     """As a run of these flags does."""
-    patched = pytest.MonkeyPatch() if monkeypatch is None else monkeypatch
-    with patched.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["pretrain_gpt_scmoe.py", *words.split()])
         args = parse_args(partial(prepare_parser, add_run_args))
         return speed_choices.choose(args, arguments.given_on_command_line(), saved)
@@ -168,6 +168,11 @@ def test_a_resumed_run_chooses_what_the_saved_one_had(gpu, had):
     free = {"create_attention_mask_in_dataloader", "manual_gc", "manual_gc_interval"}
     assert set(choose(ON_GPU, saved).values) == free | set(had)
     assert set(choose(f"{ON_GPU} --finetune", saved).values) == set(choose(ON_GPU).values)
+
+
+def test_a_misspelt_word_is_no_file():
+    with pytest.raises(UsageError, match="'of': accepted are off, startup and a file named .json"):
+        choose(f"{ON_CPU} --scmoe-tune of")
 
 
 def test_nothing_is_chosen_where_the_flags_given_are_refused():

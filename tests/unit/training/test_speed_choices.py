@@ -171,7 +171,7 @@ def test_a_resumed_run_chooses_what_the_saved_one_had(gpu, had):
 
 
 def test_a_misspelt_word_is_no_file():
-    with pytest.raises(UsageError, match="'of': accepted are off, startup and a file named .json"):
+    with pytest.raises(UsageError, match="'of': accepted are off, startup and a file"):
         choose(f"{ON_CPU} --scmoe-tune of")
 
 

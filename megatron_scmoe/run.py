@@ -26,6 +26,7 @@ from megatron_scmoe.platform.command_line import (
     is_first_rank,
     run_command,
 )
+from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT [--scmoe-* ...] [Megatron's flags]"
@@ -54,6 +55,11 @@ def main() -> None:
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))
+    if any(word.split("=")[0] == TUNE_FLAG for word in scmoe):
+        raise UsageError(
+            f"{TUNE_FLAG}: nothing is chosen for speed here; accepted: leave the flag out, or "
+            "pretrain_gpt_scmoe.py"
+        )
     if cpu_backend.FLAG in scmoe:
         os.environ[cpu_backend.VARIABLE] = "1"
     cpu_backend.choose()

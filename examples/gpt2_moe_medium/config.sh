@@ -59,14 +59,9 @@ OPTIMIZER_FLAGS=(
     --lr-warmup-fraction 0.01  # not in steps: a short run (-- --train-iters 10) stays valid
 )
 
-KERNEL_FLAGS=(
+KERNEL_FLAGS=(  # the run chooses the rest: --scmoe-tune
     --bf16
     --transformer-impl transformer_engine
-    --moe-grouped-gemm
-    --moe-permute-fusion
-    --cross-entropy-loss-fusion
-    --cross-entropy-fusion-impl native
-    --no-create-attention-mask-in-dataloader  # the kernels know that attention is causal
 )
 
 PARALLEL_FLAGS=(
@@ -75,9 +70,6 @@ PARALLEL_FLAGS=(
     --expert-model-parallel-size "$EXPERT_PARALLEL"
     --expert-tensor-parallel-size 1
     --moe-token-dispatcher-type alltoall
-    --use-distributed-optimizer
-    --overlap-grad-reduce
-    --overlap-param-gather
     --distributed-timeout-minutes 30  # the first start indexes the data while other ranks wait
 )
 if ((TENSOR_PARALLEL > 1)); then

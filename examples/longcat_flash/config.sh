@@ -81,14 +81,9 @@ OPTIMIZER_FLAGS=(
     --moe-router-bias-update-rate 1e-3
 )
 
-KERNEL_FLAGS=(
+KERNEL_FLAGS=(  # the run chooses the rest: --scmoe-tune
     --bf16
     --transformer-impl transformer_engine
-    --moe-grouped-gemm
-    --moe-permute-fusion
-    --cross-entropy-loss-fusion
-    --cross-entropy-fusion-impl native
-    --no-create-attention-mask-in-dataloader  # the kernels know that attention is causal
     --recompute-granularity full
     --recompute-method uniform
     --recompute-num-layers 2  # a pair of blocks
@@ -100,9 +95,6 @@ PARALLEL_FLAGS=(
     --expert-model-parallel-size "$EXPERT_PARALLEL"
     --expert-tensor-parallel-size 1
     --moe-token-dispatcher-type alltoall
-    --use-distributed-optimizer
-    --overlap-grad-reduce
-    --overlap-param-gather
     --distributed-timeout-minutes 30  # the first start indexes the data while other ranks wait
 )
 if ((TENSOR_PARALLEL > 1)); then

@@ -87,7 +87,7 @@ def build_block_spec(
         if config.multi_latent_attention:
             use_latent_attention(submodules, config, scmoe, norm)
         if _is_moe(spec):
-            path = RoutedPath(resolve_schedule(scmoe, _captures_routing(config)))
+            path = RoutedPath(resolve_schedule(scmoe, captures_routing(config)))
             if config.moe_shared_expert_intermediate_size is None:
                 submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
             specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
@@ -107,16 +107,16 @@ def stage_spec(
     return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
-def resolve_schedule(scmoe: ScMoEConfig, captures_routing: bool = False) -> Schedule:
+def resolve_schedule(scmoe: ScMoEConfig, is_captured: bool = False) -> Schedule:
     """The schedule that a configuration asks for; with slot auto the default, until it is tuned.
 
     Args:
-        captures_routing: whether a CUDA graph holds gate and encode. One call issues it, so the host
-            is early, and issues the next block's attention, too, before it waits for split sizes.
+        is_captured: whether a CUDA graph holds gate and encode. One call issues it, so the host is
+            early, and issues the next block's attention, too, before it waits for split sizes.
     """
     told = scmoe.expert_slot
     slot = told if isinstance(told, int) else DEFAULT_EXPERT_SLOT[scmoe.tap]
-    late = slot_behind_second_attention(scmoe.tap) if captures_routing else 1
+    late = slot_behind_second_attention(scmoe.tap) if is_captured else 1
     return build_schedule(
         scmoe.tap, slot, scmoe.overlap, late if can_launch_late() else 0, scmoe.chunks
     )

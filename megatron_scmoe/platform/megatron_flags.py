@@ -19,6 +19,8 @@ import torch
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
 
+TUNE_FLAG, TUNE_OFF, TUNE_AT_STARTUP = "--scmoe-tune", "off", "startup"
+
 AddArguments = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 """An ``extra_args_provider`` of Megatron's."""
 
@@ -59,7 +61,22 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "it, and for the same TP, PP and EP sizes only",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+    group.add_argument(
+        TUNE_FLAG,
+        type=_off_startup_or_file,
+        default=TUNE_AT_STARTUP,
+        metavar="off|startup|FILE",
+        help="what the run chooses for speed where no flag says it. startup: flags of speed, and by "
+        "trial on its first iterations the expert slot and whether to overlap; FILE (.json): the same, "
+        "but the trial is read from the file if it exists, and written to it if not; off: nothing",
+    )
     return parser
+
+
+def tune_file(args: argparse.Namespace) -> str | None:
+    """The file that ``--scmoe-tune`` names; None if it names none."""
+    given: str = args.scmoe_tune
+    return None if given in (TUNE_OFF, TUNE_AT_STARTUP) else given
 
 
 def show_help(prog: str, description: str) -> None:
@@ -86,6 +103,15 @@ def import_lightly() -> None:
     """
     torch.compile = _leave_alone
     sys.modules.setdefault("torch.fx.experimental.symbolic_shapes", MagicMock())
+
+
+def _off_startup_or_file(text: str) -> str:
+    """The ``type`` of ``--scmoe-tune``; a word that is misspelt would be the name of a file."""
+    if text in (TUNE_OFF, TUNE_AT_STARTUP) or text.endswith(".json"):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: accepted are {TUNE_OFF}, {TUNE_AT_STARTUP} and a file named .json"
+    )
 
 
 def _leave_alone(model: Callable | None = None, **kwargs) -> Callable:

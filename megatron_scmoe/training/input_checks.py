@@ -30,6 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
 from megatron_scmoe.checkpoints import locate
 from megatron_scmoe.errors import InputError
+from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, tune_file
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
@@ -65,6 +66,8 @@ def check_files(args) -> None:
         if _value(args, flag) is not None:
             _check_writable(flag, _value(args, flag))
     _check_operator_times(args)
+    if (file := tune_file(args)) is not None and not Path(file).exists():
+        _check_writable(TUNE_FLAG, str(Path(file).absolute().parent))
 
 
 def names_data(args) -> bool:

@@ -34,6 +34,8 @@ from megatron_scmoe.training import (
     run_checks,
     run_defaults,
     saved_run,
+    schedule_trial,
+    speed_choices,
 )
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.parameter_gathers import ParameterGathers
@@ -62,6 +64,8 @@ def main() -> None:
     run_checks.check_disk(args)
     tokens = args.seq_length // args.context_parallel_size
     slot_tuner.check_times(scmoe, slot_tuner.sizes_of(config, args.micro_batch_size, tokens))
+    iterations = Iterations()
+    trial = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
 
     megatron_workarounds.apply(args)
     optimizer_state.load_on_any_layout()
@@ -83,9 +87,10 @@ def main() -> None:
                 sequence=tokens,
             )
         )
+    if trial is not None:
+        model_config.pre_wrap_hooks.append(trial.attach)
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    iterations = Iterations()
     if args.overlap_param_gather and not args.align_param_gather:
         gathers = ParameterGathers()
         model_config.post_wrap_hooks.append(gathers.attach)
@@ -128,6 +133,12 @@ def parse_settings():
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     input_checks.check_files(given)
+    if complete:
+        fast = speed_choices.choose(given, words, saved)
+        add_args, _ = resuming.adding_args(given, chosen | fast.values, saved)
+        scmoe = scmoe_config_from_args(_parse_args(add_args))
+        if (fast.choices or fast.notes) and command_line.is_first_rank():
+            print(speed_choices.describe(fast), flush=True)
     with _told_if_accepted():
         with judged_by_megatron():
             args = parse_and_validate_args(partial(prepare_parser, add_args))

@@ -81,6 +81,13 @@ def test_script_that_is_not_there(tmp_path):
     assert f"{tmp_path}/absent.py: there is no such script" in run.error
 
 
+def test_nothing_is_chosen_for_speed(tmp_path):
+    (tmp_path / "script.py").write_text("")
+    run = harness.run_pretrain(["--scmoe-tune", "startup"], script=str(tmp_path / "script.py"))
+    assert run.status == 2
+    assert run.error.startswith("--scmoe-tune: nothing is chosen for speed here")
+
+
 def test_modules_beside_the_script_go_first(tmp_path):
     (tmp_path / "beside.py").write_text("print('imported', __name__)")
     (tmp_path / "script.py").write_text("import beside, sys\nprint(sys.argv[1:3])")

@@ -34,7 +34,7 @@ MADE = {
     "config.json", "generation_config.json", "tokenizer.json", "modeling_scmoe.py",
     "configuration_scmoe.py", "README.md",
     # by a user
-    "times.json", "trace.json", "new.json", "held-out.txt", "a.txt",
+    "times.json", "tune.json", "trace.json", "new.json", "held-out.txt", "a.txt",
     # by Megatron-LM: a checkout's script
     "pretrain_gpt.py",
 }  # fmt: skip

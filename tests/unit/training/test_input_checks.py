@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training import input_checks
 
 VOCAB = 100
@@ -41,7 +41,7 @@ def parse():
 
 @functools.cache
 def parser() -> ArgumentParser:
-    return add_scmoe_args(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    return add_run_args(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
 
 
 @pytest.fixture

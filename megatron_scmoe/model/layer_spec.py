@@ -122,7 +122,8 @@ def resolve_schedule(scmoe: ScMoEConfig, is_captured: bool = False) -> Schedule:
     )
 
 
-def _captures_routing(config: TransformerConfig) -> bool:
+def captures_routing(config: TransformerConfig) -> bool:
+    """Whether a CUDA graph holds gate and encode."""
     return CudaGraphModule.moe_router in (config.cuda_graph_modules or ())
 
 

@@ -166,7 +166,7 @@ def test_a_resumed_run_chooses_what_the_saved_one_had(gpu, had):
     saved = SavedRun(
         "--load x", Path("iter_0000005"), {"args": argparse.Namespace(**defaults | had)}, True
     )
-    free = {"create_attention_mask_in_dataloader", "manual_gc", "manual_gc_interval"}
+    free = {"create_attention_mask_in_dataloader", "manual_gc", "manual_gc_interval", "rerun_mode"}
     assert set(choose(ON_GPU, saved).values) == free | set(had)
     assert set(choose(f"{ON_GPU} --finetune", saved).values) == set(choose(ON_GPU).values)
 

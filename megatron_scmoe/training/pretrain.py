@@ -35,6 +35,7 @@ from megatron_scmoe.training import (
     saved_run,
 )
 from megatron_scmoe.training.iterations import Iterations
+from megatron_scmoe.training.overlap_monitor import OverlapMonitor
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 
@@ -82,6 +83,12 @@ def main() -> None:
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     iterations = Iterations()
+    monitor = OverlapMonitor(
+        args.scmoe_log_overlap_interval, scmoe, args.cuda_graph_impl not in (None, "none")
+    )
+    model_config.pre_wrap_hooks.append(monitor.attach)
+    iterations.listeners.append(monitor.iteration_begins)
+    iterations.over.append(monitor.iteration_is_over)
     pretrain(
         settings,
         datasets_provider,

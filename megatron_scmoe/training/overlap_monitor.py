@@ -8,17 +8,23 @@ parameters (its data- and context-parallel group) share their figures. These ran
 stage: they begin an iteration together, which those of two stages do not.
 """
 
+import dataclasses
+from collections.abc import Iterator
+
 import torch
 from megatron.core import mpu
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from torch import Tensor
 
 from megatron_scmoe.analysis.overlap_report import OverlapReport, RankFigures, rank_figures
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.async_all_to_all import can_launch_late, record_with
 from megatron_scmoe.overlap.exchange_times import ExchangeRecorder
 from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.validation.rules import validate
 
 
 class OverlapMonitor:
@@ -27,13 +33,14 @@ class OverlapMonitor:
     Args:
         interval: N; 0 for never.
         scmoe: the configuration of ScMoE.
-        has_graphs: whether blocks are captured as CUDA graphs.
+        config: Megatron's settings of the model.
     """
 
-    def __init__(self, interval: int, scmoe: ScMoEConfig, has_graphs: bool = False):
+    def __init__(self, interval: int, scmoe: ScMoEConfig, config: TransformerConfig):
         self.interval = interval
         self.scmoe = scmoe
-        self.has_graphs = has_graphs
+        self.has_graphs = config.cuda_graph_impl != "none"
+        self._model_config = config
         self._routing: list[_RoutingSample] = []
         self._recorder: ExchangeRecorder | None = None
         self._iteration = 0
@@ -72,22 +79,24 @@ class OverlapMonitor:
         for sample in self._routing:
             sample.stop()
         figures = rank_figures(recorder.read(), not cpu_backend.is_enabled())
-        self.report(self._share(figures), self._iteration)
+        self._log(self._share(figures))
 
-    def report(self, report: OverlapReport, iteration: int) -> None:
-        """Log it, and what to change; the latter once for each reason."""
+    def lines(self, report: OverlapReport, iteration: int) -> list[str]:
+        """What the log says of an iteration; what to change is said once for each reason."""
+        advice = {reason: text for reason, text in self._advise(report) if reason not in self._told}
+        self._told |= set(advice)
+        return [report.line(iteration), *(f"WARNING: {text}" for text in advice.values())]
+
+    def _log(self, report: OverlapReport) -> None:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        print(report.line(iteration), flush=True)
-        for reason, advice in self._advise(report).items():
-            if reason not in self._told:
-                self._told.add(reason)
-                print(f"WARNING: {advice}", flush=True)
+        for line in self.lines(report, self._iteration):
+            print(line, flush=True)
         if tensorboard := get_tensorboard_writer():
             for name, value in report.scalars().items():
-                tensorboard.add_scalar(name, value, iteration)
+                tensorboard.add_scalar(name, value, self._iteration)
         if wandb := get_wandb_writer():
-            wandb.log(report.scalars(), iteration)
+            wandb.log(report.scalars(), self._iteration)
 
     def _share(self, figures: RankFigures) -> OverlapReport:
         """The figures of all ranks of the group; the loads are those of the tokens of all."""
@@ -115,50 +124,57 @@ class OverlapMonitor:
         ranks = [RankFigures(*values.tolist()) for values in shared]
         return OverlapReport(ranks, self.scmoe.overlap, load)
 
-    def _advise(self, report: OverlapReport) -> dict[str, str]:
-        """By reason: what is amiss, and what to change."""
-        found = {}
+    def _advise(self, report: OverlapReport) -> Iterator[tuple[str, str]]:
+        """A reason, and what to change, if there is one."""
+        waits = f"{report.exposed_share:.0%} of forward and backward"
         if report.is_late:
-            found["host"] = (
-                "the GPU waits for the host, so there is nothing to hide under; try "
-                f"{self._less_of_the_host()} (docs/overlap.md)"
+            yield (
+                "host",
+                (
+                    "the GPU waits for the host, and all-to-alls have nothing to hide under; try "
+                    f"{self._less_of_the_host()} (docs/overlap.md)"
+                ),
             )
         elif report.is_exposed and not self.scmoe.overlap:
-            found["serial"] = (
-                f"{report.exposed_share:.0%} of forward and backward waits for all-to-alls; "
-                "leave --no-scmoe-overlap out"
-            )
+            yield "serial", f"{waits} waits for all-to-alls; leave --no-scmoe-overlap out"
         elif report.is_exposed:
-            found["exposed"] = (
-                f"{report.exposed_share:.0%} of forward and backward still waits for all-to-alls; "
-                f"try {self._more_hidden()} (docs/overlap.md)"
+            yield (
+                "exposed",
+                (
+                    f"{waits} still waits for all-to-alls; try {', '.join(self._ways_to_hide())} "
+                    "(docs/overlap.md)"
+                ),
             )
-        return found
 
     def _less_of_the_host(self) -> str:
         larger = "a larger --micro-batch-size"
         if self.has_graphs:
             return larger
-        alone = self.scmoe.tap == "pos1" or self.scmoe.chunks > 1
-        modules = "attn" if alone or self.scmoe.router_norm == "shared" else _ROUTING
+        attention_alone = (
+            self.scmoe.tap == "pos1" or self.scmoe.chunks > 1 or self.scmoe.router_norm == "shared"
+        )
+        modules = "attn" if attention_alone else "attn moe_router moe_preprocess"
         return f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}, or {larger}"
 
-    def _more_hidden(self) -> str:
+    def _ways_to_hide(self) -> Iterator[str]:
         on_gpu = not cpu_backend.is_enabled()
-        ways = []
         if on_gpu and not can_launch_late():
-            ways.append("CUDA_DEVICE_MAX_CONNECTIONS unset, where Megatron accepts it")
-        if self.scmoe.expert_slot != "auto":
-            ways.append("--scmoe-expert-slot auto")
-        if self.scmoe.chunks == 1:
-            ways.append("--scmoe-chunks 2")
-        if on_gpu and self.scmoe.exchange == "collective":
-            ways.append("--scmoe-exchange copy-host")
-        ways.append("--no-scmoe-overlap if it is no slower")
-        return ", ".join(ways)
+            yield "CUDA_DEVICE_MAX_CONNECTIONS unset, where Megatron accepts that"
+        if self.scmoe.expert_slot != "auto" and self._accepts(expert_slot="auto"):
+            yield "--scmoe-expert-slot auto"
+        if self.scmoe.chunks == 1 and self._accepts(chunks=2):
+            yield "--scmoe-chunks 2"
+        if on_gpu and self.scmoe.exchange == "collective" and self._accepts(exchange="copy-host"):
+            yield "--scmoe-exchange copy-host on one host"
+        yield "--no-scmoe-overlap if that is no slower"
 
-
-_ROUTING = "attn moe_router moe_preprocess"
+    def _accepts(self, **changes) -> bool:
+        """Whether a run of this model could have these settings of ScMoE."""
+        try:
+            validate(dataclasses.replace(self.scmoe, **changes), self._model_config)
+        except ScMoEConfigError:
+            return False
+        return True
 
 
 def _ranks_of_replicas() -> list[int]:

@@ -83,9 +83,7 @@ def main() -> None:
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     iterations = Iterations()
-    monitor = OverlapMonitor(
-        args.scmoe_log_overlap_interval, scmoe, args.cuda_graph_impl not in (None, "none")
-    )
+    monitor = OverlapMonitor(args.scmoe_log_overlap_interval, scmoe, config)
     model_config.pre_wrap_hooks.append(monitor.attach)
     iterations.listeners.append(monitor.iteration_begins)
     iterations.over.append(monitor.iteration_is_over)

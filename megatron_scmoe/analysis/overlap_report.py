@@ -91,7 +91,7 @@ class OverlapReport:
 
     Args:
         ranks: what each of them shows.
-        overlap: whether launches and waits are apart, ``--scmoe-overlap``.
+        overlap: whether launches and waits are apart in its schedule.
         load: tokens of the busiest expert over the mean of its layer, and the number of that layer:
             of the layer where this is largest. None without such layers.
     """
@@ -156,7 +156,7 @@ class OverlapReport:
             parts.append("no all-to-all")
         else:
             hidden, whole = known.get("hidden-share"), known.get("all-to-all-ms")
-            serial = "" if self.overlap else " (serial: --no-scmoe-overlap)"
+            serial = "" if self.overlap else " (serial)"
             if hidden is not None and whole is not None:
                 parts.append(f"all-to-alls (ms): {whole:.1f}")
                 parts.append(f"hidden: {hidden:.1%}{serial}")

@@ -79,7 +79,7 @@ class OverlapMonitor:
         for sample in self._routing:
             sample.stop()
         figures = rank_figures(recorder.read(), not cpu_backend.is_enabled())
-        self._log(self._share(figures))
+        self.log(self._share(figures), self._iteration)
 
     def lines(self, report: OverlapReport, iteration: int) -> list[str]:
         """What the log says of an iteration; what to change is said once for each reason."""
@@ -87,16 +87,17 @@ class OverlapMonitor:
         self._told |= set(advice)
         return [report.line(iteration), *(f"WARNING: {text}" for text in advice.values())]
 
-    def _log(self, report: OverlapReport) -> None:
+    def log(self, report: OverlapReport, iteration: int) -> None:
+        """Print it on the last rank, and give it to TensorBoard and W&B if Megatron has writers."""
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        for line in self.lines(report, self._iteration):
+        for line in self.lines(report, iteration):
             print(line, flush=True)
         if tensorboard := get_tensorboard_writer():
             for name, value in report.scalars().items():
-                tensorboard.add_scalar(name, value, self._iteration)
+                tensorboard.add_scalar(name, value, iteration)
         if wandb := get_wandb_writer():
-            wandb.log(report.scalars(), self._iteration)
+            wandb.log(report.scalars(), iteration)
 
     def _share(self, figures: RankFigures) -> OverlapReport:
         """The figures of all ranks of the group; the loads are those of the tokens of all."""
@@ -122,7 +123,8 @@ class OverlapMonitor:
             worst, index = (tokens.amax(1) / tokens.mean(1).clamp(min=1e-9)).max(0)
             load = float(worst), int(self._routing[int(index)].layer_number)
         ranks = [RankFigures(*values.tolist()) for values in shared]
-        return OverlapReport(ranks, self.scmoe.overlap, load)
+        overlap = any(sample.layer.path.schedule.overlap for sample in self._routing)
+        return OverlapReport(ranks, overlap, load)
 
     def _advise(self, report: OverlapReport) -> Iterator[tuple[str, str]]:
         """A reason, and what to change, if there is one."""
@@ -137,7 +139,7 @@ class OverlapMonitor:
             )
         elif report.is_exposed and not self.scmoe.overlap:
             yield "serial", f"{waits} waits for all-to-alls; leave --no-scmoe-overlap out"
-        elif report.is_exposed:
+        elif report.is_exposed and report.overlap:
             yield (
                 "exposed",
                 (
@@ -199,7 +201,7 @@ class _RoutingSample:
         """Sample from now on, and forget what was."""
         self.gates, self._counts, self.slots = [], [], 0
         self.layer.path.on_routing = self._count
-        if self._scmoe.combine == "cg1":
+        if self._scmoe.combine == "cg1" and self.layer.shared_experts is not None:
             hook = self.layer.shared_experts.register_forward_pre_hook(self._take_gate)
             self._hooks.append(hook)
         elif self.layer.combine_gate is not None:

@@ -72,7 +72,7 @@ def test_all_ranks_count():
     ("figures", "overlap", "said"),
     [
         ({}, True, "hidden: 75.0% |"),
-        ({}, False, "hidden: 0.0% (serial: --no-scmoe-overlap)"),
+        ({}, False, "hidden: 0.0% (serial)"),
         ({"forward_ms": nan}, True, "hidden: not known with CUDA_DEVICE_MAX_CONNECTIONS=1"),
         ({"lead_ms": 2.5, "late_share": 0.125}, True, "host lead (ms): 2.50, late at 12% of waits"),
         ({"gate": 0.25, "zero_share": 0.5}, True, "gate: 0.250 | zero experts: 50.0% |"),

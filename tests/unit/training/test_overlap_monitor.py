@@ -63,6 +63,24 @@ def test_advice_is_given_once_for_each_reason():
     assert found == [1, 0, 1, 0, 0, 0]
 
 
+def test_schedule_that_was_made_serial_for_the_run_is_not_blamed_on_the_flags():
+    assert monitor().lines(OverlapReport([EXPOSED], overlap=False), 99)[1:] == []
+
+
+def test_writers_get_every_figure_under_its_iteration(monkeypatch, capsys):
+    written = []
+    wandb = SimpleNamespace(log=lambda scalars, step: written.append((scalars, step)))
+    for name, stand_in in (("get_tensorboard_writer", None), ("get_wandb_writer", wandb)):
+        monkeypatch.setattr(overlap_monitor, name, lambda writer=stand_in: writer)
+    monkeypatch.setattr(overlap_monitor.torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(overlap_monitor.torch.distributed, "get_world_size", lambda: 1)
+    report = OverlapReport([WELL], True, load=(1.5, 2))
+    monitor().log(report, 99)
+    assert written == [(report.scalars(), 99)]
+    assert "scmoe/tokens-per-expert-max-over-mean" in written[0][0]
+    assert capsys.readouterr().out == report.line(99) + "\n"
+
+
 @pytest.mark.parametrize(
     ("interval", "sampled"), [(0, []), (1, [5, 6, 7, 8, 9]), (3, [5, 8]), (100, [])]
 )

@@ -57,7 +57,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=100,
         metavar="N",
         help="log whether the run overlaps, also to TensorBoard and W&B: before every Nth iteration, "
-        "of the one before it; 0: never. docs/overlap.md says what the figures mean",
+        "of the one before it; 0: never. docs/overlap.md says what the figures mean. Not under --spec, "
+        "whose script has a loop of its own",
     )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

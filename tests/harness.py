@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 from megatron_scmoe.platform import cpu_backend
-from tests.resident import RankFailure, ResidentRanks
+from tests.resident import RankFailure, ResidentRanks, destroy_process_groups
 
 cpu_backend.enable_if_no_gpu()
 
@@ -136,7 +137,7 @@ def run_pretrain(
         if not cpu_backend.is_enabled():
             try:
                 statuses = gpu_ranks(environment).call(
-                    _status_of_pretrain, world_size, timeout_s, *task
+                    _status_of_pretrain, world_size, timeout_s, *task, is_failure=bool
                 )
             except RankFailure as failure:
                 output = log.read_text() if log.exists() else ""
@@ -225,7 +226,7 @@ def _in_process_group(rank, folder, backend, world_size, environment, function, 
         return function(*args, **kwargs)
     finally:
         with contextlib.suppress(Exception):
-            torch.distributed.destroy_process_group()
+            destroy_process_groups()
 
 
 def _send_result(rank, results, *task):
@@ -284,6 +285,9 @@ def _join(processes, timeout_s: float, poll=lambda: None, stop=lambda: False) ->
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that no socket is given unasked: NCCL's and gloo's come and go, on any address."""
+    while True:
+        port = 20000 + secrets.randbelow(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))  # rank 0 listens on all addresses
+            return port

@@ -12,7 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
 
 
 class RankFailure(AssertionError):
@@ -38,11 +40,19 @@ class ResidentRanks:
         self._ranks: list[tuple] = []
         self._start()
 
-    def call(self, function: Callable, world_size: int, timeout_s: float, *args) -> list:
+    def call(
+        self,
+        function: Callable,
+        world_size: int,
+        timeout_s: float,
+        *args,
+        is_failure: Callable[[Any], bool] = lambda value: False,
+    ) -> list:
         """Call ``function(rank, *args)`` on the first ``world_size`` ranks.
 
         Args:
             function: importable by name.
+            is_failure: whether a rank that returned this has left the others waiting.
 
         Returns:
             What each rank returned, by rank.
@@ -53,7 +63,7 @@ class ResidentRanks:
         """
         for rank, (_, connection) in enumerate(self._ranks[:world_size]):
             connection.send((function, (rank, *args)))
-        returned, failures = self._collect(world_size, time.monotonic() + timeout_s)
+        returned, failures = self._collect(world_size, time.monotonic() + timeout_s, is_failure)
         if len(returned) + len(failures) < world_size:  # the others wait for what never comes
             missing = sorted(set(range(world_size)) - returned.keys() - failures.keys())
             self.close()
@@ -81,7 +91,7 @@ class ResidentRanks:
             theirs.close()
             self._ranks.append((process, ours))
 
-    def _collect(self, world_size: int, deadline: float) -> tuple[dict, dict]:
+    def _collect(self, world_size: int, deadline: float, is_failure) -> tuple[dict, dict]:
         """What ranks return, and their tracebacks, until all have answered or time is up."""
         returned, failures = {}, {}
         waiting = dict(enumerate(self._ranks[:world_size]))
@@ -92,16 +102,36 @@ class ResidentRanks:
                 del waiting[rank]
                 with contextlib.suppress(EOFError, ConnectionError):
                     value, failure = connection.recv()
-                    if failure is None:
+                    if failure is not None:
+                        failures[rank] = failure
+                    else:
                         returned[rank] = value
-                        continue
-                    failures[rank] = failure
+                        if not is_failure(value):
+                            continue
                 deadline = min(deadline, time.monotonic() + self.PATIENCE_S)
         return returned, failures
 
 
+def destroy_process_groups() -> None:
+    """All of them at once: one after the other, NCCL's take seconds."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    groups = [
+        group for group in distributed_c10d._world.pg_map if group != distributed_c10d.group.WORLD
+    ]
+    arguments = {}
+    if torch.cuda.is_initialized():  # a thread begins on the first GPU
+        device = torch.cuda.current_device()
+        arguments = dict(initializer=torch.cuda.set_device, initargs=(device,))
+    with ThreadPoolExecutor(len(groups) + 1, **arguments) as pool:
+        list(pool.map(torch.distributed.destroy_process_group, groups))
+    torch.distributed.destroy_process_group()
+
+
 def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> None:
     os.environ |= environment
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what one set has measured serves all
     import torch
 
     from megatron_scmoe.platform import cpu_backend
@@ -138,7 +168,7 @@ def _forget(environment: dict[str, str], argv: list[str]) -> None:
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        destroy_process_groups()
     torch.use_deterministic_algorithms(False)
     os.environ.clear()
     os.environ.update(environment)

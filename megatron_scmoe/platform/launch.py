@@ -55,7 +55,7 @@ def _refuse_other_launchers() -> None:
 
 def _be_the_only_rank() -> None:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))  # on all addresses, as the rank will listen
         port = str(probe.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}

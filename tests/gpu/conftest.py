@@ -1,15 +1,21 @@
-"""GPUs' ranks are started when the first test here is about to run, all sets of them at once."""
-
-import pytest
+"""What takes long is started before the tests are collected, which imports Megatron as well."""
 
 from tests import harness
-from tests.gpu.test_gpu import EXACT, GPUS, ONE_QUEUE
+from tests.gpu.rank_sets import EXACT, GPUS, ONE_QUEUE
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _resident_ranks():
-    if GPUS:
-        harness.gpu_ranks()
-        harness.gpu_ranks(EXACT)
+def pytest_collection(session) -> None:
+    if session.config.option.collectonly or GPUS == 0:
+        return
+    harness.gpu_ranks()
+    harness.gpu_ranks(EXACT)
     if GPUS > 1:
         harness.gpu_ranks(ONE_QUEUE)
+    harness._context.Process(target=_build_extension).start()
+
+
+def _build_extension() -> None:
+    """Megatron compiles C++ (20 s) where an activation is recomputed for the first time."""
+    from megatron.core.tensor_parallel.random import _get_share_storage
+
+    _get_share_storage()

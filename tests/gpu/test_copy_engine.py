@@ -9,9 +9,10 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight
 from megatron_scmoe.overlap.copy_engine import rings
 from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
+from tests.gpu.rank_sets import EXACT, GPUS
 from tests.gpu.test_gpu import (
-    EXACT,
-    GPUS,
+    CAPTURABLE,
+    EP2,
     make_deterministic,
     pytestmark,  # noqa: F401  (skips this module too)
     requires_multi_gpu,
@@ -43,9 +44,9 @@ def test_copies_equal_nccl_and_train_bit_identically():
 @pytest.mark.skipif(rings.driver is None, reason="needs cuda-bindings")
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_pretraining_with_captured_blocks(exchange):
-    flags = "--expert-model-parallel-size 2 --train-iters 10 --te-rng-tracker --scmoe-expert-slot 2"
-    copies = trained(*flags.split(), *CAPTURED, "--scmoe-exchange", exchange, world_size=2)
-    assert copies.losses == trained(*flags.split(), world_size=2).losses
+    flags = [*CAPTURABLE, *EP2.split(), "--scmoe-expert-slot", "2"]
+    copies = trained(*flags, *CAPTURED, "--scmoe-exchange", exchange, world_size=2)
+    assert copies.losses == trained(*flags, world_size=2).losses
 
 
 def _compare() -> dict:

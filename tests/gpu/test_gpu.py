@@ -12,11 +12,10 @@ import torch
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, num_slots
-from megatron_scmoe.platform import cpu_backend
 from tests import models
+from tests.gpu.rank_sets import EXACT, GPUS, ONE_QUEUE
 from tests.harness import run_distributed, run_pretrain
 
-GPUS = 0 if cpu_backend.is_enabled() else torch.cuda.device_count()
 pytestmark = [
     pytest.mark.skipif(GPUS == 0, reason="needs a GPU"),
     pytest.mark.skipif(
@@ -40,14 +39,6 @@ FLAGS = """
 """.split()
 
 EP2 = "--expert-model-parallel-size 2"
-
-# Read once by a process: ranks that were started with them.
-ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-EXACT = {
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NVIDIA_TF32_OVERRIDE": "0",
-}
 
 
 @functools.cache
@@ -121,6 +112,7 @@ def test_captured_blocks_train_bit_identically(tap, modules):
     assert trained(*flags, *graphs).losses == trained(*flags).losses
 
 
+CAPTURABLE = "--te-rng-tracker --train-iters 10 --eval-interval 4".split()
 ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_preprocess"
 
 
@@ -141,7 +133,7 @@ ROUTING, WHOLE = "attn moe_router moe_preprocess", "attn mlp moe_router moe_prep
     ],
 )
 def test_captured_blocks_train_bit_identically_on_two_gpus(modules, flags):
-    flags = ["--te-rng-tracker", "--train-iters", "10", "--eval-interval", "4", *flags.split()]
+    flags = [*CAPTURABLE, *flags.split()]
     graphs = f"--cuda-graph-impl transformer_engine --cuda-graph-modules {modules}".split()
     captured = trained(*flags, *graphs, world_size=2)
     assert captured.losses == trained(*flags, world_size=2).losses

@@ -4,7 +4,8 @@ import torch
 
 from megatron_scmoe.checkpoints.formats.longcat_flash import megatron_flags
 from tests import longcat
-from tests.gpu.test_gpu import EXACT, FLAGS, pytestmark  # noqa: F401  (skips this module too)
+from tests.gpu.rank_sets import EXACT
+from tests.gpu.test_gpu import FLAGS, pytestmark  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed, run_pretrain
 
 # Sizes that Transformer Engine's kernels take.

@@ -57,6 +57,12 @@ def hang_or_die(rank):
     time.sleep(1000)
 
 
+def return_on_first(rank):
+    if rank == 1:
+        time.sleep(1000)
+    return 1
+
+
 def wait_for_the_other(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
@@ -83,6 +89,8 @@ def test_a_set_with_a_dead_or_waiting_rank_is_started_anew(ranks, tmp_path):
     ranks.PATIENCE_S = 1
     with pytest.raises(RankFailure, match=r"ranks \[0, 1\] died or were still at work"):
         ranks.call(hang_or_die, 2, 60)
+    with pytest.raises(RankFailure, match=r"ranks \[1\] died or were still at work"):
+        ranks.call(return_on_first, 2, 60, is_failure=lambda status: status == 1)
     with pytest.raises(RankFailure, match="left alone"):
         ranks.call(wait_for_the_other, 2, 60, str(tmp_path))
     assert [rank for rank, _, _ in ranks.call(answer, 2, 60, "")] == [0, 1]

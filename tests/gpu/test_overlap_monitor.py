@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from tests.gpu.rank_sets import ONE_QUEUE
 from tests.gpu.test_gpu import (
     EP2,
     FLAGS,
-    ONE_QUEUE,
     ROUTING,
     pytestmark,  # noqa: F401  (skips this module too)
     requires_multi_gpu,

@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_scmoe.config import AllToAllName
+from megatron_scmoe.overlap.exchange_times import ExchangeRecorder, Moments
 from megatron_scmoe.platform import cpu_backend
 
 
@@ -86,6 +87,13 @@ class Exchange(ABC):
     def wait_backward(self) -> tuple[Tensor, ...]:
         """The gradients of the input; compute issued from now on may read them."""
 
+    def record_arrival(self, event: torch.cuda.Event) -> None:
+        """Record ``event`` when what was just launched has arrived; called where it was launched.
+
+        This serves exchanges that are done when the launch stream is.
+        """
+        event.record()
+
 
 class Flight:
     """Tensors on their way, from leaving to arrival.
@@ -96,6 +104,7 @@ class Flight:
     """
 
     _exchange: Exchange  # once it is launched
+    _moments: Moments | None = None  # of the latest launch, if it is recorded
 
     def __init__(self, *tensors: Tensor, ready: torch.cuda.Event | None = None):
         self._departed = _Depart.apply(self, *tensors)
@@ -104,8 +113,9 @@ class Flight:
     def launch(self, exchange: Exchange) -> None:
         """Start ``exchange`` as soon as the tensors are ready."""
         self._exchange = exchange
+        tensors = [tensor.detach() for tensor in self._departed]
         with launch_stream(self._ready):
-            exchange.launch([tensor.detach() for tensor in self._departed])
+            self._moments = _launch(exchange, exchange.launch, tensors, is_backward=False)
         del self._ready
 
     def arrive(self) -> tuple[Tensor, ...]:
@@ -147,7 +157,8 @@ class _Depart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *placeholders: Tensor):
-        return None, *ctx.flight._exchange.wait_backward()
+        flight = ctx.flight
+        return None, *_wait(flight._moments, flight._exchange.wait_backward)
 
 
 class _Arrive(torch.autograd.Function):
@@ -157,12 +168,15 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx, flight: Flight, *departed: Tensor):
         ctx.flight = flight
         ctx.departed = [(tensor.shape, tensor.dtype, tensor.device) for tensor in departed]
-        return flight._exchange.wait()
+        return _wait(flight._moments, flight._exchange.wait)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
+        exchange = ctx.flight._exchange
         with launch_stream(now()):
-            ctx.flight._exchange.launch_backward(grads)
+            ctx.flight._moments = _launch(
+                exchange, exchange.launch_backward, grads, is_backward=True
+            )
         return None, *(_placeholder(*kind) for kind in ctx.departed)
 
 
@@ -174,6 +188,40 @@ def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 @functools.cache
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
+
+
+_recorder: ExchangeRecorder | None = None
+
+
+def record_with(recorder: ExchangeRecorder | None) -> None:
+    """Tell this recorder of all exchanges launched from now on; None: nobody."""
+    global _recorder
+    _recorder = recorder
+
+
+def _launch(
+    exchange: Exchange, launch: Callable, tensors: Sequence[Tensor], is_backward: bool
+) -> Moments | None:
+    """Launch, on the launch stream. Returns what :func:`_wait` takes, if exchanges are recorded."""
+    if _recorder is None:
+        launch(tensors)
+        return None
+    moments = _recorder.begins(is_backward)
+    launch(tensors)
+    # With one hardware queue, a stream that waits for the arrival would hold up the compute as well.
+    if can_launch_late() or cpu_backend.is_enabled():
+        exchange.record_arrival(moments.expect_arrival())
+    return moments
+
+
+def _wait(moments: Moments | None, wait: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Wait, on the compute stream."""
+    if moments is None:
+        return wait()
+    moments.reach()
+    arrived = wait()
+    moments.resume()
+    return arrived
 
 
 class Waitable(Protocol):
@@ -219,6 +267,15 @@ class AllToAll(Exchange):
 
     def wait_backward(self):
         return self._finish()
+
+    def record_arrival(self, event):
+        if cpu_backend.is_enabled():  # gloo's own thread says so: a wait would stop the host
+            for work, _, _ in self._works:
+                work.get_future().add_done_callback(lambda _: event.record())  # type: ignore[attr-defined]
+            return
+        for work, _, _ in self._works:
+            work.wait()
+        event.record()
 
     def _start(self, name: AllToAllName, tensors, output_splits, input_splits) -> list[Tensor]:
         """Start the all-to-all of that name; returns buffers being filled."""

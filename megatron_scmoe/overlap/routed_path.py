@@ -62,6 +62,8 @@ class RoutedPath:
         """May be replaced between forwards; the number of chunks stays."""
         self.on_action: Callable[[Action], None] | None = None
         """Called before each action; tests and measurements record with it."""
+        self.on_routing: Callable[[Tensor], None] | None = None
+        """Called with the chosen experts of each forward, [tokens, experts], bool."""
         self._moe: Any = None  # a ScMoELayer: model/ imports this module, not the reverse
         self._unflatten: Any = None
         self._pass: _Pass | None = None
@@ -166,6 +168,8 @@ class RoutedPath:
             )
         ready = None if self.schedule.overlap else now()
         self._pass.chunks = [_Chunk(flight=self._captured.resume(shape, captured, ready))]
+        if self.on_routing is not None:
+            self.on_routing(self._moe.token_dispatcher.routing_map)
         self._pass.done = CAPTURED_STEPS
 
     def prepare(self, tap: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -179,6 +183,8 @@ class RoutedPath:
         tap, mask = self.prepare(state.tap, state.batch)
         state.tap = None
         probs, routing_map, state.zero = self._moe.route(tap, mask)
+        if self.on_routing is not None:
+            self.on_routing(routing_map)
         if self.schedule.chunks == 1:  # the backward of a split would copy the gradients
             state.chunks = [_Chunk(tap, probs, routing_map)]
             return

@@ -54,6 +54,15 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"train on the CPU, even where there is a GPU (${cpu_backend.VARIABLE}=1)",
     )
     group.add_argument(
+        "--scmoe-log-overlap-interval",
+        type=int,
+        default=100,
+        metavar="N",
+        help="log whether the run overlaps, also to TensorBoard and W&B: before every Nth iteration, "
+        "of the one before it; 0: never. docs/overlap.md says what the figures mean. Not under --spec, "
+        "whose script has a loop of its own",
+    )
+    group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         dest="dist_ckpt_optim_fully_reshardable",
         action="store_false",

@@ -18,6 +18,8 @@ class Iterations:
     def __init__(self) -> None:
         self.listeners: list[Callable[[int], None]] = []
         """Each is called with the number of iterations that are done, on every rank."""
+        self.over: list[Callable[[], None]] = []
+        """Each is called when an iteration is over: before it is evaluated, or the next one begins."""
         self.evaluated = False
         """Whether the model was evaluated since the last call."""
         self._last: int | None = None
@@ -25,11 +27,20 @@ class Iterations:
     def micro_batch_begins(self, is_training: bool) -> None:
         """Hear of every micro-batch, before its forward."""
         if not is_training:
+            if not self.evaluated:
+                self._tell_it_is_over()
             self.evaluated = True
             return
         done = get_args().curr_iteration
         if done != self._last:
+            if not self.evaluated:
+                self._tell_it_is_over()
             self._last = done
             for listener in self.listeners:
                 listener(done)
             self.evaluated = False
+
+    def _tell_it_is_over(self) -> None:
+        if self._last is not None:
+            for listener in self.over:
+                listener()

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_scmoe.analysis import slot_tuner
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError, judged_by_megatron
 from megatron_scmoe.model.layer_spec import describe, stage_spec
 from megatron_scmoe.platform import command_line, launch, megatron_workarounds
@@ -38,6 +39,7 @@ from megatron_scmoe.training import (
     speed_choices,
 )
 from megatron_scmoe.training.iterations import Iterations
+from megatron_scmoe.training.overlap_monitor import OverlapMonitor
 from megatron_scmoe.training.parameter_gathers import ParameterGathers
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
@@ -65,7 +67,7 @@ def main() -> None:
     tokens = args.seq_length // args.context_parallel_size
     slot_tuner.check_times(scmoe, slot_tuner.sizes_of(config, args.micro_batch_size, tokens))
     iterations = Iterations()
-    trial = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
+    before_wrapped, once_wrapped = _hear_of_iterations(iterations, args, scmoe, config)
 
     megatron_workarounds.apply(args)
     optimizer_state.load_on_any_layout()
@@ -87,14 +89,10 @@ def main() -> None:
                 sequence=tokens,
             )
         )
-    if trial is not None:
-        model_config.pre_wrap_hooks.append(trial.attach)
+    model_config.pre_wrap_hooks += before_wrapped
+    model_config.post_wrap_hooks += once_wrapped
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    if args.overlap_param_gather and not args.align_param_gather:
-        gathers = ParameterGathers()
-        model_config.post_wrap_hooks.append(gathers.attach)
-        iterations.listeners.append(gathers.iteration_begins)
     with finite_checks.told_in_one_line():
         pretrain(
             settings,
@@ -102,6 +100,28 @@ def main() -> None:
             ModelType.encoder_or_decoder,
             partial(forward_step, iterations=iterations),
         )
+
+
+def _hear_of_iterations(iterations: Iterations, args, scmoe: ScMoEConfig, config) -> tuple:
+    """Let all that acts once an iteration listen.
+
+    Returns:
+        Hooks of Megatron's model builder, by which these find what they act on: before it wraps the
+        model, and once it has.
+    """
+    before, once = [], []
+    trial = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
+    if trial is not None:
+        before.append(trial.attach)
+    if args.overlap_param_gather and not args.align_param_gather:
+        gathers = ParameterGathers()
+        once.append(gathers.attach)
+        iterations.listeners.append(gathers.iteration_begins)
+    monitor = OverlapMonitor(args.scmoe_log_overlap_interval, scmoe, config)
+    before.append(monitor.attach)
+    iterations.listeners.append(monitor.iteration_begins)
+    iterations.over.append(monitor.iteration_is_over)
+    return before, once
 
 
 def parse_settings():

@@ -141,6 +141,7 @@ _OPTIONAL_NUMBERS = (
     ("lr_decay_samples", 1),
     ("lr_warmup_iters", 0),
     ("lr_warmup_samples", 0),
+    ("scmoe_log_overlap_interval", 0),
 )
 """Flags with the least value that a run can go on with."""
 

@@ -3,6 +3,7 @@
 A check of a setting that Megatron has renamed would find nothing, and pass.
 """
 
+import argparse
 import ast
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_scmoe.checkpoints import runtime_settings, torch_dist
 from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training import pretrain, resuming, run_checks, run_defaults
 from megatron_scmoe.validation import router, unsupported
 from megatron_scmoe.validation.rules import validate
@@ -55,7 +57,12 @@ def derived() -> set[str]:
     return {name for file in SETTERS for name in pattern.findall(file.read_text())}
 
 
-KNOWN = names_of_settings() | derived()
+def of_the_run() -> set[str]:
+    """Arguments of this package's own entry point."""
+    return set(vars(add_run_args(argparse.ArgumentParser()).parse_args([])))
+
+
+KNOWN = names_of_settings() | derived() | of_the_run()
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -12,7 +12,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -110,9 +114,9 @@ def _hear_of_iterations(iterations: Iterations, args, scmoe: ScMoEConfig, config
         model, and once it has.
     """
     before, once = [], []
-    trial = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
-    if trial is not None:
-        before.append(trial.attach)
+    schedules = schedule_trial.prepare(args, scmoe, config, given_on_command_line(), iterations)
+    if schedules is not None:
+        before.append(schedules.attach)
     if args.overlap_param_gather and not args.align_param_gather:
         gathers = ParameterGathers()
         once.append(gathers.attach)
@@ -238,7 +242,7 @@ def forward_step(data_iterator, model, iterations: Iterations | None = None):
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
-        data_iterator, getattr(model, "vp_stage", None)
+        data_iterator, get_attr_wrapped_model(model, "vp_stage")
     )
     timers("batch-generator").stop()
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)

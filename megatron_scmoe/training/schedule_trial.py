@@ -248,9 +248,9 @@ def prepare(
         Record.read(file).check(file, measured_on)
     captures = config.cuda_graph_impl != "none"
     warmup = WARMUP + (config.cuda_graph_warmup_steps if captures else 0)
-    trial = ScheduleTrial(scmoe, config, tried, measured_on, warmup, iterations, file)
-    iterations.listeners.append(trial.iteration_begins)
-    return trial
+    made = ScheduleTrial(scmoe, config, tried, measured_on, warmup, iterations, file)
+    iterations.listeners.append(made.iteration_begins)
+    return made
 
 
 def _is_accepted(candidate: Candidate, scmoe: ScMoEConfig, config: TransformerConfig) -> bool:

@@ -70,3 +70,13 @@ def test_megatrons_own_refusals_are_one_line_too():
     assert run.status == 2
     assert run.error
     assert "Traceback" not in run.output
+
+
+def test_virtual_pipeline_stages_train():
+    flags = [*NO_DROPOUT, "--num-layers", "8", "--moe-layer-freq", "[0,1]*4"]
+    flags += ["--expert-model-parallel-size", "1"]
+    stages = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "2"]
+    staged, plain = train(*flags, *stages, iterations=3), train(*flags, iterations=3)
+    # Each stage draws its initial weights from a seed of its own.
+    assert staged.losses == pytest.approx(plain.losses, abs=0.03)
+    assert staged.losses[3] < staged.losses[1] - 0.2

@@ -27,9 +27,7 @@ LINE = re.compile(
 
 
 @requires_multi_gpu
-@pytest.mark.parametrize(
-    "flags", ["", "--no-scmoe-overlap", "--scmoe-chunks 2", GRAPHS], ids=lambda text: text[:24]
-)
+@pytest.mark.parametrize("flags", ["--scmoe-chunks 2", GRAPHS], ids=["chunks", "captured"])
 def test_sampled_run_has_figures_and_the_same_bits(flags):
     flags = [*EP2.split(), *flags.split()]
     run = trained(*flags, *SAMPLED, world_size=2)

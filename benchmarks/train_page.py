@@ -72,6 +72,8 @@ def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
     for name_of_run, row in runs.items():
         if row["error"]:
             yield f"- `{name_of_run}` failed: {row['error']}"
+    if missing := [name for name in result["selected"] if name not in runs]:
+        yield f"- Not measured, as time was up: {', '.join(f'`{name}`' for name in missing)}."
     for note in loss_notes(runs):
         yield f"- Settings {note}."
     yield f"\n```bash\n{command(result)}\n```\n"

@@ -81,9 +81,9 @@ def measure(
     return OperatorTimes(forward, backward), slowest[2 * len(OPERATORS) :]
 
 
-def schedule_of(scmoe: ScMoEConfig, slot: int, is_captured: bool = False) -> Schedule:
-    """The configuration's schedule with this expert slot; see :func:`resolve_schedule`."""
-    return resolve_schedule(replace(scmoe, expert_slot=slot), is_captured)
+def schedule_of(scmoe: ScMoEConfig, slot: int) -> Schedule:
+    """The configuration's schedule with this expert slot."""
+    return resolve_schedule(replace(scmoe, expert_slot=slot))
 
 
 class _Captured(Exception):

@@ -11,7 +11,6 @@ from megatron_scmoe.analysis.operator_timer import find_pair, measure, schedule_
 from megatron_scmoe.analysis.simulator import OPERATORS, OperatorTimes, block_time
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.model.layer_spec import captures_routing
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import num_slots
 
@@ -43,11 +42,10 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
     predicted = predict(scmoe, times)
     costs = measured or predicted
     slot = min(range(len(costs)), key=costs.__getitem__)
-    is_captured = captures_routing(models[0].config)
     for model in models:
         for module in model.modules():
             if isinstance(module, ScMoELayer):
-                module.path.schedule = schedule_of(scmoe, slot, is_captured)
+                module.path.schedule = schedule_of(scmoe, slot)
     source = scmoe.operator_times if measured is None else None
     print_rank_0(describe(times, predicted, measured, slot, source))
     return models

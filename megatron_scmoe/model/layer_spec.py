@@ -10,7 +10,6 @@ import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,11 +30,7 @@ from megatron_scmoe.model.router import (
 from megatron_scmoe.model.transformer_layer import ScMoEDenseLayer, ScMoETransformerLayer
 from megatron_scmoe.overlap.async_all_to_all import can_launch_late
 from megatron_scmoe.overlap.routed_path import RoutedPath
-from megatron_scmoe.overlap.schedule import (
-    Schedule,
-    build_schedule,
-    slot_behind_second_attention,
-)
+from megatron_scmoe.overlap.schedule import Schedule, build_schedule
 from megatron_scmoe.validation.rules import validate
 
 
@@ -87,7 +82,7 @@ def build_block_spec(
         if config.multi_latent_attention:
             use_latent_attention(submodules, config, scmoe, norm)
         if _is_moe(spec):
-            path = RoutedPath(resolve_schedule(scmoe, captures_routing(config)))
+            path = RoutedPath(resolve_schedule(scmoe))
             if config.moe_shared_expert_intermediate_size is None:
                 submodules.pre_mlp_layernorm = IdentityOp  # its only reader is the shared expert
             specs.append(_moe_block(config, submodules, scmoe, path, norm, local_norm_keys))
@@ -107,24 +102,11 @@ def stage_spec(
     return build_block_spec(model_config.transformer, scmoe, vp_stage, local_norm_keys)
 
 
-def resolve_schedule(scmoe: ScMoEConfig, is_captured: bool = False) -> Schedule:
-    """The schedule that a configuration asks for; with slot auto the default, until it is tuned.
-
-    Args:
-        is_captured: whether a CUDA graph holds gate and encode. One call issues it, so the host is
-            early, and issues the next block's attention, too, before it waits for split sizes.
-    """
+def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
+    """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
     told = scmoe.expert_slot
     slot = told if isinstance(told, int) else DEFAULT_EXPERT_SLOT[scmoe.tap]
-    late = slot_behind_second_attention(scmoe.tap) if is_captured else 1
-    return build_schedule(
-        scmoe.tap, slot, scmoe.overlap, late if can_launch_late() else 0, scmoe.chunks
-    )
-
-
-def captures_routing(config: TransformerConfig) -> bool:
-    """Whether a CUDA graph holds gate and encode."""
-    return CudaGraphModule.moe_router in (config.cuda_graph_modules or ())
+    return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
 
 
 class LocalNorm:

@@ -75,7 +75,6 @@ class Schedule:
     chunks: int
     overlap: bool
     actions: dict[Boundary, tuple[Action, ...]]
-    launch_late: int = 0
 
     def at(self, boundary: Boundary) -> tuple[Action, ...]:
         """The actions to take when the backbone has reached ``boundary``."""
@@ -111,7 +110,7 @@ class Schedule:
 
 
 def build_schedule(
-    tap: Tap, slot: int, overlap: bool, launch_late: int = 0, chunks: int = 1
+    tap: Tap, slot: int, overlap: bool, launch_late: bool = False, chunks: int = 1
 ) -> Schedule:
     """The schedule of one pair (arXiv 2404.05019, section 3.2).
 
@@ -124,10 +123,9 @@ def build_schedule(
         tap: what the routed path reads.
         slot: number of backbone operators between the tap and the expert compute.
         overlap: whether launches and waits are apart.
-        launch_late: how many backbone operators, up to the slot, the host issues before it launches
-            the dispatch. The launch needs split sizes that the GPU computes: so it always has work
-            while the host waits for them. The exchange itself still begins when the tokens are
-            ready, if the host is there by then.
+        launch_late: whether the host issues one backbone operator before it launches the dispatch.
+            The launch needs split sizes that the GPU computes: so it always has work while the
+            host waits for them. The exchange itself still begins when the tokens are ready.
         chunks: how many parts the tokens are split into.
 
     Raises:
@@ -138,7 +136,7 @@ def build_schedule(
     first = TAP_BOUNDARY[tap]
     middle = Boundary(first + slot)
     last = Boundary.AFTER_SHARED_EXPERT
-    launch = Boundary(first + min(launch_late, slot)) if overlap else first
+    launch = Boundary(first + 1) if launch_late and overlap and slot > 0 else first
 
     actions: dict[Boundary, list[Action]] = {boundary: [] for boundary in Boundary}
 
@@ -159,8 +157,7 @@ def build_schedule(
             add(launch, [Step.LAUNCH_DISPATCH])
         add(middle, [Step.WAIT_DISPATCH, Step.EXPERTS, Step.LAUNCH_COMBINE])
         add(last, [Step.WAIT_COMBINE, Step.UNPERMUTE])
-    listed = {boundary: tuple(taken) for boundary, taken in actions.items() if taken}
-    return Schedule(first, middle, chunks, overlap, listed, launch_late)
+    return Schedule(first, middle, chunks, overlap, {b: tuple(a) for b, a in actions.items() if a})
 
 
 def idle_schedule(schedule: Schedule) -> Schedule:

@@ -18,7 +18,7 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.model.layer_spec import captures_routing, resolve_schedule
+from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Schedule, num_slots
@@ -78,7 +78,6 @@ class ScheduleTrial:
 
     Args:
         scmoe: the configuration of ScMoE.
-        config: Megatron's.
         tried: the schedules; the first is the run's own.
         measured_on: what their times depend on.
         warmup: iterations before the first is measured.
@@ -89,15 +88,13 @@ class ScheduleTrial:
     def __init__(
         self,
         scmoe: ScMoEConfig,
-        config: TransformerConfig,
         tried: Sequence[Candidate],
         measured_on: dict,
         warmup: int,
         iterations: Iterations,
         file: str | None = None,
     ):
-        self._scmoe, self._config = scmoe, config
-        self._tried, self._measured_on = tried, measured_on
+        self._scmoe, self._tried, self._measured_on = scmoe, tried, measured_on
         self._warmup, self._iterations, self._file = warmup, iterations, file
         self._paths: list[RoutedPath] = []
         self._own: list[Schedule] = []
@@ -185,8 +182,7 @@ class ScheduleTrial:
         candidate = next(each for each in self._tried if each.name == name)
         schedules = self._own
         if candidate != self._tried[0]:
-            scmoe = replace(self._scmoe, **_settings(candidate))
-            other = resolve_schedule(scmoe, captures_routing(self._config))
+            other = resolve_schedule(replace(self._scmoe, **_settings(candidate)))
             schedules = [other] * len(self._paths)
         for path, schedule in zip(self._paths, schedules, strict=True):
             path.schedule = schedule
@@ -248,7 +244,7 @@ def prepare(
         Record.read(file).check(file, measured_on)
     captures = config.cuda_graph_impl != "none"
     warmup = WARMUP + (config.cuda_graph_warmup_steps if captures else 0)
-    made = ScheduleTrial(scmoe, config, tried, measured_on, warmup, iterations, file)
+    made = ScheduleTrial(scmoe, tried, measured_on, warmup, iterations, file)
     iterations.listeners.append(made.iteration_begins)
     return made
 

@@ -4,7 +4,6 @@ from argparse import Namespace
 
 import pytest
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import InputError, ScMoEConfigError
@@ -62,8 +61,7 @@ def _times(evaluated: tuple[int, ...], durations: dict[str, list[float]], train_
     schedule_trial.print_rank_0 = found.append
     iterations = Iterations()
     tried = (OWN, OTHER, SERIAL)
-    config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=1)
-    trial = ScheduleTrial(ScMoEConfig(), config, tried, {}, 2, iterations)
+    trial = ScheduleTrial(ScMoEConfig(), tried, {}, 2, iterations)
     names = []
     trial._set = names.append
     for done in range(10, 30):

@@ -161,6 +161,7 @@ def parse_settings():
         fast = speed_choices.choose(given, words, saved)
         add_args, _ = resuming.adding_args(given, chosen | fast.values, saved)
         scmoe = scmoe_config_from_args(_parse_args(add_args))
+        os.environ |= {name: value for name, (value, _) in fast.environment.items()}
         if (fast.choices or fast.notes) and command_line.is_first_rank():
             print(speed_choices.describe(fast), flush=True)
     with _told_if_accepted():

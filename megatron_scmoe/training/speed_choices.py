@@ -30,6 +30,9 @@ from megatron_scmoe.training import optimizer_state
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 
+CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
+"""Transformer Engine's variable: the GEMMs of all experts of a rank in one kernel."""
+
 
 class Choice(NamedTuple):
     """Flags that are chosen together.
@@ -53,10 +56,12 @@ class Chosen(NamedTuple):
     Args:
         choices: those taken.
         notes: what else is to be said.
+        environment: variables to set, each with its reason.
     """
 
     choices: list[Choice]
     notes: list[str]
+    environment: dict[str, tuple[str, str]]
 
     @property
     def values(self) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def choose(
         given: names of the arguments that the command line has.
         saved: the checkpoint that is loaded.
     """
-    found = Chosen([], [])
+    found = Chosen([], [], {})
     if args.scmoe_tune == TUNE_OFF:
         return found
     now = copy.deepcopy(args)
@@ -89,6 +94,8 @@ def choose(
         _leave_out_refused(args, found)
         now = argparse.Namespace(**vars(args) | found.values)
     _choose_graphs(now, found, given, args, saved)
+    if saved is None and _has_many_small_experts(argparse.Namespace(**vars(args) | found.values)):
+        found.environment[CUTLASS] = "1", "one kernel for the GEMMs of a rank's many experts"
     if _has_one_queue(args):
         found.notes.append(
             "CUDA_DEVICE_MAX_CONNECTIONS=1 is set: no all-to-all is launched behind compute; unset it"
@@ -103,6 +110,8 @@ def describe(chosen: Chosen) -> str:
         words = " ".join(in_flags(name, value) for name, value in choice.values.items())
         lines.append(f"  {words}\n      {choice.reason}" if len(words) > 46 else
                      f"  {words:<46}  {choice.reason}")  # fmt: skip
+    for name, (value, reason) in chosen.environment.items():
+        lines.append(f"  {f'{name}={value}':<46}  {reason}")
     return "\n".join([*lines, *(f"  {note}" for note in chosen.notes)])
 
 
@@ -142,6 +151,17 @@ def _has_fast_kernels(args: argparse.Namespace) -> bool:
 
 def _groups_gemms(args: argparse.Namespace) -> bool:
     return _has_fast_kernels(args) and torch.cuda.get_device_capability()[0] >= 8
+
+
+def _has_many_small_experts(args: argparse.Namespace) -> bool:
+    """Where it was measured to pay: 32 experts a rank, on Hopper, whose kernels these are."""
+    experts = (args.num_experts or 0) // args.expert_model_parallel_size
+    is_open = CUTLASS not in os.environ
+    return is_open and args.moe_grouped_gemm and experts >= 16 and _is_hopper(args)
+
+
+def _is_hopper(args: argparse.Namespace) -> bool:
+    return _has_fast_kernels(args) and torch.cuda.get_device_capability() == (9, 0)
 
 
 def _fuses_permutation(args: argparse.Namespace) -> bool:

@@ -37,6 +37,7 @@ def _two_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.delenv(speed_choices.CUTLASS, raising=False)
 
 
 @pytest.fixture
@@ -97,6 +98,16 @@ def test_on_gpus_everything_is_chosen_that_is_accepted(gpu):
     assert "--scmoe-tune off" in block[0]
     for words in ("--moe-grouped-gemm", "--no-create-attention-mask-in-dataloader"):
         assert any(line.strip().startswith(words) for line in block)
+
+
+def test_many_small_experts_of_a_rank_share_a_kernel(gpu, monkeypatch):
+    assert choose(ON_GPU).environment == {}
+    fine = choose(f"{ON_GPU} --num-experts 64")
+    assert fine.environment[speed_choices.CUTLASS][0] == "1"
+    assert any("NVTE_USE_CUTLASS_GROUPED_GEMM=1 " in line for line in
+               speed_choices.describe(fine).splitlines())  # fmt: skip
+    monkeypatch.setenv(speed_choices.CUTLASS, "0")
+    assert choose(f"{ON_GPU} --num-experts 64").environment == {}
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ OPERATORS = (*BACKBONE_OPERATORS, *ROUTED_OPERATORS)
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 
-_LAUNCHED = {Step.LAUNCH_DISPATCH: "dispatch", Step.LAUNCH_COMBINE: "combine"}
-_WAITED = {Step.WAIT_DISPATCH: "dispatch", Step.WAIT_COMBINE: "combine"}
+LAUNCHED = {Step.LAUNCH_DISPATCH: "dispatch", Step.LAUNCH_COMBINE: "combine"}
+WAITED = {Step.WAIT_DISPATCH: "dispatch", Step.WAIT_COMBINE: "combine"}
+"""The all-to-all that a step launches, and the one that it waits for."""
 
 
 class OperatorTimesError(ScMoEError, ValueError):
@@ -96,11 +97,11 @@ def simulate(schedule: Schedule, times: OperatorTimes, backward: bool = False) -
     ready: dict[int, float] = {}
     arrived: dict[tuple[str, int], float] = {}
     intervals = []
-    for action in _issued(schedule, backward):
-        name, step, chunk = _parts(action)
+    for action in issued(schedule, backward):
+        name, step, chunk = parts(action)
         label = schedule.label(action)
-        if step in _LAUNCHED:
-            name = _LAUNCHED[step]
+        if step in LAUNCHED:
+            name = LAUNCHED[step]
             # The dispatch may be launched later than its tokens were ready (see build_schedule).
             begin = max(ready.pop(chunk, now), link_free)
             link_free = begin + durations[name] / schedule.chunks
@@ -108,8 +109,8 @@ def simulate(schedule: Schedule, times: OperatorTimes, backward: bool = False) -
             intervals.append(
                 Interval(COMMUNICATION, label.removeprefix("launch "), begin, link_free)
             )
-        elif step in _WAITED:
-            now = max(now, arrived[_WAITED[step], chunk])
+        elif step in WAITED:
+            now = max(now, arrived[WAITED[step], chunk])
         else:
             share = schedule.chunks if step is not None and step is not Step.ROUTE else 1
             end = now + durations[name] / share
@@ -128,7 +129,7 @@ def block_time(schedule: Schedule, times: OperatorTimes) -> float:
     )
 
 
-def _issued(schedule: Schedule, backward: bool) -> list[Action | str]:
+def issued(schedule: Schedule, backward: bool) -> list[Action | str]:
     """What is issued, in order; in backward mirrored, launch for wait and wait for launch."""
     sequence = schedule.sequence()
     if not backward:
@@ -151,7 +152,8 @@ _MIRROR = {
 }
 
 
-def _parts(action: Action | str) -> tuple[str, Step | None, int]:
+def parts(action: Action | str) -> tuple[str, Step | None, int]:
+    """The name of an action or operator, its step (None for the backbone's), and its chunk."""
     if isinstance(action, str):
         return action, None, 0
     return action.step.value, action.step, action.chunk

@@ -33,6 +33,7 @@ COMMANDS = {
     "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
     "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
+    "benchmarks/predict_iteration.py": ("--edge-reduction MS", "default: 0"),
     "benchmarks/results_page.py": ("--check",),
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),
     "benchmarks/train_run.py": ("--flags RUN=FLAGS", "(default: 2)"),

@@ -1,7 +1,8 @@
 """Text that a checkpoint's model writes behind prompts.
 
     scmoe generate --load checkpoints/ --prompts "Once upon a time"
-    scmoe generate --load checkpoints/ --prompt-file prompts.jsonl --temperature 0.8 --output-path out.jsonl
+    scmoe generate --load checkpoints/ --prompt-file prompts.jsonl --temperature 0.8 \
+        --output-path texts.jsonl
     torchrun --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ --prompts "Once" \
         --expert-model-parallel-size 2
 
@@ -144,9 +145,12 @@ def check_flags(args: Namespace) -> None:
 def read_prompts(args: Namespace) -> list[str]:
     """The texts of --prompts or --prompt-file.
 
-    Raises UsageError for a line that holds none.
+    Raises UsageError for one that is not to be had.
     """
     if args.prompts is not None:
+        for number, text in enumerate(args.prompts, start=1):
+            if not _is_text(text):
+                raise UsageError(f"--prompts: prompt {number} is not UTF-8; accepted is UTF-8 text")
         return args.prompts
     file = args.prompt_file
     if not file.is_file():
@@ -159,9 +163,10 @@ def read_prompts(args: Namespace) -> list[str]:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError, RecursionError):  # not UTF-8 is a ValueError too
             text = None
-        if not isinstance(text, str):
+        if not _is_text(text):
             raise UsageError(
-                f'--prompt-file {file}:{number}: accepted is a line as {{"text": "Once upon"}}'
+                f'--prompt-file {file}:{number}: accepted is a line as {{"text": "Once upon"}}, in '
+                "UTF-8"
             )
         prompts.append(text)
     if not prompts:
@@ -304,6 +309,11 @@ def describe(prompt: str, ids: list[int], text, completion, args: Namespace, tok
     return record
 
 
+def _is_text(text) -> bool:
+    """Whether it is a string that UTF-8 can hold: no halves of surrogate pairs."""
+    return isinstance(text, str) and text == text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def _output(args: Namespace) -> Iterator:
     """What lines are printed to; on the first rank the file of --output-path, whole or not at all."""
@@ -313,9 +323,11 @@ def _output(args: Namespace) -> Iterator:
         with open(os.devnull, "w") as stream:
             yield stream
     else:
-        with staged_outputs("--output-path", [args.output_path]) as (part,):
-            with open(part, "w", encoding="utf-8") as stream:
-                yield stream
+        with (
+            staged_outputs("--output-path", [args.output_path]) as (part,),
+            open(part, "w", encoding="utf-8") as stream,
+        ):
+            yield stream
 
 
 if __name__ == "__main__":

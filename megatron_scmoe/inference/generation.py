@@ -176,7 +176,7 @@ def _fill(
     is_stop: Callable[[int, list[int]], bool],
     on_token: Callable[[int, list[int]], None],
 ) -> None:
-    """Complete the rows of this rank; ``shortest`` is the shortest prompt of the round, on all ranks."""
+    """Complete the rows of this rank; ``shortest`` is the length of the round's shortest prompt."""
     with_log_probs = sampling.return_log_probs or sampling.top_n_logprobs > 0
     start, stop = 0, shortest
     while True:

@@ -1,8 +1,8 @@
 """Tokens that a checkpoint's model writes behind prompts, on all ranks together.
 
 Model, key-value cache (``StaticInferenceContext``), pipeline and sampling are Megatron's. The loop is
-not: Megatron's dynamic engine needs a GPU, and its static one has no stop words, ends at the
-tokenizer's own token alone and refuses tensor parallelism with experts.
+not: neither of Megatron's engines starts without a GPU, and the static one has no stop words, ends at
+the tokenizer's own token alone and refuses tensor parallelism with experts.
 
 The prompts of a round stand one under the other, each from the first column on. All columns that every
 prompt fills are computed at once, then one column after the other: a prompt that goes on keeps its own

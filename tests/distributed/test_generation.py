@@ -1,5 +1,7 @@
 """scmoe generate: the text is the exported model's, on every layout, and ends where it should."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -19,6 +21,7 @@ PROMPTS = ["The tap", "A", "Each block is Megatron's own", "overlap and", "two r
 TOKENS = 8
 SIZES = ["--vocab-size", str(VOCAB), "--max-position-embeddings", "48"]
 LEARNED, TAPS_INPUT = "GPT-2", "pos3, shared norm, CG-2"
+WITHOUT_TOKENIZER = "without a tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory) -> Path:
-    """Checkpoints of models with random weights, which read and write text."""
+    """Checkpoints of models with random weights."""
     folder = tmp_path_factory.mktemp("models")
     run_distributed(_save, 1, str(folder), str(tokenizer))
     return folder
@@ -47,32 +50,64 @@ def _save(folder: str, tokenizer: str) -> None:
         args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", tokenizer
         args.vocab_size, args.padded_vocab_size = VOCAB, ROWS
         checkpoints.save(args, Path(folder, variant))
+    checkpoints.save(checkpoints.arguments(TAPS_INPUT), Path(folder, WITHOUT_TOKENIZER))
 
 
-def generated(load: Path, out: Path, *flags, ranks=1, prompts=PROMPTS) -> list[dict]:
-    """The JSON lines of a run."""
+def write(load: Path, out: Path, *flags, prompts=PROMPTS) -> list[dict]:
+    """The JSON lines of a run; on every rank of a group that is there."""
     words = ["--load", load, "--prompts", *prompts, "--num-tokens-to-generate", TOKENS]
-    words += ["--output-path", out, "--force", *flags]
-    run_distributed(run_tool, ranks, "generate", *map(str, words))
-    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    run_tool("generate", *words, "--output-path", out, *flags)
+    torch.distributed.barrier()
+    assert {file.suffix for file in out.parent.iterdir()} == {".jsonl"}
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+SEEDED = ("--temperature", 0.9, "--seed", 3)
+
+
 @pytest.fixture(scope="module")
-def greedy(models, tmp_path_factory) -> list[dict]:
-    """On one rank, three prompts of unequal length at once."""
-    out = tmp_path_factory.mktemp("greedy") / "texts.jsonl"
-    flags = ["--micro-batch", 3, "--return-log-probs", "--top-n-logprobs", 2]
-    return generated(models / TAPS_INPUT, out, *flags)
+def alone(models, tmp_path_factory) -> dict:
+    """What one rank writes, by the name of the run; under "shown" what a terminal shows."""
+    (texts,) = run_distributed(_alone, 1, models, tmp_path_factory.mktemp("alone"))
+    return texts
+
+
+def _alone(models: Path, out: Path) -> dict:
+    load = models / TAPS_INPUT
+    log_probs = ["--return-log-probs", "--top-n-logprobs", 2]
+    likeliest = ["--top-n-logprobs", VOCAB]
+    runs = {
+        TAPS_INPUT: ["--micro-batch", 3, *log_probs],
+        "seed 3": [*SEEDED, "--micro-batch", 1],
+        "seed 4": ["--temperature", 0.9, "--seed", 4],
+        "top_k": ["--top_k", 3, *likeliest],
+        "top_p": ["--top_p", 0.3, *likeliest],
+        "all tokens": ["--temperature", 1.5, *likeliest],
+    }
+    texts = {name: write(load, out / f"{name}.jsonl", *flags) for name, flags in runs.items()}
+    texts[LEARNED] = write(models / LEARNED, out / "learned.jsonl", "--return-log-probs")
+    word = texts[TAPS_INPUT][2]["generated_text"][3:5]
+    texts["stop words"] = write(load, out / "stop.jsonl", "--stop-words", "nowhere", word)
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        words = ("--prompts", PROMPTS[2], "--num-tokens-to-generate", TOKENS)
+        run_tool("generate", "--load", load, *words)
+    texts["shown"] = stream.getvalue()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def greedy(alone) -> list[dict]:
+    """Three prompts of unequal length at once."""
+    return alone[TAPS_INPUT]
 
 
 @pytest.mark.parametrize("variant", [TAPS_INPUT, LEARNED])
-def test_greedy_text_and_its_log_probs_are_those_of_the_exported_model(models, tmp_path, variant):
+def test_greedy_text_and_its_log_probs_are_those_of_the_exported_model(
+    models, alone, tmp_path, variant
+):
     from transformers import AutoModelForCausalLM
 
-    (tmp_path / "texts").mkdir()
-    flags = ["--micro-batch", 5, "--return-log-probs"]
-    lines = generated(models / variant, tmp_path / "texts" / "texts.jsonl", *flags)
+    lines = alone[variant]
     folder = tmp_path / "exported"
     run_tool("convert", "megatron-to-hf", "--load", models / variant, "--output", folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -142,73 +177,61 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_write_the_same(models, greedy, tmp_path, layout):
+def test_layouts_write_the_same(models, alone, greedy, tmp_path, layout):
     """One text ends at once, on one of the ranks: the other needs its experts all the same."""
     end = greedy[1]["generated_tokens"][0]
-    flags = ["--micro-batch", 2, "--termination-id", end]
-    lines = generated(models / TAPS_INPUT, tmp_path / "a.jsonl", *flags, *LAYOUTS[layout], ranks=2)
-    assert lines[1]["finish_reason"] == "stop"
-    for line, expected in zip(lines, greedy, strict=True):
-        assert line["generated_tokens"] == cut(expected["generated_tokens"], end)
+    results = run_distributed(_on_two, 2, models / TAPS_INPUT, tmp_path, end, LAYOUTS[layout])
+    for ended, sampled in results:
+        assert ended[1]["finish_reason"] == "stop"
+        for line, expected in zip(ended, greedy, strict=True):
+            assert line["generated_tokens"] == cut(expected["generated_tokens"], end)
+        assert sampled == alone["seed 3"]
+
+
+def _on_two(load: Path, out: Path, end: int, layout):
+    flags = ["--micro-batch", 2, *layout]
+    return (
+        write(load, out / "ended.jsonl", "--termination-id", end, *flags),
+        write(load, out / "sampled.jsonl", *SEEDED, *flags),
+    )
 
 
 def cut(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-def test_a_seed_gives_the_same_text_whatever_the_layout_and_the_batch(models, tmp_path):
-    def sampled(seed, *flags, **options):
-        flags = ["--temperature", 0.9, "--seed", seed, *flags]
-        lines = generated(models / TAPS_INPUT, tmp_path / "a.jsonl", *flags, **options)
-        return [line["generated_tokens"] for line in lines]
-
-    alone = sampled(3, "--micro-batch", 1)
-    assert sampled(3, "--micro-batch", 2, *LAYOUTS["EP2"], ranks=2) == alone
-    assert sampled(4) != alone
+def test_another_seed_gives_another_text(alone):
+    assert alone["seed 3"] != alone["seed 4"]
 
 
-def test_sampling_is_restricted_to_the_likeliest(models, tmp_path):
+def test_sampling_is_restricted_to_the_likeliest(alone):
     """Of --top_k by number, of --top_p by probability; without either others are drawn."""
 
-    def drawn(*flags):
-        flags = [*flags, "--top-n-logprobs", VOCAB]
-        lines = generated(models / TAPS_INPUT, tmp_path / "a.jsonl", *flags, prompts=PROMPTS * 2)
-        for line in lines:
+    def drawn(run):
+        for line in alone[run]:
             for token, best in zip(line["generated_tokens"], line["generated_top_n_logprobs"]):
                 rank = [entry["id"] for entry in best].index(token)
                 yield rank, sum(np.exp(entry["log_prob"]) for entry in best[:rank])
 
-    ranks = {rank for rank, _ in drawn("--top_k", 3)}
-    assert ranks == {0, 1, 2}
-    assert max(before for _, before in drawn("--top_p", 0.3)) <= 0.3 + 1e-5
-    free = list(drawn("--temperature", 1.5))
+    assert {rank for rank, _ in drawn("top_k")} == {0, 1, 2}
+    assert max(before for _, before in drawn("top_p")) <= 0.3 + 1e-5
+    assert max(rank for rank, _ in drawn("top_p")) > 0
+    free = list(drawn("all tokens"))
     assert max(rank for rank, _ in free) > 3 and max(before for _, before in free) > 0.3
 
 
-def test_a_text_ends_before_a_stop_word(models, greedy, tmp_path):
+def test_a_text_ends_before_a_stop_word(alone, greedy):
     text = greedy[2]["generated_text"]
     word = text[3:5]
-    lines = generated(models / TAPS_INPUT, tmp_path / "a.jsonl", "--stop-words", "nowhere", word)
-    for line, expected in zip(lines, greedy, strict=True):
-        found = word in expected["generated_text"]
+    for line, expected in zip(alone["stop words"], greedy, strict=True):
         assert line["generated_text"] == expected["generated_text"].partition(word)[0]
+        found = word in expected["generated_text"]
         assert line["finish_reason"] == ("stop" if found else "length")
-    assert lines[2]["generated_text"] == text[: text.index(word)]
+    assert alone["stop words"][2]["generated_text"] == text[: text.index(word)]
 
 
-def test_one_prompt_is_shown_with_its_text(models, greedy):
-    (shown,) = run_distributed(_shown, 1, str(models / TAPS_INPUT))
-    assert shown == PROMPTS[2] + greedy[2]["generated_text"] + "\n"
-
-
-def _shown(load: str) -> str:
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()) as stream:
-        words = ("--prompts", PROMPTS[2], "--num-tokens-to-generate", str(TOKENS))
-        run_tool("generate", "--load", load, *words)
-    return stream.getvalue()
+def test_one_prompt_is_shown_with_its_text(alone, greedy):
+    assert alone["shown"] == PROMPTS[2] + greedy[2]["generated_text"] + "\n"
 
 
 def refusal(*flags) -> str:
@@ -251,9 +274,8 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         assert told in refusal(*flags), flags
 
 
-def test_without_a_tokenizer_there_is_no_text(tmp_path):
-    run_distributed(checkpoints.save_all, 1, str(tmp_path), "1 rank", [TAPS_INPUT])
-    told = refusal("--load", tmp_path / TAPS_INPUT, "--prompts", "a")
+def test_without_a_tokenizer_there_is_no_text(models):
+    told = refusal("--load", models / WITHOUT_TOKENIZER, "--prompts", "a")
     assert told.startswith(
         "--prompts: the checkpoint's tokenizer is NullTokenizer, which reads ids"
     )

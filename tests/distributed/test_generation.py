@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_scmoe.errors import ScMoEError
-from tests import checkpoints
+from megatron_scmoe.inference import generation
+from megatron_scmoe.training import load_model
+from tests import checkpoints, longcat
 from tests.harness import run_distributed
 from tests.tools import REPOSITORY, run_tool
 
@@ -280,3 +283,24 @@ def test_without_a_tokenizer_there_is_no_text(models):
         "--prompts: the checkpoint's tokenizer is NullTokenizer, which reads ids"
     )
     assert told.endswith("accepted: --tokenizer-model MODEL")
+
+
+def test_longcat_flash_writes_what_transformers_own_model_writes(tmp_path):
+    """Latent attention has a cache of its own kind; on two tensor-parallel ranks."""
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7]]
+    model = longcat.build("zero experts", tmp_path / "hf")
+    longcat.import_folder(tmp_path / "hf", tmp_path / "megatron")
+    for found in run_distributed(_longcat, 2, str(tmp_path / "megatron"), prompts):
+        for prompt, tokens in zip(prompts, found, strict=True):
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+            )
+            assert prompt + tokens == expected[0].tolist()
+
+
+def _longcat(load: str, prompts: list[list[int]]) -> list[list[int]]:
+    checkpoint = load_model.Checkpoint(load)
+    model = load_model.build_model(checkpoint, load_model.Layout(tensor=2))
+    sampling = SamplingParams(num_tokens_to_generate=TOKENS, top_k=1)
+    completions = generation.generate(model, prompts, sampling, longcat.models.VOCAB, micro_batch=3)
+    return [completion.tokens for completion in completions]

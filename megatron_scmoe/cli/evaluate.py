@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scmoe.cli import program
-from megatron_scmoe.cli.process import quiet_imports
+from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
@@ -212,24 +212,6 @@ def read_sequences(args: Namespace, tokenize, length: int):
 
 def data_flag(args: Namespace) -> str:
     return f"--text {args.text}" if args.text else f"--tokens {args.tokens}"
-
-
-def initialise_ranks() -> bool:
-    """Make the process group, torchrun's or one of this process alone; False if there is one."""
-    import torch
-
-    from megatron_scmoe.platform import cpu_backend
-
-    if torch.distributed.is_initialized():
-        return False
-    backend = "gloo" if cpu_backend.is_enabled() else "nccl"
-    if "WORLD_SIZE" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(backend)
-    else:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is documented
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    return True
 
 
 def describe(report) -> str:

@@ -1,6 +1,7 @@
 """What commands set up in their process before they work."""
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -13,6 +14,24 @@ def quiet_imports() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     cpu_backend.enable_if_no_gpu()  # before anything of Megatron is imported
+
+
+def initialise_ranks() -> bool:
+    """Make the process group, torchrun's or one of this process alone; False if there is one."""
+    import torch
+
+    from megatron_scmoe.platform import cpu_backend
+
+    if torch.distributed.is_initialized():
+        return False
+    backend = "gloo" if cpu_backend.is_enabled() else "nccl"
+    if "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend)
+    else:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is documented
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    return True
 
 
 def leave_nothing_at_signals() -> None:

@@ -71,6 +71,7 @@ class Command:
 COMMANDS = {
     "train": Command("train a GPT with ScMoE layers, by Megatron's own loop", run_command),
     "evaluate": Command("loss, perplexity and logits of a checkpoint", run_tool),
+    "generate": Command("text that a checkpoint's model writes behind prompts", run_tool),
     "convert": Command("checkpoints to Hugging Face and back; upcycle; inspect"),
     "train-tokenizer": Command("train a SentencePiece tokenizer for Megatron"),
     "preprocess-data": Command("tokenize text into a dataset for Megatron"),

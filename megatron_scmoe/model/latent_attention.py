@@ -90,12 +90,13 @@ class LatentSelfAttention(MLASelfAttention):
 
         Returns:
             The queries' latent (or ``hidden_states``), and latent with rotary key,
-            [s / TP, b, kv_lora_rank + qk_pos_emb_head_dim].
+            [s / TP, b, kv_lora_rank + qk_pos_emb_head_dim] (s without sequence parallel).
         """
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
         if kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
-            whole = gather_from_tensor_model_parallel_region(kv_combined)
-            kv_combined = scatter_to_sequence_parallel_region(whole)
+            kv_combined = gather_from_tensor_model_parallel_region(kv_combined)
+            if self.config.sequence_parallel:  # generation has it switched off
+                kv_combined = scatter_to_sequence_parallel_region(kv_combined)
         return q_compressed, kv_combined
 
 

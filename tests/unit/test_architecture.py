@@ -20,7 +20,7 @@ FLOORS = (
     ("analysis",),
     ("checkpoints",),
     ("training",),
-    ("evaluation",),
+    ("evaluation", "inference"),
     ("cli", "spec", "run"),
 )
 """From the ground up: a room imports from itself and from the floors below."""

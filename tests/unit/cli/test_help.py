@@ -26,6 +26,7 @@ COMMANDS = {
     "tools/convert.py upcycle": ("--topk K", "(default: copy)"),
     "tools/demo.py": ("--output FOLDER",),
     "tools/evaluate.py": ("--micro-batch N", "(default: 1)"),
+    "tools/generate.py": ("--top_k K", "(default: 30)"),
     "tools/plot_schedule.py": ("--times",),
     "tools/prepare_demo_data.py": ("--output",),
     "tools/preprocess_data.py": ("--tokenizer-model",),

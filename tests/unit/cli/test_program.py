@@ -39,9 +39,9 @@ def said(monkeypatch, capsys):
     [
         (["convrt"], "convrt: there is no such command; the nearest is convert; accepted: train, "),
         (["preprocess_data"], "preprocess_data: there is no such command; the nearest is preproc"),
-        (["nothing"], "nothing: there is no such command; accepted: train, evaluate, convert, "),
-        (["--load", "x"], "--load: flags stand behind a command; accepted: train, evaluate, conv"),
-        ([], "no command is named; accepted: train, evaluate, convert, "),
+        (["nothing"], "nothing: there is no such command; accepted: train, evaluate, generate, "),
+        (["--load", "x"], "--load: flags stand behind a command; accepted: train, evaluate, gene"),
+        ([], "no command is named; accepted: train, evaluate, generate, "),
     ],
 )
 def test_what_is_no_command_is_refused(words, told, said):

@@ -1,0 +1,306 @@
+"""scmoe generate: the text is the exported model's, on every layout, and ends where it should."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.inference.sampling_params import SamplingParams
+
+from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.inference import generation
+from megatron_scmoe.training import load_model
+from tests import checkpoints, longcat
+from tests.harness import run_distributed
+from tests.tools import REPOSITORY, run_tool
+
+VOCAB, ROWS = 360, 384
+"""Tokens of the tokenizer, and rows of the embedding, as Megatron pads them."""
+
+PROMPTS = ["The tap", "A", "Each block is Megatron's own", "overlap and", "two rails"]
+TOKENS = 8
+SIZES = ["--vocab-size", str(VOCAB), "--max-position-embeddings", "48"]
+LEARNED, TAPS_INPUT = "GPT-2", "pos3, shared norm, CG-2"
+WITHOUT_TOKENIZER = "without a tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    run_tool(
+        "train_tokenizer",
+        *("--input", REPOSITORY / "docs" / "architecture.md", "--vocab-size", VOCAB),
+        *("--output-prefix", folder / "small"),
+    )
+    return folder / "small.model"
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory) -> Path:
+    """Checkpoints of models with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    run_distributed(_save, 1, str(folder), str(tokenizer))
+    return folder
+
+
+def _save(folder: str, tokenizer: str) -> None:
+    checkpoints.models.init_parallel()
+    for variant in (TAPS_INPUT, LEARNED):
+        args = checkpoints.arguments(variant, *SIZES)
+        args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", tokenizer
+        args.vocab_size, args.padded_vocab_size = VOCAB, ROWS
+        checkpoints.save(args, Path(folder, variant))
+    checkpoints.save(checkpoints.arguments(TAPS_INPUT), Path(folder, WITHOUT_TOKENIZER))
+
+
+def write(load: Path, out: Path, *flags, prompts=PROMPTS) -> list[dict]:
+    """The JSON lines of a run; on every rank of a group that is there."""
+    words = ["--load", load, "--prompts", *prompts, "--num-tokens-to-generate", TOKENS]
+    run_tool("generate", *words, "--output-path", out, *flags)
+    torch.distributed.barrier()
+    assert {file.suffix for file in out.parent.iterdir()} == {".jsonl"}
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+SEEDED = ("--temperature", 0.9, "--seed", 3)
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory) -> dict:
+    """What one rank writes, by the name of the run; under "shown" what a terminal shows."""
+    (texts,) = run_distributed(_alone, 1, models, tmp_path_factory.mktemp("alone"))
+    return texts
+
+
+def _alone(models: Path, out: Path) -> dict:
+    load = models / TAPS_INPUT
+    log_probs = ["--return-log-probs", "--top-n-logprobs", 2]
+    likeliest = ["--top-n-logprobs", VOCAB]
+    runs = {
+        TAPS_INPUT: ["--micro-batch", 3, *log_probs],
+        "seed 3": [*SEEDED, "--micro-batch", 1],
+        "seed 4": ["--temperature", 0.9, "--seed", 4],
+        "top_k": ["--top_k", 3, *likeliest],
+        "top_p": ["--top_p", 0.3, *likeliest],
+        "all tokens": ["--temperature", 1.5, *likeliest],
+    }
+    texts = {name: write(load, out / f"{name}.jsonl", *flags) for name, flags in runs.items()}
+    texts[LEARNED] = write(models / LEARNED, out / "learned.jsonl", "--return-log-probs")
+    word = texts[TAPS_INPUT][2]["generated_text"][3:5]
+    texts["stop words"] = write(load, out / "stop.jsonl", "--stop-words", "nowhere", word)
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        words = ("--prompts", PROMPTS[2], "--num-tokens-to-generate", TOKENS)
+        run_tool("generate", "--load", load, *words)
+    texts["shown"] = stream.getvalue()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def greedy(alone) -> list[dict]:
+    """Three prompts of unequal length at once."""
+    return alone[TAPS_INPUT]
+
+
+@pytest.mark.parametrize("variant", [TAPS_INPUT, LEARNED])
+def test_greedy_text_and_its_log_probs_are_those_of_the_exported_model(
+    models, alone, tmp_path, variant
+):
+    from transformers import AutoModelForCausalLM
+
+    lines = alone[variant]
+    folder = tmp_path / "exported"
+    run_tool("convert", "megatron-to-hf", "--load", models / variant, "--output", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert len({len(line["prompt_tokens"]) for line in lines}) >= 3
+    for line in lines:
+        prompt = torch.tensor([line["prompt_tokens"]])
+        expected = model.generate(
+            prompt, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert line["prompt_tokens"] + line["generated_tokens"] == expected[0].tolist()
+        with torch.no_grad():
+            log_probs = model(expected).logits[0, :-1].log_softmax(-1)
+        np.testing.assert_allclose(
+            line["prompt_log_probs"] + line["generated_log_probs"],
+            log_probs.gather(-1, expected[0, 1:, None]).flatten(),
+            atol=2e-5,
+        )
+
+
+def test_log_probs_are_those_of_evaluation(models, greedy, tmp_path):
+    line = max(greedy, key=lambda line: len(line["prompt_tokens"]))
+    ids = np.array([line["prompt_tokens"] + line["generated_tokens"]])
+    np.save(tmp_path / "ids.npy", ids)
+    logits = tmp_path / "logits.npy"
+    words = [
+        "--load",
+        models / TAPS_INPUT,
+        "--tokens",
+        tmp_path / "ids.npy",
+        "--logits-out",
+        logits,
+    ]
+    run_distributed(run_tool, 1, "evaluate", *map(str, words))
+    log_probs = torch.from_numpy(np.load(logits))[0, :-1].log_softmax(-1)
+    np.testing.assert_allclose(
+        line["prompt_log_probs"] + line["generated_log_probs"],
+        log_probs.gather(-1, torch.from_numpy(ids)[0, 1:, None]).flatten(),
+        atol=1e-5,
+    )
+
+
+def test_the_likeliest_tokens_begin_with_the_one_that_greedy_takes(greedy):
+    for line in greedy:
+        for token, log_prob, best in zip(
+            line["generated_tokens"],
+            line["generated_log_probs"],
+            line["generated_top_n_logprobs"],
+            strict=True,
+        ):
+            assert len(best) == 2
+            assert (best[0]["id"], best[0]["log_prob"]) == (token, log_prob)
+            assert best[1]["log_prob"] <= log_prob
+
+
+def test_lines_have_the_order_of_the_prompts(greedy):
+    assert [line["prompt"] for line in greedy] == PROMPTS
+    assert {line["finish_reason"] for line in greedy} == {"length"}
+    assert {len(line["generated_tokens"]) for line in greedy} == {TOKENS}
+
+
+LAYOUTS = {
+    "EP2": ("--expert-model-parallel-size", 2),
+    "TP2": ("--tensor-model-parallel-size", 2),
+    "PP2": ("--pipeline-model-parallel-size", 2),
+    "DP2": (),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_write_the_same(models, alone, greedy, tmp_path, layout):
+    """One text ends at once, on one of the ranks: the other needs its experts all the same."""
+    end = greedy[1]["generated_tokens"][0]
+    results = run_distributed(_on_two, 2, models / TAPS_INPUT, tmp_path, end, LAYOUTS[layout])
+    for ended, sampled in results:
+        assert ended[1]["finish_reason"] == "stop"
+        for line, expected in zip(ended, greedy, strict=True):
+            assert line["generated_tokens"] == cut(expected["generated_tokens"], end)
+        assert sampled == alone["seed 3"]
+
+
+def _on_two(load: Path, out: Path, end: int, layout):
+    flags = ["--micro-batch", 2, *layout]
+    return (
+        write(load, out / "ended.jsonl", "--termination-id", end, *flags),
+        write(load, out / "sampled.jsonl", *SEEDED, *flags),
+    )
+
+
+def cut(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def test_another_seed_gives_another_text(alone):
+    assert alone["seed 3"] != alone["seed 4"]
+
+
+def test_sampling_is_restricted_to_the_likeliest(alone):
+    """Of --top_k by number, of --top_p by probability; without either others are drawn."""
+
+    def drawn(run):
+        for line in alone[run]:
+            for token, best in zip(line["generated_tokens"], line["generated_top_n_logprobs"]):
+                rank = [entry["id"] for entry in best].index(token)
+                yield rank, sum(np.exp(entry["log_prob"]) for entry in best[:rank])
+
+    assert {rank for rank, _ in drawn("top_k")} == {0, 1, 2}
+    assert max(before for _, before in drawn("top_p")) <= 0.3 + 1e-5
+    assert max(rank for rank, _ in drawn("top_p")) > 0
+    free = list(drawn("all tokens"))
+    assert max(rank for rank, _ in free) > 3 and max(before for _, before in free) > 0.3
+
+
+def test_a_text_ends_before_a_stop_word(alone, greedy):
+    text = greedy[2]["generated_text"]
+    word = text[3:5]
+    for line, expected in zip(alone["stop words"], greedy, strict=True):
+        assert line["generated_text"] == expected["generated_text"].partition(word)[0]
+        found = word in expected["generated_text"]
+        assert line["finish_reason"] == ("stop" if found else "length")
+    assert alone["stop words"][2]["generated_text"] == text[: text.index(word)]
+
+
+def test_one_prompt_is_shown_with_its_text(alone, greedy):
+    assert alone["shown"] == PROMPTS[2] + greedy[2]["generated_text"] + "\n"
+
+
+def refusal(*flags) -> str:
+    with pytest.raises(ScMoEError) as refused:
+        run_tool("generate", *flags)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_refusals_before_the_model_is_loaded(models, tmp_path):
+    load = ("--load", models / TAPS_INPUT)
+    some = (*load, "--prompts", "a")
+    for name, content in (("bad", b'{"text": "a"}\n{"txt": 1}\n'), ("none", b"\n")):
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
+    many = "two rails " * 9
+    for flags, told in (
+        ((*load, "--prompt-file", bad), f"--prompt-file {bad}:2: accepted is a line as"),
+        ((*load, "--prompt-file", none), "there is no prompt in it"),
+        ((*load, "--prompt-file", "absent.jsonl"), "--prompt-file absent.jsonl: there is no such"),
+        ((*load, "--prompts", "a", ""), "--prompts: prompt 2 is empty; accepted is a token"),
+        ((*load, "--prompts", "a", "\udc80"), "--prompts: prompt 2 is not UTF-8"),
+        ((*some, "--temperature", 0), "--temperature 0.0: accepted is more than 0; --top_k 1"),
+        ((*some, "--top_p", 2), "--top_p 2.0: accepted is 0 to 1"),
+        ((*some, "--top_p", 0.5, "--top_k", 2), "--top_k 2 with --top_p 0.5: accepted is one"),
+        ((*some, "--top_k", VOCAB + 1), f"--top_k {VOCAB + 1}: the model has {VOCAB} tokens"),
+        ((*some, "--termination-id", VOCAB), f"accepted are ids from 0 to {VOCAB - 1}, or -1"),
+        ((*some, "--stop-words", ""), "accepted are words of one character or more"),
+        ((*some, "--output-path", bad), f"--output-path: {bad} exists; give another"),
+        ((*some, "--output-path", tmp_path / "a" / "b.jsonl"), f"cannot write in {tmp_path}/a;"),
+        ((*some, "--num-tokens-to-generate", 0), "--num-tokens-to-generate 0: accepted is 1"),
+        (
+            (*some, "--num-tokens-to-generate", 60),
+            "with --num-tokens-to-generate 60 that is more than the model's "
+            "--max-position-embeddings 48; accepted: --num-tokens-to-generate 4",
+        ),
+        ((*load, "--prompts", many), "accepted: prompts of 47 tokens or less"),
+        ((*some, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+    ):
+        assert told in refusal(*flags), flags
+
+
+def test_without_a_tokenizer_there_is_no_text(models):
+    told = refusal("--load", models / WITHOUT_TOKENIZER, "--prompts", "a")
+    assert told.startswith(
+        "--prompts: the checkpoint's tokenizer is NullTokenizer, which reads ids"
+    )
+    assert told.endswith("accepted: --tokenizer-model MODEL")
+
+
+def test_longcat_flash_writes_what_transformers_own_model_writes(tmp_path):
+    """Latent attention has a cache of its own kind; on two tensor-parallel ranks."""
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7]]
+    model = longcat.build("zero experts", tmp_path / "hf")
+    longcat.import_folder(tmp_path / "hf", tmp_path / "megatron")
+    for found in run_distributed(_longcat, 2, str(tmp_path / "megatron"), prompts):
+        for prompt, tokens in zip(prompts, found, strict=True):
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+            )
+            assert prompt + tokens == expected[0].tolist()
+
+
+def _longcat(load: str, prompts: list[list[int]]) -> list[list[int]]:
+    checkpoint = load_model.Checkpoint(load)
+    model = load_model.build_model(checkpoint, load_model.Layout(tensor=2))
+    sampling = SamplingParams(num_tokens_to_generate=TOKENS, top_k=1)
+    completions = generation.generate(model, prompts, sampling, longcat.models.VOCAB, micro_batch=3)
+    return [completion.tokens for completion in completions]

@@ -1,0 +1,50 @@
+"""What a terminal is shown of a text that is being written."""
+
+from megatron_scmoe.inference.text import Continuation
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes."""
+
+    def detokenize(self, ids) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def shown(text: str, *stop_words: str, prompt: str = "ab") -> list[str]:
+    """What is shown after each token, and at the end."""
+    continuation = Continuation(Bytes(), list(prompt.encode()), stop_words)
+    ids = list(text.encode())
+    parts = [continuation.new_text(ids[:count]) for count in range(1, len(ids) + 1)]
+    return [*parts, continuation.new_text(ids, is_last=True)]
+
+
+def test_a_text_is_shown_as_it_comes():
+    assert shown("cde") == ["c", "d", "e", ""]
+
+
+def test_half_a_character_waits_for_the_other_half():
+    assert shown("\N{LATIN SMALL LETTER E WITH ACUTE}x") == [
+        "",
+        "\N{LATIN SMALL LETTER E WITH ACUTE}",
+        "x",
+        "",
+    ]
+
+
+def test_what_may_become_a_stop_word_waits_and_a_stop_word_is_never_shown():
+    assert shown("x<y<end>", "<end>") == ["x", "", "<y", "", "", "", "", "", ""]
+    assert "".join(shown("x<yz<en<end>", "<end>")) == "x<yz<en"
+
+
+def test_what_waited_is_shown_at_the_end():
+    assert shown("x<e", "<end>") == ["x", "", "", "<e"]
+
+
+def test_a_stop_word_in_the_prompt_is_none():
+    assert "".join(shown("xy", "ab")) == "xy"
+
+
+def test_the_text_ends_before_the_first_of_several_stop_words():
+    continuation = Continuation(Bytes(), b"p", ["dd", "c"])
+    assert continuation.text(b"abcdd") == "ab"
+    assert continuation.stops(b"abc") and not continuation.stops(b"abd")

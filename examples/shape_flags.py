@@ -27,7 +27,9 @@ def main() -> None:
         default="scmoe",
         help="top2 has no shared expert and twice the routed ones a token (default: scmoe)",
     )
-    parser.add_argument("--experts", type=int, help="routed experts of a block (default: the shape's)")
+    parser.add_argument(
+        "--experts", type=int, help="routed experts of a block (default: the shape's)"
+    )
     options = parser.parse_args()
     print("\n".join(flags(options.shape, options.system, options.experts)))
 

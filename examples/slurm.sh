@@ -3,7 +3,7 @@
 # Train on all nodes of a Slurm job: srun of one torchrun a node, plain or in a container, a log for each
 # rank, and what to do at the signal before the time limit. launch.sh has set what is used here.
 
-# run_under_slurm: train on all nodes of this job.
+# run_under_slurm NODES: train on all nodes of this job; without one --dry-run is for NODES.
 run_under_slurm() {
     local nodes hosts first_node launcher=()
     : "${GPUS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${MASTER_PORT:=29500}"
@@ -12,7 +12,7 @@ run_under_slurm() {
         hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
         first_node=${hosts%%$'\n'*}
     elif [[ -n $DRY_RUN ]]; then
-        nodes=${DRY_RUN_NODES:?}
+        nodes=$1
         first_node=FIRST_NODE
         echo "$PROGRAM: no Slurm job here: the command is for $nodes nodes, FIRST_NODE is the first" >&2
     else
@@ -30,7 +30,9 @@ run_under_slurm() {
 
 # set_launcher NODES ADDRESS: set the words of run_under_slurm's `launcher`, all before the script.
 set_launcher() {
-    local extra=()
+    # The nodes' folders of logs have their numbers, which only the nodes know.
+    # shellcheck disable=SC2016
+    local extra=() torchrun='exec torchrun --log-dir "$0/node${SLURM_NODEID:-0}" "$@"'
     [[ -z ${SRUN_FLAGS:-} ]] || read -r -a extra <<<"$SRUN_FLAGS"
     launcher=(
         srun --nodes="$1" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${extra[@]}"
@@ -56,9 +58,7 @@ set_launcher() {
         # Slurm signals every process of the step. torchrun has to live on until its ranks have saved.
         # It stands behind the container's runtime, which would set the signals anew.
         env --ignore-signal=USR1 "${ENVIRONMENT[@]}"
-        # The nodes' folders of logs have their numbers, which only the nodes know.
-        # shellcheck disable=SC2016
-        bash -c 'exec torchrun --log-dir "$0/node${SLURM_NODEID:-0}" "$@"' "$LOG_DIR"
+        bash -c "$torchrun" "$LOG_DIR"
         --redirects 3
         --tee 3
         --nnodes "$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine: munged, slurmctld and two slurmd, without systemd, in one folder.
+# A real Slurm on this machine: munged, slurmctld and three slurmd, without systemd, in one folder.
 #
 #   tests/slurm/cluster.sh FOLDER COMMAND ...    # start it, run COMMAND against it, stop it
 #
@@ -11,7 +11,7 @@
 # Nothing outside FOLDER is changed, but for a lock and a socket that munge keeps in it, too.
 set -euo pipefail
 
-NODES=2
+NODES=3
 PORT=${SLURM_TEST_PORT:-16817}  # of the controller; the nodes have the next ones
 
 fail() {
@@ -22,8 +22,7 @@ fail() {
 (($# >= 2)) || fail "$# words given; accepted: FOLDER COMMAND ..."
 ((EUID == 0)) || fail "not root; accepted: root, whom the daemons of Slurm ask for"
 for program in munged mungekey slurmctld slurmd sbatch; do
-    command -v "$program" >/dev/null || fail "no $program; accepted: the packages slurmctld, slurmd," \
-        "slurm-client and munge"
+    command -v "$program" >/dev/null || fail "no $program; accepted: apt-get install slurmctld slurmd slurm-client munge"
 done
 
 mkdir -p "$1/state" "$1/log" "$1/spool"

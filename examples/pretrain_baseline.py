@@ -1,4 +1,4 @@
-"""Pretrain Megatron's own model by Megatron's loop, with the data of ScMoE's runs: BASELINE of a recipe.
+"""Pretrain Megatron's own model by Megatron's loop, with ScMoE's data: BASELINE of a recipe.
 
 It takes Megatron's flags and none of ScMoE's. A recipe's train.sh starts it; by hand, under torchrun:
 

@@ -86,7 +86,7 @@ run_step() {
     trap - USR1 TERM
     if ((status != 0)); then
         echo "$PROGRAM: error: the step ended with status $status; a log for each rank: $LOG_DIR" >&2
-        show_errors >&2
+        show_errors >&2 || true
         exit "$status"
     fi
     if [[ -z $SIGNALLED ]]; then

@@ -1,7 +1,7 @@
 """Jobs of examples/cpu/train.sbatch on a real Slurm, which `make test-slurm` starts on this machine.
 
-Three nodes, of which a job takes two, with a rank on each. All nodes are this machine, so the ranks meet
-at its own address (MASTER_ADDR) instead of at the first node's name.
+Three nodes, of which a job takes two, with a rank on each. All nodes are this machine, so the ranks
+meet at its own address (MASTER_ADDR) instead of at the first node's name.
 """
 
 import os
@@ -105,7 +105,6 @@ def test_a_job_that_is_stopped_before_its_time_limit_and_loses_a_node_gives_the_
     wait(job, lambda: job.starts() == 3)
     nodes = re.findall(r" NodeList=(\S+)", slurm("scontrol", "show", "job", job.number))
     until_completed(job)
-    slurm("scontrol", "update", "NodeName=node1", "State=RESUME")
     whole = Job(tmp_path / "whole")
     until_completed(whole)
 

@@ -39,7 +39,8 @@ set_launcher() {
     )
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         require CONTAINER_MOUNTS "what the container sees of the file system, such as /lustre:/lustre"
-        case ${CONTAINER_RUNTIME:=pyxis} in
+        : "${CONTAINER_RUNTIME:=pyxis}"
+        case $CONTAINER_RUNTIME in
             pyxis)
                 launcher+=(
                     --container-image="$CONTAINER_IMAGE"
@@ -72,12 +73,12 @@ set_launcher() {
 # run_step WORD ...: run srun. At USR1 or TERM the ranks are told to save and to stop, and with REQUEUE=1
 # the job is queued again. A failure is said in a last line for each rank that had an error.
 run_step() {
-    local step status=0
+    local step status
     SIGNALLED=
+    trap 'forward USR1 "$!"' USR1  # $! is srun, the only process in the background
+    trap 'forward TERM "$!"' TERM
     "$@" &
     step=$!
-    trap 'forward USR1 "$step"' USR1
-    trap 'forward TERM "$step"' TERM
     while true; do  # a signal ends `wait`, not the step
         status=0
         wait "$step" || status=$?

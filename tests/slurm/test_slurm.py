@@ -22,6 +22,7 @@ SMALL = (
 ITERATIONS = 700
 """Long enough for Slurm, which looks at time limits twice a minute."""
 END_S = 400
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
 
 def slurm(*words: str, **variables: str) -> str:
@@ -80,9 +81,11 @@ class Job:
 def wait(job: Job, condition) -> None:
     """Until the condition holds. Fails if the job ends before, or after ``END_S``."""
     end = time.monotonic() + END_S
-    while not condition():
-        ended = job.state() in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-        assert not ended and time.monotonic() < end, job.state() + job.text()[-3000:]
+    while True:
+        state = job.state()  # before the condition, which the job's end may fulfil
+        if condition():
+            return
+        assert state not in ENDED and time.monotonic() < end, state + job.text()[-3000:]
         time.sleep(0.5)
 
 

@@ -74,7 +74,7 @@ def dry_run(script: Path, variables: dict, *words: str, **where) -> list[str]:
 
 def pretrain_flags(command: list[str]) -> list[str]:
     """What of a command goes to pretrain_gpt_scmoe.py, or to the baseline's script."""
-    [script] = [i for i, word in enumerate(command) if re.search(r"/pretrain_\w+\.py$", word)]
+    [script] = [i for i, word in enumerate(command) if re.search(r"(^|/)pretrain_\w+\.py$", word)]
     return command[script + 1 :]
 
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034  # sourced by launch.sh
 #
-# A small model on CPUs with ScMoE: what the model is, as flags of pretrain_gpt_scmoe.py. Every variable can be set
-# from outside; ../README.md has them in a table. Its sizes are those of the benchmarks.
+# A small model for CPUs: what the model is, as flags of pretrain_gpt_scmoe.py. Every variable can be
+# set from outside; ../README.md has them in a table. Its sizes are those of the benchmarks.
 
 : "${NUM_EXPERTS:=8}"  # routed experts in every second block
 : "${MICRO_BATCH_SIZE:=4}"  # sequences a rank computes at once

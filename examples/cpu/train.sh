@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small model on CPUs with ScMoE on CPU ranks of this machine; ../README.md has the variables.
+# Train a small ScMoE model on CPU ranks of this machine; ../README.md has the variables.
 #
 #   DATA_PATH=/data/text_document TOKENIZER_MODEL=/data/tokenizer CHECKPOINT_DIR=/runs/cpu ./train.sh
 #   ... ./train.sh --dry-run                 # check, print the command, do not run it

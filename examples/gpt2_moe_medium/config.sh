@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034  # sourced by launch.sh
 #
-# GPT2-MoE-Medium with ScMoE: what the model is, as flags of pretrain_gpt_scmoe.py. Every variable can be set
-# from outside; ../README.md has them in a table. Its sizes are those of the benchmarks.
+# GPT2-MoE-Medium with ScMoE: what the model is, as flags of pretrain_gpt_scmoe.py.
+# Every variable can be set from outside; ../README.md has them in a table. The sizes are those of the
+# benchmarks.
 
 : "${NUM_EXPERTS:=8}"  # routed experts in every second block
 : "${MICRO_BATCH_SIZE:=8}"  # sequences a GPU computes at once

@@ -3,9 +3,11 @@
 # LongCat-Flash with ScMoE: what the model is and how it is trained, as flags of
 # pretrain_gpt_scmoe.py. Every variable can be set from outside; README.md has them in a table.
 
-[[ -z ${BASELINE:-} ]] || fail "BASELINE=$BASELINE: accepted: none, as stock Megatron has no zero experts"
+[[ -z ${BASELINE:-} ]] ||
+    fail "BASELINE=$BASELINE: accepted: none, as stock Megatron has no zero experts"
 if [[ ${REHEARSAL:-} == 1 ]]; then  # a small model of the same kind, for two GPUs
-    : "${GLOBAL_BATCH_SIZE:=8}" "${TRAIN_ITERS:=20}" "${PIPELINE_PARALLEL:=1}" "${EXPERT_PARALLEL:=2}"
+    : "${GLOBAL_BATCH_SIZE:=8}" "${TRAIN_ITERS:=20}"
+    : "${PIPELINE_PARALLEL:=1}" "${EXPERT_PARALLEL:=2}"
 fi
 : "${MICRO_BATCH_SIZE:=1}"      # sequences a GPU computes at once
 : "${GLOBAL_BATCH_SIZE:=1024}"  # sequences a step; times 8192 is about 8 million tokens

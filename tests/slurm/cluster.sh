@@ -8,7 +8,7 @@
 #
 #   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 #
-# Nothing outside FOLDER is changed, but for a lock and a socket that munge keeps in it, too.
+# Nothing outside FOLDER is written.
 set -euo pipefail
 
 NODES=3
@@ -55,7 +55,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-ReturnToService=2
+ReturnToService=0
 SlurmctldTimeout=60
 SlurmdTimeout=60
 KillWait=30

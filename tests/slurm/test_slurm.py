@@ -105,7 +105,7 @@ def test_a_job_that_is_stopped_before_its_time_limit_and_loses_a_node_gives_the_
     stopped = job.iteration()
     wait(job, lambda: job.iteration() > stopped + 60)  # behind a checkpoint of SAVE_INTERVAL
     slurm("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test")
-    wait(job, lambda: job.starts() == 3)
+    wait(job, lambda: job.starts() == 3 and job.state() == "RUNNING")
     nodes = re.findall(r" NodeList=(\S+)", slurm("scontrol", "show", "job", job.number))
     until_completed(job)
     whole = Job(tmp_path / "whole")

@@ -108,14 +108,24 @@ forward() {
     kill -USR1 "$2"
 }
 
-# show_errors: the last error of each log, those that say the same once; nothing where there is none.
+# show_errors: the last error of each rank, those that say the same once; nothing where there is none.
 show_errors() {
     local log line
-    find "$LOG_DIR" -name stderr.log -size +0 2>/dev/null | sort | while read -r log; do
-        line=$(grep -E '(Error|Exception|error:)' "$log" | tail -n 1) || continue
-        printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
-    done | sort --field-separator=$'\t' --key=1,1 --unique | head -n 5 |
+    find "$LOG_DIR" \( -name error.json -o -name stderr.log \) -size +0 | sort |
+        while read -r log; do
+            line=$(last_error "$log") && printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
+        done | sort --field-separator=$'\t' --key=1,1 --unique | head -n 5 |
         while IFS=$'\t' read -r line log; do
             echo "$PROGRAM: $log: $line"
         done
+}
+
+# last_error LOG: of what a rank wrote, or of what it told torchrun (error.json).
+last_error() {
+    if [[ $1 == *.json ]]; then
+        python3 -c 'import json, sys; said = json.load(open(sys.argv[1]))["message"]
+print((said["message"] if isinstance(said, dict) else said).strip().splitlines()[-1])' "$1"
+    else
+        grep -E '(Error|Exception|error:)' "$1" | tail -n 1
+    fi
 }

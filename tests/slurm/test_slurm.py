@@ -127,7 +127,7 @@ def test_the_last_error_of_a_rank_is_the_jobs_last_word(tmp_path):
 
     *_, summary, last = job.text().splitlines()
     assert summary.startswith("train.sbatch: error: the step ended with status ")
-    assert re.match(r"train\.sbatch: node\d/\S+/stderr\.log: .*--no-such-flag", last)
+    assert re.match(r"train\.sbatch: node\d/\S+/error\.json: .*--no-such-flag", last)
     logs = list(
         (tmp_path / "run" / "logs" / f"{job.number}.0").glob("node*/*/attempt_0/0/stderr.log")
     )

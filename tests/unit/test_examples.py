@@ -6,6 +6,7 @@ behind the command line is Megatron's and the package's own code, which the last
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -795,12 +796,15 @@ def test_the_last_error_of_a_rank_is_the_last_line(slurm):
         log.parent.mkdir(parents=True)
         log.write_text("ValueError: an earlier one\nValueError: the same\nmore\n")
     logs[2].write_text("nothing of note\n")
+    told = {"message": {"message": "train: error: --x 3: accepted: 2"}}
+    logs[2].with_name("error.json").write_text(json.dumps(told))
 
     finished = run_job(slurm, "exit 1")
 
     assert finished.returncode == 1
-    *_, summary, last = finished.stderr.splitlines()
+    *_, summary, written, last = finished.stderr.splitlines()
     assert summary == (
         f"train.sbatch: error: the step ended with status 1; a log for each rank: {slurm}/run/logs/77.0"
     )
-    assert last == "train.sbatch: node0/77_x/attempt_0/0/stderr.log: ValueError: the same"
+    assert written == "train.sbatch: node0/77_x/attempt_0/0/stderr.log: ValueError: the same"
+    assert last.endswith("/attempt_0/0/error.json: train: error: --x 3: accepted: 2")

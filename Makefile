@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-fast test-gpu golden coverage lint format docs clean
+.PHONY: help install demo test test-fast test-gpu test-slurm golden coverage lint format docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -25,6 +25,10 @@ test-fast: $(INSTALLED)  ## the tests of tenths of a second, for while you work
 
 test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+test-slurm: $(INSTALLED)  ## jobs on a real Slurm, started on this machine (as root; docs/slurm.md)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 tests/slurm/cluster.sh build/slurm \
+	  $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 golden: $(INSTALLED)  ## renew the golden losses (CONTRIBUTING.md says when)
 	@$(BIN)/python -m tests.golden.renew

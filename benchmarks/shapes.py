@@ -1,5 +1,7 @@
 """What benchmarks measure: systems, and shapes of models and micro-batches."""
 
+from __future__ import annotations  # recipes read this on login nodes, of any Python 3.8
+
 from dataclasses import dataclass
 
 

@@ -45,9 +45,12 @@ def main() -> None:
 
 def model_flags() -> list[str]:
     """The flags in config.sh that say what the model is, for the variables of the environment."""
-    script = 'source "$0" && printf "%s\\0" "${MODEL_FLAGS[@]}"'
+    script = (
+        'PROGRAM=config.sh; EXAMPLE_DIR=$0; source "$0/../launch.sh"; source "$0/config.sh"; '
+        'printf "%s\\0" "${MODEL_FLAGS[@]}" "${SCMOE_FLAGS[@]}"'
+    )
     words = subprocess.run(
-        ["bash", "-euc", script, EXAMPLE / "config.sh"],
+        ["bash", "-euc", script, EXAMPLE],
         env={"GPUS_PER_NODE": "8"} | os.environ,
         stdout=subprocess.PIPE,
         text=True,

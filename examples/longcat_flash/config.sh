@@ -3,6 +3,12 @@
 # LongCat-Flash with ScMoE: what the model is and how it is trained, as flags of
 # pretrain_gpt_scmoe.py. Every variable can be set from outside; README.md has them in a table.
 
+[[ -z ${BASELINE:-} ]] ||
+    fail "BASELINE=$BASELINE: accepted: none, as stock Megatron has no zero experts"
+if [[ ${REHEARSAL:-} == 1 ]]; then  # a small model of the same kind, for two GPUs
+    : "${GLOBAL_BATCH_SIZE:=8}" "${TRAIN_ITERS:=20}"
+    : "${PIPELINE_PARALLEL:=1}" "${EXPERT_PARALLEL:=2}"
+fi
 : "${MICRO_BATCH_SIZE:=1}"      # sequences a GPU computes at once
 : "${GLOBAL_BATCH_SIZE:=1024}"  # sequences a step; times 8192 is about 8 million tokens
 : "${TRAIN_ITERS:=1000}"        # steps; 8 billion tokens
@@ -58,7 +64,26 @@ MODEL_FLAGS=(
     --moe-router-load-balancing-type none
     --moe-aux-loss-coeff 0
     --scmoe-expert-bias proportional
+)
+if [[ ${REHEARSAL:-} == 1 ]]; then
+    MODEL_FLAGS+=(
+        --num-layers 4
+        --moe-layer-freq '[0,1]*2'
+        --hidden-size 1024
+        --ffn-hidden-size 2048
+        --num-attention-heads 8
+        --seq-length 2048
+        --q-lora-rank 384
+        --kv-lora-rank 128
+        --num-experts 16
+        --scmoe-zero-experts 8
+        --moe-ffn-hidden-size 512
+        --moe-shared-expert-intermediate-size 2048
+        --moe-router-topk 4
+    )
+fi
 
+SCMOE_FLAGS=(
     # ScMoE: the tap behind the first attention, through the norm of the first dense MLP.
     --scmoe-tap pos2
     --scmoe-router-norm shared
@@ -66,9 +91,6 @@ MODEL_FLAGS=(
 )
 
 OPTIMIZER_FLAGS=(
-    --micro-batch-size "$MICRO_BATCH_SIZE"
-    --global-batch-size "$GLOBAL_BATCH_SIZE"
-    --train-iters "$TRAIN_ITERS"
     --optimizer adam
     --adam-beta1 0.9
     --adam-beta2 0.95
@@ -89,17 +111,6 @@ KERNEL_FLAGS=(  # the run chooses the rest: --scmoe-tune
     --recompute-num-layers 2  # a pair of blocks
 )
 
-PARALLEL_FLAGS=(
-    --tensor-model-parallel-size "$TENSOR_PARALLEL"
-    --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-    --expert-model-parallel-size "$EXPERT_PARALLEL"
-    --expert-tensor-parallel-size 1
-    --moe-token-dispatcher-type alltoall
-    --distributed-timeout-minutes 30  # the first start indexes the data while other ranks wait
-)
-if ((TENSOR_PARALLEL > 1)); then
-    PARALLEL_FLAGS+=(--sequence-parallel)  # MoE under tensor parallelism needs it
-fi
 if [[ -n ${PRETRAINED:-} ]]; then
-    PARALLEL_FLAGS+=(--pretrained-checkpoint "$PRETRAINED")  # read while CHECKPOINT_DIR has none
+    MODEL_FLAGS+=(--pretrained-checkpoint "$PRETRAINED")  # read while CHECKPOINT_DIR has none
 fi

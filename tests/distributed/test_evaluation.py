@@ -173,7 +173,8 @@ def _losses_of_tokens():
 def kernel_flags(recipe: str) -> list[str]:
     """The flags of a recipe in examples/ that choose its kernels."""
     script = (
-        f'GPUS_PER_NODE=8; . examples/{recipe}/config.sh; printf "%s\\n" "${{KERNEL_FLAGS[@]}}"'
+        f"GPUS_PER_NODE=8 EXAMPLE_DIR=examples/{recipe}; . examples/launch.sh; "
+        '. "$EXAMPLE_DIR/config.sh"; set_training_flags; printf "%s\\n" "${KERNEL_FLAGS[@]}"'
     )
     run = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True

@@ -23,7 +23,7 @@ from tests.tools import REPOSITORY, TOOLS, tool
 
 PAGES = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "examples/*/*.md", "benchmarks/*.md")
     for path in REPOSITORY.glob(pattern)
 )
 FOLDERS = ("benchmarks", "docs", "examples", "megatron_scmoe", "studies", "tests", "tools")
@@ -44,11 +44,12 @@ FOREIGN_FLAGS = {
     "torchrun": {
         *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint")
     },
-    "srun": {"--nodes", "--ntasks-per-node"},
-    "sbatch": {"--nodes", "--requeue", "--dependency", "--export"},
+    "srun": {"--nodes", "--ntasks-per-node", "--mpi", "--network"},
+    "sbatch": {"--nodes", "--requeue", "--dependency", "--export", "--signal"},
     "docker": {"--build-arg"},
     "git": {"--depth"},
     "pip": {"--no-deps"},
+    "apt-get": {"--no-install-recommends"},
 }
 FOREIGN_VARIABLES = ("NCCL_", "NVTE_", "CUDA_", "SLURM_", "OMP_", "TORCH_", "HF_")
 
@@ -180,7 +181,7 @@ def accepted_flags(command: str) -> frozenset[str]:
     foreign = {flag for word in command.split() for flag in FOREIGN_FLAGS.get(word, ())}
     if name.endswith(("train.sh", "train.sbatch")):
         passed = flags_of_training() if " -- " in command else frozenset()
-        return flags_of_script("examples/gpt2_moe_medium/train.sh") | passed | foreign | {"--"}
+        return flags_of_script("examples/launch.sh") | passed | foreign | {"--"}
     if name in ("pretrain_gpt_scmoe.py", "pretrain_gpt.py"):
         return flags_of_training() | foreign
     if subcommand := re.search(r"(?:^scmoe|-m megatron_scmoe\.cli) ([a-z][a-z-]*)", command):
@@ -193,7 +194,7 @@ def accepted_flags(command: str) -> frozenset[str]:
     return flags_of_training().union(
         *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py")),
         flags_of_script("benchmarks/step_time.py"),
-        flags_of_script("examples/gpt2_moe_medium/train.sh"),
+        flags_of_script("examples/launch.sh"),
         *FOREIGN_FLAGS.values(),
     )
 

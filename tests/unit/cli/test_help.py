@@ -31,6 +31,8 @@ COMMANDS = {
     "tools/prepare_demo_data.py": ("--output",),
     "tools/preprocess_data.py": ("--tokenizer-model",),
     "tools/train_tokenizer.py": ("--vocab-size",),
+    "examples/pretrain_baseline.py": ("--micro-batch-size",),
+    "examples/shape_flags.py": ("--system",),
     "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
     "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),

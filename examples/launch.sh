@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034  # sourced by train.sh and train.sbatch
 #
-# What the examples' train.sh and train.sbatch share: the command line, required variables, the flags
-# that name data and folders, and "run it or print it", here or on all nodes of a Slurm job. Nothing
-# about the model stands here. PROGRAM is the name of the script in messages, EXAMPLE_DIR the folder
-# with config.sh.
+# What the recipes' train.sh and train.sbatch share: the command line, required variables, the flags
+# that name data and folders, and "run it or print it" on this machine. slurm.sh runs it on all nodes of
+# a job, checks.sh says what cannot work. Nothing about the model stands here. PROGRAM is the name of
+# the script in messages, EXAMPLE_DIR the folder with config.sh.
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     echo "launch.sh: error: it runs nothing by itself; accepted: train.sh or train.sbatch" >&2
@@ -11,6 +11,13 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
 fi
 
 : "${REPO_DIR:=$(realpath "$EXAMPLE_DIR/../..")}"
+# shellcheck source=checks.sh
+source "$EXAMPLE_DIR/../checks.sh"
+# shellcheck source=training.sh
+source "$EXAMPLE_DIR/../training.sh"
+# shellcheck source=slurm.sh
+source "$EXAMPLE_DIR/../slurm.sh"
+
 DRY_RUN=
 EXTRA_FLAGS=()
 
@@ -32,7 +39,7 @@ parse_command_line() {
                 echo "usage: [VARIABLE=VALUE ...] $PROGRAM [--dry-run] [-- FLAG ...]"
                 echo "  --dry-run  print the command, resolved and quoted, and do not run it"
                 echo "  FLAG ...   go to pretrain_gpt_scmoe.py, behind the example's own flags"
-                echo "variables: $EXAMPLE_DIR/README.md"
+                echo "variables: $(realpath "$EXAMPLE_DIR/..")/README.md"
                 exit 0
                 ;;
             --)
@@ -82,17 +89,42 @@ prepare() {
     require_counts GPUS_PER_NODE NUM_EXPERTS MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS \
         TENSOR_PARALLEL PIPELINE_PARALLEL EXPERT_PARALLEL SAVE_INTERVAL EVAL_INTERVAL
 
-    # shellcheck source=config.sh
+    SCRIPT=pretrain_gpt_scmoe.py
+    if [[ -n ${BASELINE:-} ]]; then
+        SCRIPT=examples/pretrain_baseline.py
+        [[ $BASELINE =~ ^(top2|shared)$ ]] || fail "BASELINE=$BASELINE: accepted: top2, shared"
+    fi
+    # shellcheck source=gpt2_moe_medium/config.sh
     source "$EXAMPLE_DIR/config.sh"
+    set_training_flags
     set_run_flags
     PRETRAIN_FLAGS=(
         "${MODEL_FLAGS[@]}" "${OPTIMIZER_FLAGS[@]}" "${KERNEL_FLAGS[@]}" "${PARALLEL_FLAGS[@]}"
         "${RUN_FLAGS[@]}"
     )
+    # The run of ScMoE chooses what makes it fast; Megatron's own model has to be told.
+    if [[ -z ${BASELINE:-} ]]; then
+        PRETRAIN_FLAGS+=("${SCMOE_FLAGS[@]}")
+    elif [[ " ${KERNEL_FLAGS[*]} " == *" transformer_engine "* ]]; then
+        PRETRAIN_FLAGS+=(
+            --moe-grouped-gemm --moe-permute-fusion --moe-router-fusion
+            --cross-entropy-loss-fusion --cross-entropy-fusion-impl native
+            --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+        )
+    fi
     ENVIRONMENT=()
+    [[ -z ${EXTRA_ENV:-} ]] || read -r -a ENVIRONMENT <<<"$EXTRA_ENV"
     if ((TENSOR_PARALLEL > 1)); then
         ENVIRONMENT+=(CUDA_DEVICE_MAX_CONNECTIONS=1)  # Megatron asks for it, up to Hopper
     fi
+}
+
+# read_shape NAME: set SHAPE_FLAGS, the sizes of a shape of the benchmarks, with NUM_EXPERTS experts.
+read_shape() {
+    local words
+    words=$(python3 "$EXAMPLE_DIR/../shape_flags.py" "$1" --system "${BASELINE:-scmoe}" \
+        --experts "$NUM_EXPERTS") || exit 2
+    mapfile -t SHAPE_FLAGS <<<"$words"
 }
 
 # set_run_flags: set RUN_FLAGS, what this run reads, writes and logs.
@@ -130,52 +162,34 @@ set_run_flags() {
     )
 }
 
-# run_under_slurm: train on all nodes of this Slurm job, in a container if one is named.
-run_under_slurm() {
-    local nodes hosts first_node launcher
-    : "${GPUS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${MASTER_PORT:=29500}"
-    if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
-        nodes=$SLURM_JOB_NUM_NODES
-        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        first_node=${hosts%%$'\n'*}
-    elif [[ -n $DRY_RUN ]]; then
-        nodes=${DRY_RUN_NODES:?}
-        first_node=FIRST_NODE
-        echo "$PROGRAM: no Slurm job here: the command is for $nodes nodes, FIRST_NODE is the first" >&2
-    else
-        fail "no Slurm job here (SLURM_JOB_NODELIST is not set); start it with sbatch, or try --dry-run"
+# run_here: train on all GPUs of this machine.
+run_here() {
+    local launcher
+    if [[ -z ${GPUS_PER_NODE:-} ]]; then
+        GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || GPUS_PER_NODE=0
+        if ((GPUS_PER_NODE == 0)); then
+            [[ -n $DRY_RUN ]] || fail "no GPU found by nvidia-smi; GPUS_PER_NODE sets their number"
+            echo "$PROGRAM: no GPU here: the command is for 8" >&2
+            GPUS_PER_NODE=8
+        fi
     fi
     prepare
-
-    launcher=(srun --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none)
-    if [[ -n ${CONTAINER_IMAGE:-} ]]; then
-        require CONTAINER_MOUNTS "what the container sees of the file system, such as /lustre:/lustre"
-        launcher+=(
-            --container-image="$CONTAINER_IMAGE"
-            --container-mounts="$CONTAINER_MOUNTS"
-            --no-container-mount-home  # packages below ~/.local would hide the container's
-        )
-        : "${PRETRAIN_SCRIPT:=/workspace/megatron_scmoe/pretrain_gpt_scmoe.py}"  # as in the Dockerfile
+    check_recipe "$GPUS_PER_NODE"
+    launcher=(torchrun --standalone --nproc-per-node "$GPUS_PER_NODE")
+    if ((${#ENVIRONMENT[@]})); then
+        launcher=(env "${ENVIRONMENT[@]}" "${launcher[@]}")
     fi
-    launcher+=(
-        # Slurm signals every process of the step. torchrun has to live on until its ranks have saved.
-        env --ignore-signal=USR1 "${ENVIRONMENT[@]}"
-        torchrun
-        --nnodes "$nodes"
-        --nproc-per-node "$GPUS_PER_NODE"
-        --rdzv-backend c10d
-        --rdzv-endpoint "$first_node:$MASTER_PORT"
-        --rdzv-id "${SLURM_JOB_ID:-0}"
-    )
-    run_or_print "${launcher[@]}" "${PRETRAIN_SCRIPT:-$REPO_DIR/pretrain_gpt_scmoe.py}" \
-        "${PRETRAIN_FLAGS[@]}" --exit-signal-handler --exit-signal SIGUSR1 "${EXTRA_FLAGS[@]}"
+    run_or_print exec "${launcher[@]}" "${PRETRAIN_SCRIPT:-$REPO_DIR/$SCRIPT}" "${PRETRAIN_FLAGS[@]}" \
+        "${EXTRA_FLAGS[@]}"
 }
 
-# run_or_print WORD ...: replace this script by the command, or with --dry-run print it in one line.
+# run_or_print HOW WORD ...: run the command by HOW, or with --dry-run print it in one line.
 run_or_print() {
-    local word line=
+    local how=$1 word line=
+    shift
     if [[ -z $DRY_RUN ]]; then
-        exec "$@"
+        "$how" "$@"
+        return
     fi
     for word; do
         [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}

@@ -1,5 +1,6 @@
 """Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -160,7 +161,7 @@ def parse_settings():
     if complete:
         fast = speed_choices.choose(given, words, saved)
         add_args, _ = resuming.adding_args(given, chosen | fast.values, saved)
-        scmoe = scmoe_config_from_args(_parse_args(add_args))
+        scmoe = scmoe_config_from_args(argparse.Namespace(**vars(given) | fast.values))
         os.environ |= {name: value for name, (value, _) in fast.environment.items()}
         if (fast.choices or fast.notes) and command_line.is_first_rank():
             print(speed_choices.describe(fast), flush=True)

@@ -1,7 +1,36 @@
 # shellcheck shell=bash disable=SC2034  # sourced by launch.sh
 #
-# How recipes train, where their config.sh does not say it: optimizer, kernels, parallelism. Which kernels
-# and overlaps a run of ScMoE takes beyond these it chooses itself (--scmoe-tune).
+# What recipes share: styles of models that a config.sh names, and how a model is trained where it does not
+# say so itself: optimizer, kernels, parallelism. Which kernels and overlaps a run of ScMoE takes beyond
+# these it chooses itself (--scmoe-tune).
+
+# GPT-2's style. Without a flag for another one, the activation is GELU.
+GPT2_STYLE=(
+    --position-embedding-type learned_absolute
+    --normalization LayerNorm
+    --disable-bias-linear  # Megatron's shared experts have no biases
+    --hidden-dropout 0
+    --attention-dropout 0
+)
+
+# LLaMA's style.
+LLAMA_STYLE=(
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+    --untie-embeddings-and-output-weights
+    --hidden-dropout 0
+    --attention-dropout 0
+)
+
+# A routed expert's weight is its probability among all experts.
+ROUTER_FLAGS=(
+    --moe-router-pre-softmax  # with top-1 the router gets no gradient without it
+    --moe-router-load-balancing-type aux_loss
+    --moe-aux-loss-coeff 0.01
+    --moe-router-dtype fp32
+)
 
 # set_training_flags: set OPTIMIZER_FLAGS, KERNEL_FLAGS and PARALLEL_FLAGS.
 set_training_flags() {

@@ -17,22 +17,7 @@
 VOCABULARY=50257  # GPT-2's, for made-up data; Megatron pads it to 50304
 read_shape gpt2-small
 
-MODEL_FLAGS=(
-    "${SHAPE_FLAGS[@]}"
-
-    # GPT-2's style. Without a flag for another one, the activation is GELU.
-    --position-embedding-type learned_absolute
-    --normalization LayerNorm
-    --disable-bias-linear  # Megatron's shared experts have no biases
-    --hidden-dropout 0
-    --attention-dropout 0
-
-    # A routed expert's weight is its probability among all experts.
-    --moe-router-pre-softmax  # with top-1 the router gets no gradient without it
-    --moe-router-load-balancing-type aux_loss
-    --moe-aux-loss-coeff 0.01
-    --moe-router-dtype fp32
-)
+MODEL_FLAGS=("${SHAPE_FLAGS[@]}" "${GPT2_STYLE[@]}" "${ROUTER_FLAGS[@]}")
 
 SCMOE_FLAGS=(  # left out with BASELINE
     --scmoe-tap pos2

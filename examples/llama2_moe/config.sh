@@ -17,24 +17,7 @@
 VOCABULARY=32000  # LLaMA 2's, for made-up data
 read_shape llama2
 
-MODEL_FLAGS=(
-    "${SHAPE_FLAGS[@]}"
-
-    # LLaMA's style.
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --hidden-dropout 0
-    --attention-dropout 0
-
-    # A routed expert's weight is its probability among all experts.
-    --moe-router-pre-softmax  # with top-1 the router gets no gradient without it
-    --moe-router-load-balancing-type aux_loss
-    --moe-aux-loss-coeff 0.01
-    --moe-router-dtype fp32
-)
+MODEL_FLAGS=("${SHAPE_FLAGS[@]}" "${LLAMA_STYLE[@]}" "${ROUTER_FLAGS[@]}")
 
 SCMOE_FLAGS=(  # left out with BASELINE
     --scmoe-tap pos1

@@ -7,7 +7,6 @@ NCCL's have. Compute is one rail. It waits for the parameters of a pair before t
 forward, for all-to-alls as the schedule says, and for all gradients before the optimizer.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_scmoe.analysis.simulator import (
@@ -141,7 +140,8 @@ def _run(schedule, times: OperatorTimes, backward: bool, of: tuple, link: _Link,
             under_way.add((name, chunk))
             link.start(ALL_TO_ALLS, (*of, name, chunk), durations[name] / schedule.chunks)
 
-    for name, step, chunk in _steps(schedule, backward):
+    for action in issued(schedule, backward):
+        name, step, chunk = parts(action)
         if step in LAUNCHED:
             launch(LAUNCHED[step], chunk)
         elif step in WAITED:
@@ -151,8 +151,3 @@ def _run(schedule, times: OperatorTimes, backward: bool, of: tuple, link: _Link,
             link.compute(durations[name] / share)
             if step is Step.PERMUTE and not backward:  # whenever the host launches it
                 launch("dispatch", chunk)
-
-
-def _steps(schedule: Schedule, backward: bool) -> Iterator[tuple[str, Step | None, int]]:
-    issue: Sequence = issued(schedule, backward)
-    return (parts(action) for action in issue)

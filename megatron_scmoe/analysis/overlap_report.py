@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_scmoe.analysis.profiler_trace import merged
 from megatron_scmoe.overlap.exchange_times import ExchangeTimes
 
 LATE_MS = 0.1
@@ -78,11 +79,7 @@ def stall(times: ExchangeTimes) -> float:
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
     """The length of the union of spans (begin, end)."""
-    total, last = 0.0, -math.inf
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, last))
-        last = max(last, end)
-    return total
+    return sum(end - begin for begin, end in merged(spans))
 
 
 @dataclass(frozen=True)

@@ -167,14 +167,14 @@ def gpu_use(path: str | Path) -> GpuUse:
     sent = [thing for thing in work if thing.is_transfer]
     compute = [(thing.begin, thing.end) for thing in work if not thing.is_transfer]
     span = max(thing.end for thing in work) - work[0].begin
-    communication, beside = time_beside(_merged((t.begin, t.end) for t in sent), compute)
+    communication, beside = time_beside(merged((t.begin, t.end) for t in sent), compute)
     collectives = {}
     for name in sorted({_title(thing) for thing in sent}):
         own = [(thing.begin, thing.end) for thing in sent if _title(thing) == name]
         total, hidden = time_beside(own, compute)
         collectives[name] = (total, total - hidden)
-    busy = sum(end - begin for begin, end in _merged((t.begin, t.end) for t in work))
-    computing = sum(end - begin for begin, end in _merged(compute))
+    busy = sum(end - begin for begin, end in merged((t.begin, t.end) for t in work))
+    computing = sum(end - begin for begin, end in merged(compute))
     return GpuUse(span, computing, communication, communication - beside, span - busy, collectives)
 
 
@@ -232,7 +232,7 @@ def time_beside(
         exchanges: begin and end of each; they do not overlap.
         compute: begin and end of each; they may.
     """
-    busy = _merged(compute)
+    busy = merged(compute)
     total = beside = 0.0
     for begin, end in exchanges:
         total += end - begin
@@ -240,7 +240,7 @@ def time_beside(
     return total, beside
 
 
-def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The spans in order; those that touch or overlap are one."""
     merged: list[tuple[float, float]] = []
     for begin, end in sorted(spans):

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+_CONTEXT = 16
+"""Tokens of the prompt that are decoded with those behind it: more change nothing but the time."""
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers decode the first bytes of a character to, while the others are not there."""
 
@@ -17,7 +20,7 @@ class Continuation:
 
     def __init__(self, tokenizer, prompt: Sequence[int], stop_words: Sequence[str] = ()):
         self._tokenizer = tokenizer
-        self._prompt = list(prompt)
+        self._prompt = list(prompt[-_CONTEXT:])
         self._skip = len(tokenizer.detokenize(self._prompt))  # decoded alone, ids may lose a space
         self._stop_words = tuple(stop_words)
         self._shown = 0

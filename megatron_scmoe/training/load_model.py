@@ -201,18 +201,25 @@ def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
         ) from error
 
 
-def build_model(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None = None):
+def build_model(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    local_attention: bool = False,
+):
     """This rank's part of the checkpoint's model, loaded and set to evaluate.
 
     ``torch.distributed`` must be initialised; Megatron's process groups are made here.
 
     Args:
         dtype: of the weights; None for that of the checkpoint's arguments.
+        local_attention: build of Megatron's own modules, also where Transformer Engine is: their
+            attention takes any mask with a key-value cache.
 
     Raises:
         InputError, ScMoEConfigError, SettingsError: if checkpoint and layout do not go together.
     """
-    args = _settings(checkpoint, layout, dtype)
+    args = _settings(checkpoint, layout, dtype, local_attention)
     scmoe = checkpoint.scmoe(args)
     if scmoe is not None:
         args.spec = None
@@ -255,9 +262,11 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 """How keys of weights begin; the others are the optimizer's and those of the loop."""
 
 
-def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None):
+def _settings(
+    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None, local_attention: bool
+):
     """The checkpoint's arguments with this run's layout and kernels."""
-    args = settings_of_the_model(checkpoint.args)
+    args = settings_of_the_model(checkpoint.args, with_te=HAVE_TE and not local_attention)
     args.tensor_model_parallel_size = layout.tensor
     # Megatron's MoE needs it; its own local norms refuse it.
     args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or HAVE_TE)

@@ -30,11 +30,7 @@ def train_tokenizer(folder: Path) -> Path:
 
 
 def save(folder: Path, tokenizer: Path, *variants: str) -> None:
-    """Save a model with random weights of each variant, in a folder of its name.
-
-    Args:
-        tokenizer: a SentencePiece model, or a folder of Hugging Face.
-    """
+    """Save a model with random weights of each variant, in a folder of its name."""
     run_distributed(_save, 1, str(folder), str(tokenizer), variants)
 
 
@@ -43,8 +39,6 @@ def _save(folder: str, tokenizer: str, variants: tuple[str, ...]) -> None:
     sizes = ["--vocab-size", str(VOCAB), "--max-position-embeddings", str(LENGTH)]
     for variant in variants:
         args = checkpoints.arguments(variant, *sizes)
-        is_folder = Path(tokenizer).is_dir()
-        args.tokenizer_type = "HuggingFaceTokenizer" if is_folder else "SentencePieceTokenizer"
-        args.tokenizer_model = tokenizer
+        args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", tokenizer
         args.vocab_size, args.padded_vocab_size = VOCAB, ROWS
         checkpoints.save(args, Path(folder, variant))

@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         "--tokenizer-model", metavar="MODEL",
         help="the tokenizer of --load, where it is not (any more) where training had it",
     )  # fmt: skip
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE",
+        help="Jinja template that makes a chat a text (default: the tokenizer's, if it has one)",
+    )  # fmt: skip
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
     for kind in ("tensor", "pipeline", "expert"):
         parser.add_argument(
@@ -89,6 +93,8 @@ def check_flags(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is {least} or more")
+    if args.chat_template is not None and not args.chat_template.is_file():
+        raise UsageError(f"--chat-template {args.chat_template}: there is no such file")
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: accepted is 0 to {(1 << 16) - 1}")
 
@@ -127,7 +133,8 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
 
     checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
     length = check_checkpoint(args, checkpoint)
-    tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model)
+    template = args.chat_template.read_text() if args.chat_template else None
+    tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
     vocab_size = count_tokens(
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
     )
@@ -145,7 +152,7 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
         engine.follow(slots)
     else:
-        name = args.served_model_name or Path(args.load).resolve().name
+        name = args.served_model_name or checkpoint.name
         served = ServedModel(name, tokenizer, vocab_size, length)
         run_first_rank(args, slots, served, listener)
     if is_mine:

@@ -21,7 +21,7 @@ from megatron_scmoe.inference.engine import CLOSING, Engine, Job, Progress
 from megatron_scmoe.inference.slots import Place, Text
 from megatron_scmoe.inference.text import Continuation
 from megatron_scmoe.serving.answers import Answer, ChatAnswer, CompletionAnswer, Written
-from megatron_scmoe.serving.metrics import Metrics
+from megatron_scmoe.serving.metrics import CONTENT_TYPE, Metrics
 from megatron_scmoe.serving.protocol import (
     MAX_TEXTS,
     ApiError,
@@ -35,8 +35,6 @@ MAX_BODY = 32 << 20
 
 CLIENT_GONE = 499
 """Status, in the metrics, of a request whose client went away."""
-
-PROMETHEUS = "text/plain; version=1.0.0; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Service:
         return JSONResponse(dict(status="ok"))
 
     async def _expose(self, request: Request) -> Response:
-        return Response(self._metrics.exposition(), media_type=PROMETHEUS)
+        return Response(self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
     def _describe(self) -> dict[str, Any]:
         return dict(

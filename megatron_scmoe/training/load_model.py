@@ -9,6 +9,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -57,16 +58,21 @@ class Checkpoint:
         folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
         step: the iteration in it; None for the last one, or the folder's own.
 
+    Attributes:
+        name: of the folder that holds the iterations.
+
     Raises:
         InputError: if there is none, it is not complete, or it names no arguments.
     """
 
     def __init__(self, folder: str, step: int | None = None):
         self.given = f"--load {folder}"
+        self.name = Path(folder).resolve().name
         if not locate.is_iteration(folder):
             self.path = locate.find_checkpoint("--load", folder, step)
         elif step is None:
             self.path = locate.check_iteration("--load", folder)
+            self.name = self.path.resolve().parent.name
         else:
             raise InputError(
                 f"--ckpt-step {step}", f"{folder} is one iteration already", "--load alone"
@@ -175,16 +181,22 @@ class Checkpoint:
                     )
 
 
-def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
+def tokenizer_of(
+    checkpoint: Checkpoint, model: str | None = None, chat_template: str | None = None
+):
     """Megatron's tokenizer of a checkpoint, or the one in ``model``, of the same type.
 
     NullTokenizer has no model: there ``model`` is a folder of Hugging Face or a SentencePiece model.
+
+    Args:
+        chat_template: in Jinja; None for the one that training or the tokenizer had, if any.
 
     Raises:
         InputError: if it cannot be loaded.
     """
     args = argparse.Namespace(**vars(checkpoint.args))
     args.tokenizer_model = model or args.tokenizer_model
+    args.chat_template = chat_template or args.chat_template
     args.pad_vocab_size = False
     args.trust_remote_code = False
     if model is not None and args.tokenizer_type == NULL_TOKENIZER:

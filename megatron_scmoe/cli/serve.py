@@ -17,6 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.generate import check_model
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
@@ -169,12 +170,7 @@ def check_checkpoint(args: Namespace, checkpoint) -> int:
             f"--load {args.load}: the checkpoint's tokenizer is {NULL_TOKENIZER}, which reads ids "
             "only; accepted: --tokenizer-model MODEL"
         )
-    if saved.moe_expert_capacity_factor is not None:
-        raise UsageError(
-            f"--load {args.load}: it was trained with --moe-expert-capacity-factor "
-            f"{saved.moe_expert_capacity_factor}, which drops tokens by what else is in a batch; "
-            "accepted is a checkpoint trained without"
-        )
+    check_model(args.load, saved)
     if saved.window_size is not None:
         raise UsageError(
             f"--load {args.load}: it was trained with --window-size {saved.window_size}, and texts "
@@ -210,9 +206,13 @@ def run_first_rank(args: Namespace, slots, model, listener: socket.socket) -> No
         )
     )
 
+    failures = []
+
     def serve_http() -> None:
         try:
             server.run(sockets=[listener])
+        except Exception as error:
+            failures.append(error)
         finally:
             engine.close(0)
 
@@ -236,6 +236,8 @@ def run_first_rank(args: Namespace, slots, model, listener: socket.socket) -> No
     finally:
         server.should_exit = True
         http.join()
+    for error in failures:
+        raise error
 
 
 if __name__ == "__main__":

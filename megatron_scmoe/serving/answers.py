@@ -92,13 +92,16 @@ class CompletionAnswer(Answer):
             index=index, text=text.text, logprobs=log_probs, finish_reason=text.finish_reason
         )
 
-    _piece = _choice
+    def _piece(self, index: int, part: Written) -> dict[str, Any]:
+        return self._choice(index, part)
 
     def _log_probs(self, text: Written) -> dict[str, Any]:
         """Parallel lists; the first token of an echoed prompt has nothing before it, and so none."""
         tops = []
         for place, _ in text.places:
-            top = {self._token(i): log_prob for i, log_prob in reversed(place.likeliest)}
+            top: dict[str, float | None] = {
+                self._token(i): log_prob for i, log_prob in reversed(place.likeliest)
+            }
             tops.append(top | {self._token(place.token): place.log_prob})
         return dict(
             tokens=[self._token(place.token) for place, _ in text.places],

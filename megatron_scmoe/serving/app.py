@@ -5,7 +5,7 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,7 +229,7 @@ class Service:
         tokens = 0
         events = self._write(request, jobs)
 
-        async def pieces() -> AsyncIterator[tuple[int, Written]]:
+        async def pieces() -> AsyncGenerator[tuple[int, Written], None]:
             nonlocal tokens
             async with aclosing(events):
                 async for index, progress in events:
@@ -256,7 +256,7 @@ class Service:
         except _ClientGone:
             return Response(status_code=CLIENT_GONE)
 
-        async def lines() -> AsyncIterator[str]:
+        async def lines() -> AsyncGenerator[str, None]:
             async with aclosing(stream):
                 for chunk in answer.first_chunks(len(jobs)):
                     yield _event(chunk)
@@ -279,7 +279,7 @@ class Service:
 
     async def _write(
         self, request: Request, jobs: Sequence[Job]
-    ) -> AsyncIterator[tuple[int, Progress]]:
+    ) -> AsyncGenerator[tuple[int, Progress], None]:
         """What is new of which job, until all are at their end.
 
         Raises:

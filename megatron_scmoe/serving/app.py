@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,7 +73,12 @@ class Service:
             Route("/health", self._health),
             Route("/metrics", self._expose),
         ]
-        handlers = {ApiError: _refuse, HTTPException: _refuse_route, Exception: _apologise}
+        handlers = {
+            ApiError: _refuse,
+            HTTPException: _refuse_route,
+            ClientDisconnect: _end,
+            Exception: _apologise,
+        }
         app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
         return _CountAnswers(app, self._metrics, {route.path for route in routes})
 
@@ -243,18 +248,12 @@ class Service:
 
         if not wish.stream:
             texts = [Written() for _ in jobs]
-            try:
-                async for index, piece in pieces():
-                    texts[index].extend(piece)
-            except _ClientGone:
-                return Response(status_code=CLIENT_GONE)
+            async for index, piece in pieces():
+                texts[index].extend(piece)
             return JSONResponse(answer.whole(texts, prompts, tokens))
 
         stream = pieces()
-        try:
-            first = await anext(stream)  # what goes wrong at once has a status of its own
-        except _ClientGone:
-            return Response(status_code=CLIENT_GONE)
+        first = await anext(stream)  # what goes wrong at once has a status of its own
 
         async def lines() -> AsyncGenerator[str, None]:
             async with aclosing(stream):
@@ -268,7 +267,7 @@ class Service:
                 except ApiError as error:
                     yield _event(error.body())
                     return
-                except _ClientGone:
+                except ClientDisconnect:
                     return
                 if wish.stream_options.include_usage:
                     yield _event(answer.last_chunk(prompts, tokens))
@@ -284,7 +283,7 @@ class Service:
 
         Raises:
             ApiError: if there is no room, or the engine fails.
-            _ClientGone: if nobody waits for the answer any more.
+            ClientDisconnect: if nobody waits for the answer any more.
         """
         if self._engine.is_closing:
             raise ApiError(503, CLOSING)
@@ -311,7 +310,7 @@ class Service:
             while unfinished:
                 event = await inbox.get()
                 if event is None:
-                    raise _ClientGone
+                    raise ClientDisconnect
                 index, progress = event
                 now = time.perf_counter() - began
                 if progress.is_last:
@@ -365,10 +364,6 @@ class _Teller:
         self.loop.call_soon_threadsafe(self.inbox.put_nowait, (self.index, progress))
 
 
-class _ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
 async def _wait_until_gone(request: Request, inbox: asyncio.Queue) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -398,6 +393,11 @@ async def _refuse(request: Request, error: ApiError) -> Response:
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
+
+
+async def _end(request: Request, error: ClientDisconnect) -> Response:
+    """Of a request whose client is gone; nobody reads it."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _apologise(request: Request, error: Exception) -> Response:

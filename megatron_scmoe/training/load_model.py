@@ -278,10 +278,11 @@ def _settings(
     checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None, local_attention: bool
 ):
     """The checkpoint's arguments with this run's layout and kernels."""
-    args = settings_of_the_model(checkpoint.args, with_te=HAVE_TE and not local_attention)
+    with_te = HAVE_TE and not local_attention
+    args = settings_of_the_model(checkpoint.args, with_te)
     args.tensor_model_parallel_size = layout.tensor
     # Megatron's MoE needs it; its own local norms refuse it.
-    args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or HAVE_TE)
+    args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or with_te)
     args.pipeline_model_parallel_size = layout.pipeline
     args.expert_model_parallel_size = layout.expert
     # Megatron's default; experts with biases cannot be split.

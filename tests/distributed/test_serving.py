@@ -311,18 +311,38 @@ def test_a_client_that_breaks_off_a_stream_frees_its_slots(client, server):
     assert metric(server, "scmoe_generated_tokens_total") < before[1] + 3 * (LENGTH - 1)
 
 
+def connect(server, body: bytes) -> socket.socket:
+    """A connection that has sent the head of a request with this body."""
+    host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode())
+    return connection
+
+
+BODY = json.dumps(dict(model=NAME, prompt=["A"] * 50, max_tokens=LENGTH - 1)).encode()
+
+
 def test_a_client_that_hangs_up_frees_its_slots(server):
     before = metric(server, CANCELLED)
-    host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps(dict(model=NAME, prompt=["A"] * 50, max_tokens=LENGTH - 1)).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(head.encode() + body)
+    with connect(server, BODY) as connection:
+        connection.sendall(BODY)
         while not metric(server, "scmoe_texts_running"):
             time.sleep(0.01)
         assert metric(server, "scmoe_texts_waiting") > 0
     wait_until_idle(server)
     assert metric(server, CANCELLED) > before
+
+
+def test_a_client_that_hangs_up_within_its_request_is_no_error(server):
+    gone = 'scmoe_requests_total{path="/v1/completions",status="499"}'
+    before, deadline = metric(server, gone), time.monotonic() + 60
+    with connect(server, BODY) as connection:
+        connection.sendall(BODY[:9])
+    while metric(server, gone) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "Traceback" not in server.output
 
 
 def test_a_full_queue_is_told_of_at_once(client, server):

@@ -1,6 +1,5 @@
 """The API over HTTP: an ASGI application in front of an engine."""
 
-import asyncio
 import itertools
 import json
 import secrets
@@ -29,6 +28,7 @@ from megatron_scmoe.serving.protocol import (
     CompletionRequest,
     parse,
 )
+from megatron_scmoe.serving.writer import Writer
 
 MAX_BODY = 32 << 20
 """Bytes of the largest body that is read."""
@@ -58,10 +58,10 @@ class Service:
     """
 
     def __init__(self, engine: Engine, model: ServedModel, max_queue: int):
-        self._engine, self._model, self._max_queue = engine, model, max_queue
+        self._engine, self._model = engine, model
         self._metrics = Metrics(engine)
+        self._writer = Writer(engine, self._metrics, max_queue)
         self._keys = itertools.count()
-        self._unfinished = 0
 
     def app(self) -> ASGIApp:
         """The application."""
@@ -88,6 +88,9 @@ class Service:
         if wish.max_tokens == 0 and not wish.echo:
             raise ApiError(400, "'max_tokens' 0 goes with 'echo' only.", "max_tokens")
         with_log_probs = wish.logprobs is not None
+        count = len(wish.prompts) * wish.n
+        if not 1 <= count <= MAX_TEXTS:
+            raise ApiError(400, f"{count} texts: accepted are 1 to {MAX_TEXTS}.", "prompt")
         parts = []
         for prompt in wish.prompts:
             ids = self._tokenize(prompt) if isinstance(prompt, str) else prompt
@@ -188,8 +191,6 @@ class Service:
     ) -> list[Job]:
         """What the engine is asked for; refuses what it cannot do."""
         longest, vocab = self._model.length, self._model.vocab_size
-        if not 1 <= len(parts) <= MAX_TEXTS:
-            raise ApiError(400, f"{len(parts)} texts: accepted are 1 to {MAX_TEXTS}.", param)
         if wish.top_k > vocab:
             raise ApiError(400, f"'top_k' {wish.top_k}: the model has {vocab} tokens.", "top_k")
         for part in parts:
@@ -232,7 +233,7 @@ class Service:
         prompts = sum(len(part.ids) for part in parts) // wish.n  # each is counted once
         started = [part.echo is None for part in parts]
         tokens = 0
-        events = self._write(request, jobs)
+        events = self._writer.write(request, jobs)
 
         async def pieces() -> AsyncGenerator[tuple[int, Written], None]:
             nonlocal tokens
@@ -276,62 +277,6 @@ class Service:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
 
-    async def _write(
-        self, request: Request, jobs: Sequence[Job]
-    ) -> AsyncGenerator[tuple[int, Progress], None]:
-        """What is new of which job, until all are at their end.
-
-        Raises:
-            ApiError: if there is no room, or the engine fails.
-            ClientDisconnect: if nobody waits for the answer any more.
-        """
-        if self._engine.is_closing:
-            raise ApiError(503, CLOSING)
-        room = self._engine.size + self._max_queue
-        if self._unfinished + len(jobs) > room:
-            self._metrics.texts.labels("refused").inc(len(jobs))
-            raise ApiError(
-                429,
-                f"The queue is full: {self._unfinished} texts are written or wait, and {room} may. "
-                "Try again later.",
-                code="queue_full",
-            )
-        began = time.perf_counter()
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Progress] | None]()
-        gone = loop.create_task(_wait_until_gone(request, inbox))
-        unfinished = {index: job for index, job in enumerate(jobs)}
-        new = set(unfinished)
-        self._unfinished += len(jobs)
-        try:
-            for index, job in enumerate(jobs):
-                job.tell = _Teller(loop, inbox, index)
-                self._metrics.prompt_tokens.inc(len(job.text.prompt))
-                self._engine.submit(job)
-            while unfinished:
-                event = await inbox.get()
-                if event is None:
-                    raise ClientDisconnect
-                index, progress = event
-                now = time.perf_counter() - began
-                if progress.is_last:
-                    del unfinished[index]
-                    self._unfinished -= 1
-                    self._metrics.texts.labels(progress.finish_reason or "failed").inc()
-                    self._metrics.whole_text.observe(now)
-                if progress.error:
-                    raise ApiError(503 if progress.error == CLOSING else 500, progress.error)
-                if index in new:
-                    new.discard(index)
-                    self._metrics.first_token.observe(now)
-                self._metrics.tokens.inc(len(progress.places))
-                yield index, progress
-        finally:
-            gone.cancel()
-            self._unfinished -= len(unfinished)
-            for job in unfinished.values():
-                self._metrics.texts.labels("cancelled").inc()
-                self._engine.cancel(job.text.key)
-
     def _echo(self, part: "_Part", progress: Progress) -> Written:
         """An echoed prompt, with its places if they are told of."""
         places = []
@@ -350,24 +295,6 @@ class _Part:
     ids: list[int]
     echo: str | None = None
     """The prompt's text, if it is to stand before what is written."""
-
-
-@dataclass(frozen=True)
-class _Teller:
-    """Brings what the engine tells to the thread of the endpoints."""
-
-    loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue
-    index: int
-
-    def __call__(self, progress: Progress) -> None:
-        self.loop.call_soon_threadsafe(self.inbox.put_nowait, (self.index, progress))
-
-
-async def _wait_until_gone(request: Request, inbox: asyncio.Queue) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    inbox.put_nowait(None)
 
 
 async def _body(request: Request) -> bytes:

@@ -303,12 +303,12 @@ def wait_until_idle(server) -> None:
 
 def test_a_client_that_breaks_off_a_stream_frees_its_slots(client, server):
     before = metric(server, CANCELLED), metric(server, "scmoe_generated_tokens_total")
-    with complete(client, ["A"] * 3, max_tokens=LENGTH - 1, stream=True) as stream:
+    with complete(client, ["A"] * 50, max_tokens=LENGTH - 1, stream=True) as stream:
         next(iter(stream))
-        assert metric(server, "scmoe_texts_running") == 3
+        assert 0 < metric(server, "scmoe_texts_running") <= SLOTS
     wait_until_idle(server)
-    assert metric(server, CANCELLED) == before[0] + 3
-    assert metric(server, "scmoe_generated_tokens_total") < before[1] + 3 * (LENGTH - 1)
+    assert metric(server, CANCELLED) > before[0]
+    assert metric(server, "scmoe_generated_tokens_total") < before[1] + 50 * (LENGTH - 1)
 
 
 def connect(server, body: bytes) -> socket.socket:
@@ -390,12 +390,15 @@ def test_health_and_metrics(client, server):
 def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, greedy):
     """SIGTERM in the middle of a text: it is written to its end, then both ranks end well."""
     words = ["--load", load, "--inference-max-requests", 3, "--expert-model-parallel-size", 2]
+    words += ["--max-queue", 2]
     with (
         Server(*words, "--served-model-name", NAME, ranks=2) as server,
         openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
     ):
         expected = [line["generated_text"] for line in greedy]
         assert texts(complete(client)) == expected
+        many = refusal(lambda: complete(client, "A", n=7))
+        assert many.body["message"] == "7 texts: this server takes 6 at most."
         refused = refusal(lambda: client.chat.completions.create(model=NAME, messages=MESSAGES))
         assert refused.code == "no_chat_template"
         with complete(client, "A", max_tokens=LENGTH - 1, stream=True, logprobs=0) as stream:

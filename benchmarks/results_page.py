@@ -1,6 +1,7 @@
 """RESULTS.md from the JSON files in results/: names, tables, commands, pictures.
 
     python benchmarks/results_page.py            # writes benchmarks/RESULTS.md
+    python benchmarks/results_page.py --pictures # draws all pictures first
     python benchmarks/results_page.py --check    # exit status 1 if it is not what the files give
 
 What stands before the tables is results/intro.md. What a file does not hold (remarks, settings older
@@ -13,16 +14,17 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from report import plot, plot_by_ranks
 from rerun import command as rerun_command
 from result import TIMES, baseline, measured_keys, read_result, speed
 from shapes import SHAPES
 from spoken import LINKS, graph_note, model, place, run_note, sizes_note, system_name, variant
 from tables import table
-from train_page import whole_runs
+from train_page import BY_RANKS, compared, growing, whole_runs
 from train_result import is_train_run
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.platform.command_line import OneLineParser, run_tool
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
 
 HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
@@ -36,7 +38,12 @@ def main() -> None:
     """Write the page, or compare it."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would differ")
+    parser.add_argument("--pictures", action="store_true", help="draw all pictures from the files")
     options = parser.parse_args()
+    if options.check and options.pictures:
+        raise UsageError("--check with --pictures: it writes nothing; accepted: one or the other")
+    if options.pictures:
+        draw_all(RESULTS)
     text = page(RESULTS)
     if not options.check:
         PAGE.write_text(text)
@@ -46,6 +53,22 @@ def main() -> None:
 
 class _OldPageError(ScMoEError):
     status = 1
+
+
+def draw_all(folder: Path) -> None:
+    """The picture of each measurement of whole runs, of whole runs by GPUs, and those others have."""
+    whole = {}
+    for path in sorted(folder.glob("*.json")):
+        result, picture = json.loads(path.read_text()), path.with_suffix(".png")
+        if is_train_run(result):
+            whole[path.stem] = result
+        if is_train_run(result) or picture.exists():
+            plot(result if is_train_run(result) else read_result(path), picture)
+    lines = {
+        name: [(result["world_size"], compared(result)) for result in group]
+        for name, group in growing(whole.values())
+    }
+    plot_by_ranks(lines, folder / f"{BY_RANKS}.png")
 
 
 def page(folder: Path) -> str:

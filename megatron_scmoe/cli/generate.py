@@ -250,12 +250,7 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
     """Refuse prompts and settings that the model cannot have."""
     flag = prompt_flag(args)
     longest = saved.max_position_embeddings
-    if saved.moe_expert_capacity_factor is not None:
-        raise UsageError(
-            f"--load {args.load}: it was trained with --moe-expert-capacity-factor "
-            f"{saved.moe_expert_capacity_factor}, which drops tokens by what else is in a batch; "
-            "accepted is a checkpoint trained without"
-        )
+    check_model(args.load, saved)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise UsageError(f"{flag}: prompt {number} is empty; accepted is a token or more")
@@ -278,6 +273,16 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
         raise UsageError(
             f"--termination-id {args.termination_id}: accepted are ids from 0 to {vocab_size - 1}, "
             "or -1"
+        )
+
+
+def check_model(load: str, saved) -> None:
+    """Refuse a model whose texts would depend on what else is in a batch."""
+    if saved.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            f"--load {load}: it was trained with --moe-expert-capacity-factor "
+            f"{saved.moe_expert_capacity_factor}, which drops tokens by what else is in a batch; "
+            "accepted is a checkpoint trained without"
         )
 
 

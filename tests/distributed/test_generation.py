@@ -13,46 +13,26 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.inference import generation
 from megatron_scmoe.training import load_model
-from tests import checkpoints, longcat
+from tests import checkpoints, longcat, text_models
 from tests.harness import run_distributed
-from tests.tools import REPOSITORY, run_tool
+from tests.text_models import LEARNED, PROMPTS, TAPS_INPUT, VOCAB
+from tests.tools import run_tool
 
-VOCAB, ROWS = 360, 384
-"""Tokens of the tokenizer, and rows of the embedding, as Megatron pads them."""
-
-PROMPTS = ["The tap", "A", "Each block is Megatron's own", "overlap and", "two rails"]
 TOKENS = 8
-SIZES = ["--vocab-size", str(VOCAB), "--max-position-embeddings", "48"]
-LEARNED, TAPS_INPUT = "GPT-2", "pos3, shared norm, CG-2"
 WITHOUT_TOKENIZER = "without a tokenizer"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    run_tool(
-        "train_tokenizer",
-        *("--input", REPOSITORY / "docs" / "architecture.md", "--vocab-size", VOCAB),
-        *("--output-prefix", folder / "small"),
-    )
-    return folder / "small.model"
-
-
-@pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory) -> Path:
+def models(tmp_path_factory) -> Path:
     """Checkpoints of models with random weights."""
     folder = tmp_path_factory.mktemp("models")
-    run_distributed(_save, 1, str(folder), str(tokenizer))
+    text_models.save(folder, text_models.train_tokenizer(folder), TAPS_INPUT, LEARNED)
+    run_distributed(_save_without_tokenizer, 1, str(folder))
     return folder
 
 
-def _save(folder: str, tokenizer: str) -> None:
+def _save_without_tokenizer(folder: str) -> None:
     checkpoints.models.init_parallel()
-    for variant in (TAPS_INPUT, LEARNED):
-        args = checkpoints.arguments(variant, *SIZES)
-        args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", tokenizer
-        args.vocab_size, args.padded_vocab_size = VOCAB, ROWS
-        checkpoints.save(args, Path(folder, variant))
     checkpoints.save(checkpoints.arguments(TAPS_INPUT), Path(folder, WITHOUT_TOKENIZER))
 
 

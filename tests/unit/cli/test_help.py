@@ -28,6 +28,7 @@ COMMANDS = {
     "tools/evaluate.py": ("--micro-batch N", "(default: 1)"),
     "tools/generate.py": ("--top_k K", "(default: 30)"),
     "tools/plot_schedule.py": ("--times",),
+    "tools/serve.py": ("--max-queue N", "(default: 256)"),
     "tools/prepare_demo_data.py": ("--output",),
     "tools/preprocess_data.py": ("--tokenizer-model",),
     "tools/train_tokenizer.py": ("--vocab-size",),

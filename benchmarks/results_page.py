@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from inference_page import inference_section, is_inference
 from report import plot, plot_by_ranks
 from rerun import command as rerun_command
 from result import TIMES, baseline, measured_keys, read_result, speed
@@ -78,6 +79,7 @@ def page(folder: Path) -> str:
     intro = (folder / "intro.md").read_text()
     sections = (line for group in groups for line in _section(group, folder))
     intro = intro.replace("{whole runs}\n", _lines(whole_runs(folder)))
+    intro = intro.replace("{inference}\n", _lines(inference_section(_inference(folder))))
     return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
         (*sections, *_operator_times(results, folder))
     )
@@ -91,12 +93,18 @@ def read_all(folder: Path) -> list[dict]:
     notes = tomllib.loads((folder / "notes.toml").read_text())
     results = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem.endswith(OPERATOR_TIMES) or is_train_run(json.loads(path.read_text())):
-            continue
+        if path.stem.endswith(OPERATOR_TIMES) or "benchmark" in json.loads(path.read_text()):
+            continue  # another benchmark's
         about = notes.get(path.stem, {})
         own = {"name": path.stem, "notes": about.get("notes", []), "floor": about.get("floor")}
         results.append(about.get("settings", {}) | read_result(path) | own)
     return sorted(results, key=_order)
+
+
+def _inference(folder: Path) -> dict[str, dict]:
+    """The results of inference.py in a folder, by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: result for name, result in found.items() if is_inference(result)}
 
 
 def title(result: dict) -> str:

@@ -18,9 +18,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
+from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
@@ -84,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--top-n-logprobs", type=int, default=0, metavar="N",
         help="the N likeliest tokens in each place, with their log-probabilities",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
+        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
+        "tries both on the first tokens and keeps the faster one (default: auto)",
     )  # fmt: skip
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="prompts at once")
     parser.add_argument(
@@ -182,6 +189,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
     from megatron_scmoe.inference import generation
+    from megatron_scmoe.inference.decode_schedule import Decode
     from megatron_scmoe.inference.text import Continuation
     from megatron_scmoe.training import load_model
 
@@ -215,6 +223,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     )
     is_mine = initialise_ranks()
     model = load_model.build_model(checkpoint, layout, DTYPES[args.dtype] if args.dtype else None)
+    decode = Decode(model, args.decode_schedule)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
         args.output_path or args.return_log_probs or args.top_n_logprobs
@@ -236,12 +245,16 @@ def generate(args: Namespace, prompts: list[str]) -> None:
             is_stop=lambda prompt, tokens: texts[prompt].stops(tokens),
             on_token=lambda prompt, tokens: show(texts[prompt].new_text(tokens)),
             shows_progress=not streams and is_first_rank(),
+            decode=decode,
         )
         show(texts[0].new_text(completions[0].tokens, is_last=True) + "\n")
         if not streams and is_first_rank():
             for prompt, own_ids, text, completion in zip(prompts, ids, texts, completions):
                 record = describe(prompt, own_ids, text, completion, args, tokenizer)
                 print(json.dumps(record, ensure_ascii=False), file=output)
+    if not streams and is_first_rank():
+        for count, name in decode.kept().items():
+            print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
     if is_mine:
         torch.distributed.destroy_process_group()
 

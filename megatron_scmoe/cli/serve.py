@@ -15,10 +15,12 @@ import sys
 import threading
 from argparse import Namespace
 from pathlib import Path
+from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.generate import check_model
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
+from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
 READERS_GRACE_S = 5
@@ -50,6 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-queue", type=int, default=256, metavar="N",
         help="texts that may wait; a request with more is answered with status 429",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
+        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
+        "tries both on the first tokens and keeps the faster one (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout-graceful-shutdown", type=float, default=20, metavar="SECONDS",
@@ -147,7 +154,8 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
     is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load_model.build_model(checkpoint, layout, dtype, local_attention=True)
-    slots = Slots(model, vocab_size, args.inference_max_requests, length)
+    size = args.inference_max_requests
+    slots = Slots(model, vocab_size, size, length, args.decode_schedule)
     if listener is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends

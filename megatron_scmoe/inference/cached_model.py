@@ -8,6 +8,8 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from megatron_scmoe.inference.decode_schedule import Decode
+
 
 class CachedModel:
     """This rank's part of a model, and a cache of ``rows`` sequences of ``columns`` tokens.
@@ -15,15 +17,22 @@ class CachedModel:
     Args:
         model: what :func:`~megatron_scmoe.training.load_model.build_model` returned. Its sequence
             parallelism is switched off for good: one token has no parts to share out.
+        decode: what schedule tokens have that :meth:`decode` reads.
     """
 
-    def __init__(self, model, rows: int, columns: int):
+    def __init__(self, model, rows: int, columns: int, decode: Decode):
+        self._decode = decode
         self.module = getattr(model, "module", model)
         if self.module.config.sequence_parallel:
             set_model_to_sequence_parallel(self.module, False)
         self.context = StaticInferenceContext(rows, columns)
         self._wrapper = GPTInferenceWrapper(model, self.context)
         self._wrapper.prep_model_for_inference()
+
+    def decode(self, texts: int, tokens: Tensor, positions: Tensor, **how) -> Tensor:
+        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together."""
+        with self._decode.token(texts):
+            return self.read(tokens, positions, **how)
 
     def read(
         self,

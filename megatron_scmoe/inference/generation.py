@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
 
 LENGTH, STOP = "length", "stop"
@@ -59,6 +60,7 @@ def generate(
     is_stop: Callable[[int, list[int]], bool] = lambda prompt, tokens: False,
     on_token: Callable[[int, list[int]], None] = lambda prompt, tokens: None,
     shows_progress: bool = False,
+    decode: Decode | None = None,
 ) -> list[Completion]:
     """Generate on this rank's part of a model, together with all other ranks.
 
@@ -78,6 +80,7 @@ def generate(
         is_stop: whether prompt number i ends after these tokens, its last one included.
         on_token: is told of each token, on the rank that has chosen it for prompt i.
         shows_progress: whether a terminal shows a bar.
+        decode: what schedule the tokens behind the prompts have; None: the faster one, once measured.
 
     Returns:
         The completions in the order of the prompts, on every rank.
@@ -85,6 +88,7 @@ def generate(
     group = parallel_state.get_data_parallel_group()
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     size = micro_batch * group.size()
+    decode = decode or Decode(model)
     found: dict[int, Completion] = {}
     with (
         torch.no_grad(),
@@ -101,7 +105,7 @@ def generate(
             ]
             lengths = [len(prompts[index]) for index in indices]
             end = max(lengths) + sampling.num_tokens_to_generate
-            columns = _Columns(model, own, end)
+            columns = _Columns(model, own, end, len(indices), decode)
             _fill(columns, own, min(lengths), sampling, vocab_size, is_stop, on_token)
             found |= {row.index: row.completion for row in own}
             progress.update(len(indices))
@@ -125,21 +129,23 @@ class _Row:
 class _Columns:
     """The tokens of a round, int64 [b, end], and the model that reads them from left to right."""
 
-    def __init__(self, model, rows: list[_Row], end: int):
+    def __init__(self, model, rows: list[_Row], end: int, texts: int, decode: Decode):
         self.tokens = torch.zeros(len(rows), end, dtype=torch.int64)
         for own, row in zip(self.tokens, rows):
             own[: len(row.prompt)] = torch.tensor(row.prompt)
-        self._model = CachedModel(model, len(rows), end)
+        self._model = CachedModel(model, len(rows), end, decode)
+        self._texts = texts  # of all ranks
 
     def read(self, start: int, stop: int, last_only: bool) -> Tensor:
         """Logits behind the columns from ``start`` to ``stop``, or behind the last: fp32 [b, n, v].
 
         What stands before was read already. On every rank, and on the host.
         """
+        tokens = self.tokens[:, start:stop]
         positions = torch.arange(start, stop).expand(len(self.tokens), -1)
-        return self._model.read(
-            self.tokens[:, start:stop], positions, column=start, last_only=last_only
-        )
+        if start == 0:
+            return self._model.read(tokens, positions, last_only=last_only)
+        return self._model.decode(self._texts, tokens, positions, column=start, last_only=last_only)
 
 
 def _fill(

@@ -25,7 +25,9 @@ from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
+from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
 
 
@@ -80,9 +82,12 @@ class Slots:
         vocab_size: number of entries of the vocabulary, without the padding.
         size: texts at once; rounded up to a multiple of the data-parallel ranks.
         length: the most tokens of a text, its prompt included.
+        schedule: of a token that each text gets.
     """
 
-    def __init__(self, model, vocab_size: int, size: int, length: int):
+    def __init__(
+        self, model, vocab_size: int, size: int, length: int, schedule: DecodeSchedule = AUTO
+    ):
         self._group = parallel_state.get_data_parallel_group()
         self._own_rank = self._group.rank()
         self._per_rank = -(-size // self._group.size())
@@ -92,7 +97,8 @@ class Slots:
         self._rows: list[list[_Row]] = [[] for _ in range(self._group.size())]
         self._column = 0
         """Where the next token goes."""
-        self._model = CachedModel(model, self._per_rank + 1, length)
+        self._decode = Decode(model, schedule)
+        self._model = CachedModel(model, self._per_rank + 1, length, self._decode)
         self._may_move = not self._model.module.config.multi_latent_attention
         with torch.inference_mode(), InferenceMode.active():
             self._read_spare()  # Megatron allocates the cache, and does not fill it
@@ -103,6 +109,15 @@ class Slots:
     def cache_bytes(self) -> int:
         """What the cache takes on this rank."""
         return sum(memory.nbytes for memory in self._cache())
+
+    @property
+    def _running(self) -> int:
+        """Texts in the batch, on all ranks."""
+        return sum(map(len, self._rows))
+
+    def decode_schedules(self) -> dict[str, str]:
+        """What was measured to be faster, by the number of texts (:meth:`Decode.kept`)."""
+        return self._decode.kept()
 
     def count_fitting(self, waiting: Sequence[tuple[int, int]], leaving: Collection[int]) -> int:
         """How many texts from the first on may join now, once others have left.
@@ -206,7 +221,7 @@ class Slots:
                 Written(r.text.key, self._choose(r, behind)) for r, behind in zip(own, logits)
             ]
         else:
-            self._read_spare()
+            self._read_spare(beside=self._running)
         for rows in self._rows:
             for row in rows:
                 row.length += 1
@@ -234,7 +249,8 @@ class Slots:
         """Logits [b, v] behind the last token of each row."""
         lengths = torch.tensor([row.length for row in rows])
         mask = torch.arange(self._column + 1) < self._column - lengths[:, None]
-        logits = self._model.read(
+        logits = self._model.decode(
+            self._running,
             torch.tensor([[row.last] for row in rows]),
             lengths[:, None],
             column=self._column,
@@ -242,10 +258,13 @@ class Slots:
         )
         return logits[:, -1, : self._vocab_size]
 
-    def _read_spare(self) -> None:
-        """Take part in a step of the other ranks."""
+    def _read_spare(self, beside: int = 0) -> None:
+        """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""
         zero = torch.zeros(1, 1, dtype=torch.int64)
-        self._model.read(zero, zero, row=self._per_rank)
+        if beside:
+            self._model.decode(beside, zero, zero, row=self._per_rank)
+        else:
+            self._model.read(zero, zero, row=self._per_rank)
 
     def _choose(self, row: "_Row", logits: Tensor) -> Place:
         """The next token of a row, from logits [v]."""

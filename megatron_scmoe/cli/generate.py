@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Text that a checkpoint's model writes behind prompts.")
     parser.add_argument(
         "--load", required=True, metavar="CKPT",
-        help="a Megatron checkpoint: what was --save, or an iter_ folder",
+        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
+        "Face, which is converted for the while",
     )  # fmt: skip
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the texts begin with")
@@ -184,6 +185,18 @@ def read_prompts(args: Namespace) -> list[str]:
 def generate(args: Namespace, prompts: list[str]) -> None:
     """Generate on every rank; the first one writes."""
     import torch
+
+    from megatron_scmoe.inference.exported import as_megatron
+
+    is_mine = initialise_ranks()
+    with as_megatron(args.load, args.ckpt_step) as load:
+        write_texts(args, prompts, load)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+
+
+def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
+    """Load the checkpoint ``load``, and write behind the prompts."""
     from megatron.core.inference.sampling_params import SamplingParams
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
@@ -193,7 +206,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     from megatron_scmoe.inference.text import Continuation
     from megatron_scmoe.training import load_model
 
-    checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
+    checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     kind = checkpoint.args.tokenizer_type
     if kind == load_model.NULL_TOKENIZER and args.tokenizer_model is None:
         raise UsageError(
@@ -221,7 +234,6 @@ def generate(args: Namespace, prompts: list[str]) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    is_mine = initialise_ranks()
     model = load_model.build_model(checkpoint, layout, DTYPES[args.dtype] if args.dtype else None)
     decode = Decode(model, args.decode_schedule)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
@@ -255,8 +267,6 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     if not streams and is_first_rank():
         for count, name in decode.kept().items():
             print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
-    if is_mine:
-        torch.distributed.destroy_process_group()
 
 
 def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved) -> None:

@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Serve a checkpoint's model over HTTP, as OpenAI's API.")
     parser.add_argument(
         "--load", required=True, metavar="CKPT",
-        help="a Megatron checkpoint: what was --save, or an iter_ folder",
+        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
+        "Face, which is converted for the while",
     )  # fmt: skip
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
@@ -132,14 +133,32 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
     """Load the model on every rank and serve until a signal comes; the first rank has a listener."""
     import torch
 
+    from megatron_scmoe.inference.exported import as_megatron
+
+    is_mine = initialise_ranks()
+    with as_megatron(args.load, args.ckpt_step) as load:
+        slots, served = load_slots(args, load)
+    if listener is None:
+        from megatron_scmoe.inference import engine
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
+        engine.follow(slots)
+    else:
+        run_first_rank(args, slots, served, listener)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+
+
+def load_slots(args: Namespace, load: str):
+    """The batch of the checkpoint ``load``, and what is served of it."""
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
-    from megatron_scmoe.inference import engine
     from megatron_scmoe.inference.slots import Slots
     from megatron_scmoe.serving.app import ServedModel
     from megatron_scmoe.training import load_model
 
-    checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
+    checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     length = check_checkpoint(args, checkpoint)
     template = args.chat_template.read_text() if args.chat_template else None
     tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
@@ -151,21 +170,12 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load_model.build_model(checkpoint, layout, dtype, local_attention=True)
     size = args.inference_max_requests
     slots = Slots(model, vocab_size, size, length, args.decode_schedule)
-    if listener is None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
-        engine.follow(slots)
-    else:
-        name = args.served_model_name or checkpoint.name
-        served = ServedModel(name, tokenizer, vocab_size, length)
-        run_first_rank(args, slots, served, listener)
-    if is_mine:
-        torch.distributed.destroy_process_group()
+    name = args.served_model_name or checkpoint.name
+    return slots, ServedModel(name, tokenizer, vocab_size, length)
 
 
 def check_checkpoint(args: Namespace, checkpoint) -> int:

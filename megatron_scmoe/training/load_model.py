@@ -57,6 +57,7 @@ class Checkpoint:
     Args:
         folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
         step: the iteration in it; None for the last one, or the folder's own.
+        given: what ``--load`` has named, if ``folder`` was made of it; for errors.
 
     Attributes:
         name: of the folder that holds the iterations.
@@ -65,8 +66,8 @@ class Checkpoint:
         InputError: if there is none, it is not complete, or it names no arguments.
     """
 
-    def __init__(self, folder: str, step: int | None = None):
-        self.given = f"--load {folder}"
+    def __init__(self, folder: str, step: int | None = None, given: str | None = None):
+        self.given = f"--load {given or folder}"
         self.name = Path(folder).resolve().name
         if not locate.is_iteration(folder):
             self.path = locate.find_checkpoint("--load", folder, step)

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,50 @@ def test_greedy_text_and_its_log_probs_are_those_of_the_exported_model(
             log_probs.gather(-1, expected[0, 1:, None]).flatten(),
             atol=2e-5,
         )
+
+
+def test_an_exported_model_writes_the_same_text_on_two_ranks(models, greedy, tmp_path):
+    folder, out, temporary = (tmp_path / name for name in ("exported", "out", "tmp"))
+    run_tool("convert", "megatron-to-hf", "--load", models / TAPS_INPUT, "--output", folder)
+    out.mkdir()
+    temporary.mkdir()
+    for lines, refusals in run_distributed(_exported, 2, str(folder), str(out), str(temporary)):
+        assert [line["generated_tokens"] for line in lines] == [
+            line["generated_tokens"] for line in greedy
+        ]
+        assert (
+            refusals[0]
+            == f"--ckpt-step 3: {folder} is a model folder, not iterations; accepted: --load alone"
+        )
+        assert refusals[1].startswith(str(folder))
+        assert "mamba" in refusals[1]
+    assert list(temporary.iterdir()) == []
+
+
+def _exported(folder: str, out: str, temporary: str) -> tuple[list[dict], list[str]]:
+    checkpoints.models.init_parallel(2, ep=2)
+    rank = torch.distributed.get_rank()
+    os.environ |= {"TMPDIR": temporary, "LOCAL_RANK": str(rank)}
+    tempfile.tempdir = None  # read TMPDIR anew
+    lines = write(
+        Path(folder),
+        Path(out, "texts.jsonl"),
+        "--expert-model-parallel-size",
+        2,
+        "--return-log-probs",
+    )
+    refusals = []
+    with pytest.raises(ScMoEError) as refusal:
+        run_tool("generate", "--load", folder, "--prompts", "A", "--ckpt-step", 3)
+    refusals.append(str(refusal.value))
+    torch.distributed.barrier()
+    if rank == 0:
+        config = Path(folder, "config.json")
+        config.write_text(config.read_text().replace('"scmoe"', '"mamba"'))
+    torch.distributed.barrier()
+    with pytest.raises(ScMoEError) as refusal:
+        run_tool("generate", "--load", folder, "--prompts", "A")
+    return lines, [*refusals, str(refusal.value)]
 
 
 def test_log_probs_are_those_of_evaluation(models, greedy, tmp_path):

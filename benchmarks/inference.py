@@ -57,7 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="decoded in a row for one measurement (default: 8)")  # fmt: skip
     parser.add_argument("--tap", choices=sorted(TAP_BOUNDARY), help="default: pos2")
     parser.add_argument("--slot", type=int, metavar="N", help="default: the tap's")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N",
+        help="in which each system is measured once (default: 5)")  # fmt: skip
     parser.add_argument(
         "--warmup", type=positive, default=2, metavar="N", help="rounds before them"
     )

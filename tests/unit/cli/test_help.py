@@ -36,7 +36,7 @@ COMMANDS = {
     "examples/shape_flags.py": ("--system",),
     "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
     "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
-    "benchmarks/inference.py": ("--batch-sizes N [N ...]", "default: 128"),
+    "benchmarks/inference.py": ("--batch-sizes N [N ...]", "(default: 8)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
     "benchmarks/predict_iteration.py": ("--edge-reduction MS", "default: 0"),
     "benchmarks/results_page.py": ("--check",),

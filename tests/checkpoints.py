@@ -151,9 +151,11 @@ def save(args, folder: Path) -> None:
             tensor.copy_(tensor * 0.5 + noise)
     path = folder / "iter_0000007"
     os.makedirs(path, exist_ok=True)
-    state = model.sharded_state_dict(metadata=models.checkpoint_metadata())
+    metadata = models.checkpoint_metadata()
+    state = model.sharded_state_dict(metadata=metadata)
     common = {"args": args, "iteration": 7, "checkpoint_version": 3.0}
-    dist_checkpointing.save({**state, **common}, str(path))
+    of_content = {name: value for name, value in metadata.items() if value is True}
+    dist_checkpointing.save({**state, **common}, str(path), content_metadata=of_content)
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 
 

@@ -11,7 +11,7 @@ import mmap
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,5 +258,3 @@ def _count(weights: Mapping[str, LazyTensor]) -> int:
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-

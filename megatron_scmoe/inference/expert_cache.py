@@ -47,6 +47,7 @@ class ExpertCache:
 
     def __init__(self, packing: Packing, slots: int, host: HostExperts, policy: Policy = "lru"):
         memory = torch.empty(slots, packing.nbytes, dtype=torch.uint8, device="cuda")
+        self.nbytes = memory.nbytes
         self._free = [_Slot(row, list(packing.views(row).values())) for row in memory]
         self._held: dict[Key, _Slot] = {}  # the one not used for longest first
         self._host = host

@@ -10,9 +10,10 @@ those that have arrived. Kernels and the order of sums are those of a resident m
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -58,14 +59,14 @@ class OffloadedExperts(MegatronModule):
         super().__init__(config)
         self.num_local_experts = num_local_experts
         self.expert = build(1, config, *args, **kwargs)
-        self._parameters_of_one = dict(_named(self.expert))
+        (self._parameters_of_one,) = named_weights(self.expert)
         self.packing = Packing(
             {name: tuple(p.shape) for name, p in self._parameters_of_one.items()},
             config.params_dtype,
         )
         for parameter in self._parameters_of_one.values():
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.new_empty(0)
+        self._drop_weights()
 
     def attach(self, cache: ExpertCache, layer: int) -> None:
         """Say where the weights are.
@@ -74,6 +75,7 @@ class OffloadedExperts(MegatronModule):
             layer: this layer's number in the cache's keys.
         """
         self.cache, self.layer = cache, layer
+        self._drop_weights()
 
     def expect(self, tokens_per_expert: Sequence[int]) -> None:
         """Begin to fetch the experts that will get tokens."""
@@ -110,6 +112,10 @@ class OffloadedExperts(MegatronModule):
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Nothing: the experts are no part of what is loaded into the model."""
         return {}
+
+    def _drop_weights(self) -> None:
+        for parameter in self._parameters_of_one.values():
+            parameter.data = parameter.data.new_empty(0)
 
     def _keys(self, tokens_per_expert: Sequence[int]) -> list[tuple[int, int]]:
         return [(self.layer, expert) for expert, count in enumerate(tokens_per_expert) if count]
@@ -221,9 +227,7 @@ class ExpertOffload:
                 {number: _pin(weights, packing, first, count) for number, weights in layers.items()}
             )
         self.cache = ExpertCache(packing, slots, host, self.settings.policy)
-        for layer, own in experts:
-            own.attach(self.cache, layer.layer_number)
-            fetch_at_the_gate(layer)
+        connect(model, self.cache)
 
     def report(self, tokens: int) -> str:
         """What was done for that many tokens on all ranks, in one line; every rank calls it."""
@@ -278,20 +282,43 @@ class ExpertOffload:
         return found
 
 
-def offloaded_layers(model) -> list[tuple[torch.nn.Module, OffloadedExperts]]:
+def named_weights(experts: torch.nn.Module) -> list[dict[str, torch.nn.Parameter]]:
+    """The weights of each expert of Megatron's module, by their names in a checkpoint.
+
+    Raises:
+        InputError: if it is a module that holds them in another way.
+    """
+    found: dict[int, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in experts.named_parameters():
+        match = _OF_AN_EXPERT.fullmatch(name)
+        if match is None:
+            raise InputError(
+                FLAG,
+                f"the experts are of {type(experts).__name__}, with a parameter {name}",
+                "SequentialMLP or TEGroupedMLP",
+            )
+        found.setdefault(int(match[1] or match[3]), {})[match[2]] = parameter
+    return [found[expert] for expert in sorted(found)]
+
+
+def offloaded_layers(model) -> list[tuple[Any, OffloadedExperts]]:
     """The transformer layers of this rank whose experts are offloaded, and these."""
     layers = getattr(model, "module", model).decoder.layers
     experts = [(layer, getattr(layer.mlp, "experts", None)) for layer in layers]
     return [(layer, own) for layer, own in experts if isinstance(own, OffloadedExperts)]
 
 
-def fetch_at_the_gate(layer) -> None:
-    """Let the gate's choice start the copies, and the whole window pass before experts compute.
+def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
+    """Let the offloaded layers of a model take their experts from a cache.
 
-    Without it they are fetched when they are to compute.
+    Args:
+        at_the_gate: whether copies begin when the gate has chosen, and the whole window passes before
+            experts compute. Otherwise they begin when experts are to compute, which waits for them.
     """
-    layer.path.schedule = widest(layer.path.schedule)
-    layer.path.on_dispatch = layer.mlp.experts.expect
+    for layer, experts in offloaded_layers(model):
+        experts.attach(cache, layer.layer_number)
+        layer.path.schedule = widest(layer.path.schedule)
+        layer.path.on_dispatch = experts.expect if at_the_gate else None
 
 
 def widest(schedule: Schedule) -> Schedule:
@@ -304,17 +331,8 @@ _EXPERTS = ".mlp.experts.experts."
 """What is in the keys of routed experts, between the layer and the weight."""
 
 
-def _named(expert: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a module of one expert, by their names in a checkpoint."""
-    for name, parameter in expert.named_parameters():
-        match = re.fullmatch(r"(?:local_experts\.0\.)?(linear_fc[12]\.(?:weight|bias))0?", name)
-        if match is None:
-            raise InputError(
-                FLAG,
-                f"the experts are of {type(expert).__name__}, with a parameter {name}",
-                "SequentialMLP or TEGroupedMLP",
-            )
-        yield match[1], parameter
+_OF_AN_EXPERT = re.compile(r"(?:local_experts\.(\d+)\.)?(linear_fc[12]\.(?:weight|bias))(\d+)?")
+"""SequentialMLP has its number before the weight, TEGroupedMLP behind it."""
 
 
 def _pin(weights: Mapping[str, LazyTensor], packing: Packing, first: int, count: int) -> Tensor:

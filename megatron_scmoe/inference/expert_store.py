@@ -140,11 +140,19 @@ def pinned_memory(experts: int, nbytes: int) -> Tensor:
     """Page-locked memory for a layer's experts, uint8 [experts, nbytes], of exactly that size.
 
     PyTorch's own allocator of pinned memory takes the next power of two.
+
+    Raises:
+        InputError: if the host has not that much.
     """
     memory = torch.empty(experts, nbytes, dtype=torch.uint8)
     cudart = torch.cuda.cudart()
     address = memory.data_ptr()
-    torch.cuda.check_error(int(cudart.cudaHostRegister(address, memory.nbytes, 0)))
+    if int(cudart.cudaHostRegister(address, memory.nbytes, 0)) != 0:
+        raise InputError(
+            "--offload-experts",
+            f"the host does not pin {memory.nbytes / 1e9:.2f} GB more for a layer's experts",
+            "a host with more memory",
+        )
     weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
     return memory
 

@@ -111,6 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         "--cpu-moe-layers", type=int, metavar="N",
         help="offload the experts of the first N MoE layers alone (default: of all)",
     )  # fmt: skip
+    experts.add_argument(
+        "--expert-cache-policy", choices=("lru", "frequency"),
+        help="which expert makes room: the one not used for longest (default), or the one used least",
+    )  # fmt: skip
     for kind in ("tensor", "pipeline", "expert"):
         parser.add_argument(
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
@@ -162,14 +166,14 @@ def check_flags(args: Namespace) -> None:
 
 def check_offloading(args: Namespace) -> None:
     """Refuse what says how experts are offloaded if they are not, and what cannot be."""
-    for name in ("expert_folder", "expert_cache_gb", "cpu_moe_layers"):
+    for name in ("expert_folder", "expert_cache_gb", "expert_cache_policy", "cpu_moe_layers"):
         value = getattr(args, name)
         if value is None:
             continue
         flag = f"--{name.replace('_', '-')} {value}"
         if not args.offload_experts:
             raise UsageError(f"{flag}: accepted with --offload-experts")
-        if name != "expert_folder" and not 0 < value < float("inf"):
+        if isinstance(value, int | float) and not 0 < value < float("inf"):
             raise UsageError(f"{flag}: accepted is more than 0")
 
 
@@ -250,7 +254,10 @@ def generate(args: Namespace, prompts: list[str]) -> None:
         check_expert_folder(args, cpu_backend.is_enabled())
         offload = offloading.ExpertOffload(
             offloading.OffloadSettings(
-                args.expert_cache_gb, args.cpu_moe_layers, args.expert_folder
+                args.expert_cache_gb,
+                args.cpu_moe_layers,
+                args.expert_folder,
+                args.expert_cache_policy or "lru",
             )
         )
     is_mine = initialise_ranks()

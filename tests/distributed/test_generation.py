@@ -99,6 +99,7 @@ def _alone(models: Path, out: Path) -> dict:
     with contextlib.redirect_stderr(io.StringIO()) as stream:
         folder = models / "experts"
         flags = ["--offload-experts", "--expert-folder", folder, "--expert-cache-gb", 0.001]
+        flags += ["--expert-cache-policy", "frequency"]
         texts["offloaded"] = write(load, out / "offloaded.jsonl", *runs[TAPS_INPUT], *flags)
     texts["said"] = stream.getvalue()
     return texts

@@ -36,6 +36,7 @@ COMMANDS = {
     "examples/gpt2_moe_medium/count_parameters.py": ("show this help message",),
     "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
+    "benchmarks/offloading.py": ("--shapes SHAPE", "(default: 512)"),
     "benchmarks/predict_iteration.py": ("--edge-reduction MS", "default: 0"),
     "benchmarks/results_page.py": ("--check",),
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),

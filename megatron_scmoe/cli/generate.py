@@ -20,6 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.expert_flags import (
+    add_expert_flags,
+    check_expert_flags,
+    expert_offload,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -94,27 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         help="the tokenizer of --load, where it is not (any more) where training had it",
     )  # fmt: skip
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
-    experts = parser.add_argument_group("experts on the host (docs/offloading.md)")
-    experts.add_argument(
-        "--offload-experts", action="store_true",
-        help="keep routed experts out of the device, and fetch those that the gate has chosen",
-    )  # fmt: skip
-    experts.add_argument(
-        "--expert-folder", type=Path, metavar="DIR",
-        help="on the CPU: where files of experts are, or will be written once, to be mapped",
-    )  # fmt: skip
-    experts.add_argument(
-        "--expert-cache-gb", type=float, metavar="G",
-        help="10^9 bytes for experts on the device (default: what a layer needs at once)",
-    )  # fmt: skip
-    experts.add_argument(
-        "--cpu-moe-layers", type=int, metavar="N",
-        help="offload the experts of the first N MoE layers alone (default: of all)",
-    )  # fmt: skip
-    experts.add_argument(
-        "--expert-cache-policy", choices=("lru", "frequency"),
-        help="which expert makes room: the one not used for longest (default), or the one used least",
-    )  # fmt: skip
+    add_expert_flags(parser)
     for kind in ("tensor", "pipeline", "expert"):
         parser.add_argument(
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
@@ -156,25 +141,12 @@ def check_flags(args: Namespace) -> None:
         )
     if args.termination_id is not None and args.termination_id < NO_TERMINATION:
         raise UsageError(f"--termination-id {args.termination_id}: accepted is an id, or -1")
-    check_offloading(args)
+    check_expert_flags(args)
     if "" in args.stop_words:
         raise UsageError("--stop-words '': accepted are words of one character or more")
     if args.output_path is not None:
         check_output("--output-path", args.output_path, [".jsonl"])
         refuse_overwrite("--output-path", [args.output_path], args.force)
-
-
-def check_offloading(args: Namespace) -> None:
-    """Refuse what says how experts are offloaded if they are not, and what cannot be."""
-    for name in ("expert_folder", "expert_cache_gb", "expert_cache_policy", "cpu_moe_layers"):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        flag = f"--{name.replace('_', '-')} {value}"
-        if not args.offload_experts:
-            raise UsageError(f"{flag}: accepted with --offload-experts")
-        if isinstance(value, int | float) and not 0 < value < float("inf"):
-            raise UsageError(f"{flag}: accepted is more than 0")
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -216,9 +188,8 @@ def generate(args: Namespace, prompts: list[str]) -> None:
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
-    from megatron_scmoe.inference import generation, offloading
+    from megatron_scmoe.inference import generation
     from megatron_scmoe.inference.text import Continuation
-    from megatron_scmoe.platform import cpu_backend
     from megatron_scmoe.training import load_model
 
     checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
@@ -249,17 +220,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    offload = None
-    if args.offload_experts:
-        check_expert_folder(args, cpu_backend.is_enabled())
-        offload = offloading.ExpertOffload(
-            offloading.OffloadSettings(
-                args.expert_cache_gb,
-                args.cpu_moe_layers,
-                args.expert_folder,
-                args.expert_cache_policy or "lru",
-            )
-        )
+    offload = expert_offload(args)
     is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load_model.build_model(checkpoint, layout, dtype, offload)
@@ -298,20 +259,6 @@ def generate(args: Namespace, prompts: list[str]) -> None:
             print(line, file=sys.stderr)
     if is_mine:
         torch.distributed.destroy_process_group()
-
-
-def check_expert_folder(args: Namespace, on_cpu: bool) -> None:
-    """The CPU maps experts from files; for a GPU they are in pinned memory."""
-    if on_cpu and args.expert_folder is None:
-        raise UsageError(
-            "--offload-experts: without a GPU experts are mapped from files; accepted with "
-            "--expert-folder DIR, where they are or will be written"
-        )
-    if not on_cpu and args.expert_folder is not None:
-        raise UsageError(
-            f"--expert-folder {args.expert_folder}: with a GPU experts are in the host's memory; "
-            "accepted without a GPU"
-        )
 
 
 def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved) -> None:

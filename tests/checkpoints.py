@@ -1,6 +1,7 @@
 """Checkpoints of small models of many kinds, saved by Megatron on any layout, and their logits."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
 from megatron_scmoe.model.layer_spec import build_block_spec
+from megatron_scmoe.platform import megatron_workarounds
 from tests import models
 
 ROWS = 96
@@ -143,6 +145,9 @@ def save_all(folder: str, layout: str, variants: list[str]) -> None:
 
 def save(args, folder: Path) -> None:
     """Save a model with random weights, norms, biases and all, as training would."""
+    megatron_workarounds.apply(
+        Namespace(async_save=False)
+    )  # no server process, which takes seconds
     model = build(args)
     generator = torch.Generator().manual_seed(17 * torch.distributed.get_rank() + 1)
     for tensor in model.state_dict().values():

@@ -195,7 +195,7 @@ def _refusals(load: Path, folder: Path) -> list[str]:
 
 # More experts than memory.
 
-FEW_MB, EXPERTS_MB = 120, 240
+FEW_MB, EXPERTS_MB = 48, 96
 """What a process may take beyond its imports, and what the experts take."""
 
 
@@ -208,9 +208,9 @@ def large(tmp_path_factory) -> Path:
 
 def _save_large(folder: Path) -> None:
     checkpoints.models.init_parallel()
-    sizes = "--hidden-size 256 --moe-ffn-hidden-size 1280 --num-experts 32".split()
+    sizes = "--hidden-size 256 --moe-ffn-hidden-size 512 --num-experts 32".split()
     args = checkpoints.arguments("top-1, Llama 3's rope", *sizes)
-    assert LAYERS * 32 * 3 * 256 * 1280 * 4 == EXPERTS_MB * 2**20
+    assert LAYERS * 32 * 3 * 256 * 512 * 4 == EXPERTS_MB * 2**20
     checkpoints.save(args, folder)
 
 

@@ -182,21 +182,19 @@ def write_expert_files(
         "dtype": str(packing.dtype).removeprefix("torch."),
         "shapes": {name: list(shape) for name, shape in packing.shapes.items()},
     }
+    files = {layer: folder / f"layer_{layer:04d}.experts" for layer in layers}
+    sizes = {layer: _count(layers[layer]) * packing.nbytes for layer in layers}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            _check_manifest(given, folder / MANIFEST, manifest)
-            files = {layer: folder / f"layer_{layer:04d}.experts" for layer in layers}
-            missing = [layer for layer, file in files.items() if not file.exists()]
-            sizes = {layer: _count(layers[layer]) * packing.nbytes for layer in layers}
-            lack = lack_of_space(folder, sum(sizes[layer] for layer in missing))
-            if lack is not None:
-                raise InputError(given, lack, "a folder on a disk with more space")
-            total = sum(_count(layers[layer]) for layer in missing)
-            is_shown = None if is_first_rank() else True
-            with tqdm(total=total, desc="experts to files", disable=is_shown) as bar:
-                for layer in missing:
-                    _write(files[layer], packing, layers[layer], bar)
+        if not all(file.exists() for file in (folder / MANIFEST, *files.values())):
+            with _locked(folder):
+                _begin(given, folder, manifest)
+                missing = [layer for layer, file in files.items() if not file.exists()]
+                lack = lack_of_space(folder, sum(sizes[layer] for layer in missing))
+                if lack is not None:
+                    raise InputError(given, lack, "a folder on a disk with more space")
+                _write(packing, [(files[layer], layers[layer]) for layer in missing])
+        _compare(given, folder, manifest)
     except OSError as error:
         raise InputError(
             given, f"cannot write there ({error.strerror})", "a folder that can be written to"
@@ -220,27 +218,37 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, packing: Packing, weights: Mapping[str, LazyTensor], bar: tqdm) -> None:
+def _write(packing: Packing, layers: list[tuple[Path, Mapping[str, LazyTensor]]]) -> None:
     memory = torch.zeros(packing.nbytes, dtype=torch.uint8)
-    with atomic_write(file) as (part,), part.open("wb") as stream:
-        for expert in range(_count(weights)):
-            packing.fill(memory, weights, expert)
-            stream.write(memory.numpy())
-            bar.update()
+    is_shown = None if is_first_rank() else True
+    total = sum(_count(weights) for _, weights in layers)
+    with tqdm(total=total, desc="experts to files", disable=is_shown) as bar:
+        for file, weights in layers:
+            with atomic_write(file) as (part,), part.open("wb") as stream:
+                for expert in range(_count(weights)):
+                    packing.fill(memory, weights, expert)
+                    stream.write(memory.numpy())
+                    bar.update()
 
 
-def _check_manifest(given: str, file: Path, expected: dict) -> None:
-    """Write what the folder holds, or compare with what it says."""
-    if not file.exists():
-        if left := sorted(other.name for other in file.parent.iterdir() if other.name != _LOCK):
-            raise InputError(given, f"{left[0]} is in it", "a new or an empty folder")
-        with atomic_write(file) as (part,):
-            part.write_text(json.dumps(expected, indent=1) + "\n")
+def _begin(given: str, folder: Path, manifest: dict) -> None:
+    """Say in a new folder what it will hold; what is in an old one must be that."""
+    if (folder / MANIFEST).exists():
+        _compare(given, folder, manifest)
         return
+    if others := sorted(file.name for file in folder.iterdir() if file.name != _LOCK):
+        raise InputError(given, f"{others[0]} is in it", "a new or an empty folder")
+    with atomic_write(folder / MANIFEST) as (part,):
+        part.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _compare(given: str, folder: Path, expected: dict) -> None:
+    """Refuse a folder with experts of something else."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads((folder / MANIFEST).read_text())
     except ValueError:
-        found = {}
+        found = None
+    found = found if isinstance(found, dict) else {}
     for name, words in (
         ("checkpoint", "experts of another checkpoint"),
         ("dtype", f"experts in {found.get('dtype')}"),

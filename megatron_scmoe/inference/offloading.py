@@ -35,7 +35,6 @@ from megatron_scmoe.inference.expert_store import (
     write_expert_files,
 )
 from megatron_scmoe.model.moe_layer import ScMoELayer
-from megatron_scmoe.overlap.async_all_to_all import can_launch_late
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Schedule, build_schedule, num_slots
 from megatron_scmoe.platform import cpu_backend
 
@@ -322,9 +321,13 @@ def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
 
 
 def widest(schedule: Schedule) -> Schedule:
-    """The same tap and chunks with the last slot, behind all that the backbone computes."""
+    """The same tap and chunks with the last slot, behind all that the backbone computes.
+
+    The dispatch is launched at the gate. So the host waits for the gate before it enqueues anything
+    of the window: a copy takes longer than the host's next operator.
+    """
     tap = next(tap for tap, boundary in TAP_BOUNDARY.items() if boundary == schedule.tap)
-    return build_schedule(tap, num_slots(tap) - 1, True, can_launch_late(), schedule.chunks)
+    return build_schedule(tap, num_slots(tap) - 1, overlap=True, chunks=schedule.chunks)
 
 
 _EXPERTS = ".mlp.experts.experts."

@@ -1,5 +1,7 @@
 """Experts in files: where each weight lies, and that a file appears whole or not at all."""
 
+import fcntl
+
 import pytest
 import torch
 
@@ -87,9 +89,21 @@ def test_an_interrupted_writing_leaves_no_file_and_is_taken_up(tmp_path, checkpo
 def test_a_checkpoint_saved_anew_is_another(tmp_path, checkpoint):
     packing, layers = Packing(SHAPES, torch.float32), lazy(random_layers(2))
     write_expert_files(tmp_path / "a", checkpoint, packing, layers)
+    told = "it holds experts of another checkpoint; accepted: another folder"
     (checkpoint / ".metadata").write_bytes(b"two")
-    with pytest.raises(InputError, match="it holds experts of another checkpoint; accepted: anoth"):
+    with pytest.raises(InputError, match=told):
         write_expert_files(tmp_path / "a", checkpoint, packing, layers)
+    for damaged in ("", "[]"):
+        (tmp_path / "a" / "experts.json").write_text(damaged)
+        with pytest.raises(InputError, match=told):
+            write_expert_files(tmp_path / "a", checkpoint, packing, layers)
+
+
+def test_a_whole_folder_need_not_be_writable(tmp_path, checkpoint, monkeypatch):
+    packing, layers = Packing(SHAPES, torch.float32), lazy(random_layers(2))
+    write_expert_files(tmp_path / "a", checkpoint, packing, layers)
+    monkeypatch.setattr(fcntl, "flock", None)
+    write_expert_files(tmp_path / "a", checkpoint, packing, layers)
 
 
 def test_a_file_that_something_else_cut_is_refused(tmp_path, checkpoint):

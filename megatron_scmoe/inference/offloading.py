@@ -258,10 +258,11 @@ class ExpertOffload:
             return needed
         slots = int(self.settings.cache_gb * 1e9) // experts.packing.nbytes
         if slots < needed:
+            fewer = ", or a smaller --micro-batch" if tokens > 1 and needed > 2 else ""
             raise InputError(
                 f"--expert-cache-gb {self.settings.cache_gb:g}",
                 f"a layer may need {needed} experts at once, of {experts.packing.nbytes} bytes each",
-                f"{_rounded_up(needed * experts.packing.nbytes)} or more, or a smaller --micro-batch",
+                f"{_rounded_up(needed * experts.packing.nbytes)} or more{fewer}",
             )
         return min(slots, most)
 

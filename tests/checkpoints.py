@@ -1,6 +1,7 @@
 """Checkpoints of small models of many kinds, saved by Megatron on any layout, and their logits."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
 from megatron_scmoe.model.layer_spec import build_block_spec
+from megatron_scmoe.platform import megatron_workarounds
 from tests import models
 
 ROWS = 96
@@ -143,6 +145,9 @@ def save_all(folder: str, layout: str, variants: list[str]) -> None:
 
 def save(args, folder: Path) -> None:
     """Save a model with random weights, norms, biases and all, as training would."""
+    megatron_workarounds.apply(
+        Namespace(async_save=False)
+    )  # no server process, which takes seconds
     model = build(args)
     generator = torch.Generator().manual_seed(17 * torch.distributed.get_rank() + 1)
     for tensor in model.state_dict().values():
@@ -151,9 +156,11 @@ def save(args, folder: Path) -> None:
             tensor.copy_(tensor * 0.5 + noise)
     path = folder / "iter_0000007"
     os.makedirs(path, exist_ok=True)
-    state = model.sharded_state_dict(metadata=models.checkpoint_metadata())
+    metadata = models.checkpoint_metadata()
+    state = model.sharded_state_dict(metadata=metadata)
     common = {"args": args, "iteration": 7, "checkpoint_version": 3.0}
-    dist_checkpointing.save({**state, **common}, str(path))
+    of_content = {name: value for name, value in metadata.items() if value is True}
+    dist_checkpointing.save({**state, **common}, str(path), content_metadata=of_content)
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
 
 

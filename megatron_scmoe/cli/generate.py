@@ -21,6 +21,11 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.expert_flags import (
+    add_expert_flags,
+    check_expert_flags,
+    expert_offload,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import (
@@ -102,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         help="the tokenizer of --load, where it is not (any more) where training had it",
     )  # fmt: skip
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
+    add_expert_flags(parser)
     for kind in ("tensor", "pipeline", "expert"):
         parser.add_argument(
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
@@ -143,6 +149,7 @@ def check_flags(args: Namespace) -> None:
         )
     if args.termination_id is not None and args.termination_id < NO_TERMINATION:
         raise UsageError(f"--termination-id {args.termination_id}: accepted is an id, or -1")
+    check_expert_flags(args)
     if "" in args.stop_words:
         raise UsageError("--stop-words '': accepted are words of one character or more")
     if args.output_path is not None:
@@ -186,8 +193,13 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     """Generate on every rank; the first one writes."""
     import torch
 
-    from megatron_scmoe.inference.exported import as_megatron
+    from megatron_scmoe.inference.exported import as_megatron, is_model_folder
 
+    if args.offload_experts and is_model_folder(args.load):
+        raise UsageError(
+            f"--offload-experts with --load {args.load}: it is a model folder; accepted: the "
+            "checkpoint that tools/convert.py hf-to-megatron makes of it"
+        )
     is_mine = initialise_ranks()
     with as_megatron(args.load, args.ckpt_step) as load:
         write_texts(args, prompts, load)
@@ -234,7 +246,11 @@ def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    model = load_model.build_model(checkpoint, layout, DTYPES[args.dtype] if args.dtype else None)
+    offload = expert_offload(args)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = load_model.build_model(checkpoint, layout, dtype, elsewhere=offload)
+    if offload is not None:
+        offload.attach(model, checkpoint.path, min(args.micro_batch, len(prompts)))
     decode = Decode(model, args.decode_schedule)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
@@ -267,6 +283,10 @@ def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
     if not streams and is_first_rank():
         for count, name in decode.kept().items():
             print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
+    if offload is not None:
+        line = offload.report(sum(len(completion.tokens) for completion in completions))
+        if is_first_rank():
+            print(line, file=sys.stderr)
 
 
 def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved) -> None:

@@ -64,6 +64,9 @@ class RoutedPath:
         """Called before each action; tests and measurements record with it."""
         self.on_routing: Callable[[Tensor], None] | None = None
         """Called with the chosen experts of each forward, [tokens, experts], bool."""
+        self.on_dispatch: Callable[[list[int]], None] | None = None
+        """Called for each chunk when its dispatch was launched, with how many tokens each expert of
+        this rank gets: the first moment when the host can know."""
         self._moe: Any = None  # a ScMoELayer: model/ imports this module, not the reverse
         self._unflatten: Any = None
         self._pass: _Pass | None = None
@@ -202,6 +205,8 @@ class RoutedPath:
 
     def _launch_dispatch(self, chunk: _Chunk) -> None:
         self._moe.token_dispatcher.launch_dispatch(chunk.flight)
+        if self.on_dispatch is not None:
+            self.on_dispatch(self._moe.token_dispatcher.local_counts())
 
     def _wait_dispatch(self, chunk: _Chunk) -> None:
         chunk.tokens, chunk.probs = chunk.flight.arrive()

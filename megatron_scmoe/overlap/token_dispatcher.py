@@ -131,6 +131,15 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         received, sent = _as_list(self.output_splits), _as_list(self.input_splits)
         flight.launch(self.exchange(self.ep_group, received, sent, "dispatch"))
 
+    def local_counts(self) -> list[int]:
+        """How many tokens each expert of this rank gets; between a dispatch's launch and arrival.
+
+        The host waits for Megatron's copy of the counts, which began with the permutation.
+        """
+        if not self.drop_and_pad:
+            self.d2h_event.synchronize()
+        return self.tokens_per_expert.tolist()
+
     def launch_combine(self, tokens: Tensor) -> Flight | CompletedExchange:
         """Start sending expert outputs [num_received_tokens, h] back where the tokens came from."""
         if self.ep_size == 1:

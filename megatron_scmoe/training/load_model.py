@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -49,6 +50,16 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+
+
+class ExpertsElsewhere(Protocol):
+    """What keeps routed experts out of a model (inference/offloading.py)."""
+
+    def replace_experts(self, spec, config, vp_stage: int | None):
+        """The spec of a stage, changed."""
+
+    def holds(self, key: str) -> bool:
+        """Whether a tensor of the checkpoint is not to be loaded."""
 
 
 class Checkpoint:
@@ -126,8 +137,11 @@ class Checkpoint:
                 f"--sequence-length {longest} or less",
             )
 
-    def load(self, model: MegatronModule) -> None:
+    def load(self, model: MegatronModule, elsewhere: ExpertsElsewhere | None = None) -> None:
         """Load the model's weights, whatever the layouts of both.
+
+        Args:
+            elsewhere: what has those that the model lacks.
 
         Raises:
             InputError: if a tensor of either is missing in the other or has another shape, or
@@ -153,7 +167,11 @@ class Checkpoint:
                 f"a tensor in {self.path} cannot be read ({in_words(_cause(error))})",
                 "a checkpoint whose files are whole",
             ) from error
-        left_over = [key for key in left_over if key.startswith(_OF_THE_MODEL)]
+        left_over = [
+            key
+            for key in left_over
+            if key.startswith(_OF_THE_MODEL) and not (elsewhere and elsewhere.holds(key))
+        ]
         for keys, flaw in ((absent, "lacks"), (left_over, "has a tensor of no use here,")):
             keys = sorted(key for key in keys if "_extra_state" not in key)
             if keys:
@@ -218,7 +236,9 @@ def build_model(
     checkpoint: Checkpoint,
     layout: Layout,
     dtype: torch.dtype | None = None,
+    *,
     local_attention: bool = False,
+    elsewhere: ExpertsElsewhere | None = None,
 ):
     """This rank's part of the checkpoint's model, loaded and set to evaluate.
 
@@ -228,6 +248,7 @@ def build_model(
         dtype: of the weights; None for that of the checkpoint's arguments.
         local_attention: build of Megatron's own modules, also where Transformer Engine is: their
             attention takes any mask with a key-value cache.
+        elsewhere: what keeps experts of a ScMoE model out of it.
 
     Raises:
         InputError, ScMoEConfigError, SettingsError: if checkpoint and layout do not go together.
@@ -247,7 +268,14 @@ def build_model(
         model_config = megatron_workarounds.gpt_config(args, config)
     if scmoe is not None:
         keys = megatron_workarounds.has_local_norm_keys_at(str(checkpoint.path))
-        model_config.transformer_layer_spec = partial(stage_spec, scmoe=scmoe, local_norm_keys=keys)
+        spec = partial(stage_spec, scmoe=scmoe, local_norm_keys=keys)
+        model_config.transformer_layer_spec = partial(_spec_without, elsewhere, spec)
+    elif elsewhere is not None:
+        raise InputError(
+            f"--offload-experts with {checkpoint.given}",
+            "it is a stock Megatron model, whose gate does not read a tap",
+            "a ScMoE model",
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
@@ -258,10 +286,18 @@ def build_model(
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups).cuda()
-    checkpoint.load(model)
+    checkpoint.load(model, elsewhere)
     if args.bf16 or args.fp16:
         model = Float16Module(config, model)
     return model.eval()
+
+
+def _spec_without(elsewhere: ExpertsElsewhere | None, spec, model_config, vp_stage=None):
+    """The spec of a stage without the experts that are elsewhere."""
+    stage = spec(model_config, vp_stage)
+    if elsewhere is None:
+        return stage
+    return elsewhere.replace_experts(stage, model_config.transformer, vp_stage)
 
 
 def _cause(error: BaseException) -> BaseException:

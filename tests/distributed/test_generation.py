@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -77,6 +78,12 @@ def _alone(models: Path, out: Path) -> dict:
         words = ("--prompts", PROMPTS[2], "--num-tokens-to-generate", TOKENS)
         run_tool("generate", "--load", load, *words)
     texts["shown"] = stream.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()) as stream:
+        folder = models / "experts"
+        flags = ["--offload-experts", "--expert-folder", folder, "--expert-cache-gb", 0.001]
+        flags += ["--expert-cache-policy", "frequency"]
+        texts["offloaded"] = write(load, out / "offloaded.jsonl", *runs[TAPS_INPUT], *flags)
+    texts["said"] = stream.getvalue()
     return texts
 
 
@@ -263,6 +270,15 @@ def test_one_prompt_is_shown_with_its_text(alone, greedy):
     assert alone["shown"] == PROMPTS[2] + greedy[2]["generated_text"] + "\n"
 
 
+def test_offloaded_experts_write_the_same_and_what_they_took_is_said(alone, greedy):
+    assert alone["offloaded"] == greedy
+    assert re.fullmatch(
+        r"offloaded experts: \d+% of \d+ uses found their expert on the device; \S+ MB copied and "
+        rf"\S+ ms waited for copies a token \({len(PROMPTS) * TOKENS} written\)\n",
+        alone["said"],
+    )
+
+
 def refusal(*flags) -> str:
     with pytest.raises(ScMoEError) as refused:
         run_tool("generate", *flags)
@@ -276,7 +292,7 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
     for name, content in (("bad", b'{"text": "a"}\n{"txt": 1}\n'), ("none", b"\n")):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
     bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
-    many = "two rails " * 9
+    many, offload = "two rails " * 9, ("--offload-experts",)
     for flags, told in (
         ((*load, "--prompt-file", bad), f"--prompt-file {bad}:2: accepted is a line as"),
         ((*load, "--prompt-file", none), "there is no prompt in it"),
@@ -299,6 +315,9 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         ),
         ((*load, "--prompts", many), "accepted: prompts of 47 tokens or less"),
         ((*some, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        ((*some, "--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
+        ((*some, *offload, "--cpu-moe-layers", 0), "--cpu-moe-layers 0: accepted is more than 0"),
+        ((*some, *offload), "experts are mapped from files; accepted with --expert-folder DIR"),
     ):
         assert told in refusal(*flags), flags
 

@@ -33,6 +33,8 @@ MADE = {
     # by Hugging Face's libraries and by the converters, in a model folder
     "config.json", "generation_config.json", "tokenizer.json", "modeling_scmoe.py",
     "configuration_scmoe.py", "README.md",
+    # by generation, in a folder of experts
+    "experts.json",
     # by a user
     "times.json", "tune.json", "trace.json", "new.json", "held-out.txt", "a.txt",
     # by Megatron-LM: a checkout's script

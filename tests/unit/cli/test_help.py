@@ -38,6 +38,7 @@ COMMANDS = {
     "benchmarks/compare.py": ("--tolerance FRACTION", "(default: 0.1)"),
     "benchmarks/inference.py": ("--batch-sizes N [N ...]", "(default: 8)"),
     "benchmarks/extrapolate.py": ("--bandwidth RATIO",),
+    "benchmarks/offloading.py": ("--shapes SHAPE", "(default: 512)"),
     "benchmarks/predict_iteration.py": ("--edge-reduction MS", "default: 0"),
     "benchmarks/results_page.py": ("--check",),
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),

@@ -1,0 +1,362 @@
+"""Routed experts that stay on the host and come to the device when the gate has chosen them.
+
+The gate reads the tap, so a layer's experts are known one window before they are used (arXiv
+2404.05019, section 3.3). As soon as the host knows how many tokens each expert gets, the copies of the
+chosen ones begin, and the backbone computes meanwhile. Nothing is predicted.
+
+Experts compute one after the other with Megatron's own module, built for one expert, whose weights are
+those that have arrived. Kernels and the order of sums are those of a resident model.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.errors import InputError
+from megatron_scmoe.inference.expert_cache import Counts, ExpertCache, Policy
+from megatron_scmoe.inference.expert_store import (
+    HostExperts,
+    MappedExperts,
+    Packing,
+    PinnedExperts,
+    pinned_memory,
+    write_expert_files,
+)
+from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Schedule, build_schedule, num_slots
+from megatron_scmoe.platform import cpu_backend
+
+FLAG = "--offload-experts"
+
+
+class OffloadedExperts(MegatronModule):
+    """The experts of a layer, of which the device holds those that it needs.
+
+    Args:
+        build: Megatron's builder of experts.
+        num_local_experts: of this rank.
+        config: Megatron's settings of the model.
+        kwargs: what else the builder takes.
+    """
+
+    layer: int
+    cache: ExpertCache
+
+    def __init__(self, build, num_local_experts: int, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config)
+        self.num_local_experts = num_local_experts
+        self.expert = build(1, config, *args, **kwargs)
+        (self._parameters_of_one,) = named_weights(self.expert)
+        self.packing = Packing(
+            {name: tuple(p.shape) for name, p in self._parameters_of_one.items()},
+            config.params_dtype,
+        )
+        for parameter in self._parameters_of_one.values():
+            parameter.requires_grad_(False)
+        self._drop_weights()
+
+    def attach(self, cache: ExpertCache, layer: int) -> None:
+        """Say where the weights are.
+
+        Args:
+            layer: this layer's number in the cache's keys.
+        """
+        self.cache, self.layer = cache, layer
+        self._drop_weights()
+
+    def expect(self, tokens_per_expert: Sequence[int]) -> None:
+        """Begin to fetch the experts that will get tokens."""
+        self.cache.request(self._keys(tokens_per_expert))
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor):
+        """As Megatron's experts.
+
+        Args:
+            tokens: [tokens, h], sorted by expert.
+            tokens_per_expert: int64 [experts].
+            probs: [tokens].
+
+        Returns:
+            Their outputs [tokens, h], and no bias.
+        """
+        counts = tokens_per_expert.tolist()
+        keys = self._keys(counts)
+        all_come = self.cache.request(keys)
+        outputs = []
+        parts = zip(tokens.split(counts), probs.split(counts), counts)
+        used = [part for part in parts if part[-1]]
+        for position, (key, (own, own_probs, count)) in enumerate(zip(keys, used, strict=True)):
+            if not all_come:
+                self.cache.request(keys[position:])
+            weights = self.cache.take(key)
+            for parameter, weight in zip(self._parameters_of_one.values(), weights, strict=True):
+                parameter.data = weight
+            output, _ = self.expert(own, torch.tensor([count]), own_probs)
+            self.cache.release(key)
+            outputs.append(output)
+        return torch.cat(outputs) if outputs else tokens, None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Nothing: the experts are no part of what is loaded into the model."""
+        return {}
+
+    def _drop_weights(self) -> None:
+        for parameter in self._parameters_of_one.values():
+            parameter.data = parameter.data.new_empty(0)
+
+    def _keys(self, tokens_per_expert: Sequence[int]) -> list[tuple[int, int]]:
+        return [(self.layer, expert) for expert, count in enumerate(tokens_per_expert) if count]
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """What the flags say.
+
+    Args:
+        cache_gb: memory for experts on the device, in 10^9 bytes; None for what a layer needs at once.
+        layers: of how many MoE layers, from the first on, experts are offloaded; None for all.
+        folder: where files of experts are, or will be; None where they are kept in pinned memory.
+        policy: which expert makes room for another.
+    """
+
+    cache_gb: float | None = None
+    layers: int | None = None
+    folder: Path | None = None
+    policy: Policy = "lru"
+
+
+class ExpertOffload:
+    """Builds a model without its routed experts, and brings these where they are needed.
+
+    It is what :func:`~megatron_scmoe.training.load_model.build_model` takes; :meth:`attach` follows.
+    """
+
+    def __init__(self, settings: OffloadSettings):
+        self.settings = settings
+        self.cache: ExpertCache | None = None
+        """None where this rank has no experts that are offloaded."""
+
+    def replace_experts(
+        self, spec: TransformerBlockSubmodules, config: TransformerConfig, vp_stage: int | None
+    ) -> TransformerBlockSubmodules:
+        """The specs of a stage with experts that :class:`OffloadedExperts` computes.
+
+        Raises:
+            InputError: if there are no such experts, or their module cannot be used for one of them.
+        """
+        given, total = self._given(), _moe_layers(config, config.num_layers)
+        if not total:
+            raise InputError(given, "the model has no experts", "a ScMoE model")
+        if (self.settings.layers or 0) > total:
+            raise InputError(given, f"the model has {total} MoE layers", f"1 to {total}")
+        if config.use_transformer_engine_op_fuser:
+            raise InputError(
+                given,
+                "the experts are Transformer Engine's fused ones (--use-transformer-engine-op-fuser)",
+                "TEGroupedMLP without it, or SequentialMLP",
+            )
+        if config.expert_tensor_parallel_size > 1:
+            raise InputError(
+                f"{given} with --tensor-model-parallel-size {config.tensor_model_parallel_size}",
+                "tensor parallelism splits each expert",
+                "--expert-model-parallel-size, which shares whole ones",
+            )
+        number = _moe_layers(config, get_transformer_layer_offset(config, vp_stage))
+        for layer in spec.layer_specs:
+            mlp = layer.submodules.mlp
+            if getattr(mlp, "func", None) is not ScMoELayer:
+                continue
+            number += 1
+            if self.settings.layers is None or number <= self.settings.layers:
+                parts = mlp.keywords["submodules"]
+                parts = replace(parts, experts=functools.partial(OffloadedExperts, parts.experts))
+                layer.submodules.mlp = functools.partial(
+                    mlp.func, **mlp.keywords | {"submodules": parts}
+                )
+        return spec
+
+    def holds(self, key: str) -> bool:
+        """Whether a tensor of the checkpoint is an expert's, which the model need not ask for."""
+        return _EXPERTS in key
+
+    def attach(self, model, checkpoint: Path, tokens: int) -> None:
+        """Prepare the experts of a model that was built and loaded.
+
+        Args:
+            model: of this rank.
+            checkpoint: the folder of the iteration it was loaded from.
+            tokens: how many of them a rank has in one step behind the prompts.
+
+        Raises:
+            InputError: if the cache is too small, a weight has another shape in the checkpoint, or
+                the folder cannot be used.
+            ConversionError: if the checkpoint cannot be read.
+        """
+        experts = offloaded_layers(model)
+        if not experts:
+            return
+        packing = experts[0][1].packing
+        count = experts[0][1].num_local_experts
+        slots = self._slots(experts[0][1], tokens, len(experts) * count)
+        stored = read_megatron(checkpoint).tensors
+        layers = {
+            layer.layer_number: self._weights(stored, layer.layer_number, packing)
+            for layer, _ in experts
+        }
+        first = experts[0][0].mlp.local_expert_indices[0]
+        host: HostExperts
+        if cpu_backend.is_enabled():
+            assert self.settings.folder is not None
+            files = write_expert_files(self.settings.folder, checkpoint, packing, layers)
+            host = MappedExperts(files, packing.nbytes, first)
+        else:
+            host = PinnedExperts(
+                {number: _pin(weights, packing, first, count) for number, weights in layers.items()}
+            )
+        self.cache = ExpertCache(packing, slots, host, self.settings.policy)
+        connect(model, self.cache)
+
+    def report(self, tokens: int) -> str:
+        """What was done for that many tokens on all ranks, in one line; every rank calls it."""
+        counts = self.cache.counts if self.cache else Counts()
+        waited = self.cache.waited_ms() if self.cache else 0.0
+        found: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(
+            found, (counts.uses, counts.hits, counts.copied_bytes, waited)
+        )
+        uses, hits, copied, waits = zip(*found)
+        share = sum(hits) / max(sum(uses), 1)
+        tokens = max(tokens, 1)
+        return (
+            f"offloaded experts: {share:.0%} of {sum(uses)} uses found their expert on the device; "
+            f"{sum(copied) / tokens / 1e6:.3g} MB copied and {max(waits) / tokens:.3g} ms waited for "
+            f"copies a token ({tokens} written)"
+        )
+
+    def _given(self) -> str:
+        layers = self.settings.layers
+        return FLAG if layers is None else f"--cpu-moe-layers {layers}"
+
+    def _slots(self, experts: OffloadedExperts, tokens: int, most: int) -> int:
+        """For how many experts there is memory on the device."""
+        config = experts.config
+        at_once = tokens * config.expert_model_parallel_size * config.moe_router_topk
+        needed = min(experts.num_local_experts, max(2, at_once))  # one computes, one comes
+        if self.settings.cache_gb is None:
+            return needed
+        slots = int(self.settings.cache_gb * 1e9) // experts.packing.nbytes
+        if slots < needed:
+            fewer = ", or a smaller --micro-batch" if tokens > 1 and needed > 2 else ""
+            raise InputError(
+                f"--expert-cache-gb {self.settings.cache_gb:g}",
+                f"a layer may need {needed} experts at once, of {experts.packing.nbytes} bytes each",
+                f"{_rounded_up(needed * experts.packing.nbytes)} or more{fewer}",
+            )
+        return min(slots, most)
+
+    def _weights(
+        self, stored: Mapping[str, LazyTensor], layer: int, packing: Packing
+    ) -> dict[str, LazyTensor]:
+        """The checkpoint's weights of a layer's experts, by their names in the packing."""
+        found = {}
+        for name, shape in packing.shapes.items():
+            key = f"decoder.layers.{layer - 1}{_EXPERTS}{name}"
+            if key not in stored or tuple(stored[key].shape[1:]) != shape:
+                has = f"has the shape {tuple(stored[key].shape)}" if key in stored else "is missing"
+                raise InputError(
+                    FLAG, f"{key} {has}", "a checkpoint whose arguments describe its tensors"
+                )
+            found[name] = stored[key].cast(packing.dtype)
+        return found
+
+
+def named_weights(experts: torch.nn.Module) -> list[dict[str, torch.nn.Parameter]]:
+    """The weights of each expert of Megatron's module, by their names in a checkpoint.
+
+    Raises:
+        InputError: if it is a module that holds them in another way.
+    """
+    found: dict[int, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in experts.named_parameters():
+        match = _OF_AN_EXPERT.fullmatch(name)
+        if match is None:
+            raise InputError(
+                FLAG,
+                f"the experts are of {type(experts).__name__}, with a parameter {name}",
+                "SequentialMLP or TEGroupedMLP",
+            )
+        found.setdefault(int(match[1] or match[3]), {})[match[2]] = parameter
+    return [found[expert] for expert in sorted(found)]
+
+
+def offloaded_layers(model) -> list[tuple[Any, OffloadedExperts]]:
+    """The transformer layers of this rank whose experts are offloaded, and these."""
+    layers = getattr(model, "module", model).decoder.layers
+    experts = [(layer, getattr(layer.mlp, "experts", None)) for layer in layers]
+    return [(layer, own) for layer, own in experts if isinstance(own, OffloadedExperts)]
+
+
+def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
+    """Let the offloaded layers of a model take their experts from a cache.
+
+    Args:
+        at_the_gate: whether copies begin when the gate has chosen, and the whole window passes before
+            experts compute. Otherwise they begin when experts are to compute, which waits for them.
+    """
+    for layer, experts in offloaded_layers(model):
+        experts.attach(cache, layer.layer_number)
+        layer.path.schedule = widest(layer.path.schedule)
+        layer.path.on_dispatch = experts.expect if at_the_gate else None
+
+
+def widest(schedule: Schedule) -> Schedule:
+    """The same tap and chunks with the last slot, behind all that the backbone computes.
+
+    The dispatch is launched at the gate. So the host waits for the gate before it enqueues anything
+    of the window: a copy takes longer than the host's next operator.
+    """
+    tap = next(tap for tap, boundary in TAP_BOUNDARY.items() if boundary == schedule.tap)
+    return build_schedule(tap, num_slots(tap) - 1, overlap=True, chunks=schedule.chunks)
+
+
+_EXPERTS = ".mlp.experts.experts."
+"""What is in the keys of routed experts, between the layer and the weight."""
+
+
+_OF_AN_EXPERT = re.compile(r"(?:local_experts\.(\d+)\.)?(linear_fc[12]\.(?:weight|bias))(\d+)?")
+"""SequentialMLP has its number before the weight, TEGroupedMLP behind it."""
+
+
+def _pin(weights: Mapping[str, LazyTensor], packing: Packing, first: int, count: int) -> Tensor:
+    """A layer's experts of this rank in pinned memory."""
+    memory = pinned_memory(count, packing.nbytes)
+    for expert in range(count):
+        packing.fill(memory[expert], weights, first + expert)
+    return memory
+
+
+def _moe_layers(config: TransformerConfig, layers: int) -> int:
+    """How many of the first ``layers`` have experts."""
+    frequency = config.moe_layer_freq
+    if not config.num_moe_experts:
+        return 0
+    if isinstance(frequency, int):
+        return sum(layer % frequency == 0 for layer in range(layers))
+    return sum(frequency[:layers])
+
+
+def _rounded_up(nbytes: int) -> str:
+    """In 10^9 bytes, to three digits after the point and not less."""
+    return f"{-(-nbytes // 10**6) / 1e3:g}"

@@ -1,0 +1,43 @@
+"""offloading.py: every mode of a small model writes the same, and what is shown of it."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from megatron.core import parallel_state
+
+from tests.benchmarks import benchmark
+from tests.harness import run_distributed
+
+pytestmark = pytest.mark.slow
+
+
+def measured(folder: Path) -> tuple[dict, str]:
+    """What is found of a small model, and the table; on this rank."""
+    offloading = benchmark("offloading")
+    shape = replace(offloading.SHAPES["cpu"], blocks=2)
+    parallel_state.initialize_model_parallel()
+    with offloading.torch.no_grad():
+        options = Namespace(prompt_length=6, tokens=4, batch=1)
+        found = offloading.measure_shape(shape, options, folder)
+    return found, offloading.table("cpu", found)
+
+
+def check(found: dict) -> None:
+    """What holds wherever it was measured."""
+    modes = found["modes"]
+    assert list(modes) == ["resident", "blocking", "overlapped", "cached"]
+    for mode, row in modes.items():
+        assert row["prefill_ms"] > 0 and row["token_ms"] > 0
+        if mode != "resident":
+            assert row["same_output"], mode
+            assert 0 < found["memory_saved"][mode] < 1
+            misses = 1 - row["hit_rate"]  # one expert a token and layer
+            assert row["copied_mb"] == pytest.approx(misses * found["expert_mb"])
+
+
+def test_every_mode_writes_the_same(tmp_path):
+    ((found, table),) = run_distributed(measured, 1, tmp_path)
+    check(found)
+    assert [line.split()[0] for line in table.splitlines()[2:6]] == list(found["modes"])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from result import baseline, measured_keys
-from train_result import COMPARED, finished, is_train_run, loss_notes, speeds
+from train_result import COMPARED, finished, is_train_run, layout_of, loss_notes, speeds
 
 from megatron_scmoe.platform.command_line import staged_outputs
 
@@ -103,6 +103,27 @@ def plot_train_run(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def plot_by_ranks(found: dict[str, list[tuple[int, dict[str, float]]]], path: Path) -> None:
+    """How many times as fast as stock ScMoE is: a line for each model, over the number of GPUs.
+
+    Args:
+        found: by model, number of GPUs and ms an iteration by system.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in found.items():
+        ranks = [count for count, _ in rows]
+        axes.plot(ranks, [ms["top2"] / ms["scmoe"] for _, ms in rows], marker="o", label=name)
+    every = sorted({count for rows in found.values() for count, _ in rows})
+    axes.set_xticks(every, [str(count) for count in every])
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="GPUs", ylabel="times as fast as stock", title="ScMoE, whole training runs")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def plot(result: dict, path: Path) -> None:
     """Each system's times as bars."""
     if is_train_run(result):
@@ -136,4 +157,6 @@ def title(result: dict) -> str:
     """The shape, if it is cut also how much of the model it is, the ranks and the link."""
     blocks, of_blocks = (result["sizes"].get(key) for key in ("blocks", "of_blocks"))
     cut = f" ({blocks} of {of_blocks} blocks)" if of_blocks not in (None, blocks) else ""
-    return f"{result['shape']}{cut} on {result['world_size']} ranks, {result['link']}"
+    layout = layout_of(result)
+    split = "" if layout.is_plain else f", {layout.name}"
+    return f"{result['shape']}{cut} on {result['world_size']} ranks{split}, {result['link']}"

@@ -1,6 +1,7 @@
 """RESULTS.md from the JSON files in results/: names, tables, commands, pictures.
 
     python benchmarks/results_page.py            # writes benchmarks/RESULTS.md
+    python benchmarks/results_page.py --pictures # draws all pictures first
     python benchmarks/results_page.py --check    # exit status 1 if it is not what the files give
 
 What stands before the tables is results/intro.md. What a file does not hold (remarks, settings older
@@ -13,16 +14,18 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from inference_page import inference_section, is_inference
+from report import plot, plot_by_ranks
 from rerun import command as rerun_command
 from result import TIMES, baseline, measured_keys, read_result, speed
 from shapes import SHAPES
 from spoken import LINKS, graph_note, model, place, run_note, sizes_note, system_name, variant
 from tables import table
-from train_page import whole_runs
+from train_page import BY_RANKS, compared, growing, whole_runs
 from train_result import is_train_run
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.platform.command_line import OneLineParser, run_tool
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
 
 HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
@@ -36,7 +39,12 @@ def main() -> None:
     """Write the page, or compare it."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would differ")
+    parser.add_argument("--pictures", action="store_true", help="draw all pictures from the files")
     options = parser.parse_args()
+    if options.check and options.pictures:
+        raise UsageError("--check with --pictures: it writes nothing; accepted: one or the other")
+    if options.pictures:
+        draw_all(RESULTS)
     text = page(RESULTS)
     if not options.check:
         PAGE.write_text(text)
@@ -48,6 +56,22 @@ class _OldPageError(ScMoEError):
     status = 1
 
 
+def draw_all(folder: Path) -> None:
+    """The picture of each measurement of whole runs, of whole runs by GPUs, and those others have."""
+    whole = {}
+    for path in sorted(folder.glob("*.json")):
+        result, picture = json.loads(path.read_text()), path.with_suffix(".png")
+        if is_train_run(result):
+            whole[path.stem] = result
+        if is_train_run(result) or picture.exists():
+            plot(result if is_train_run(result) else read_result(path), picture)
+    lines = {
+        name: [(result["world_size"], compared(result)) for result in group]
+        for name, group in growing(whole.values())
+    }
+    plot_by_ranks(lines, folder / f"{BY_RANKS}.png")
+
+
 def page(folder: Path) -> str:
     """The text of the page for all results in a folder."""
     results = read_all(folder)
@@ -55,6 +79,7 @@ def page(folder: Path) -> str:
     intro = (folder / "intro.md").read_text()
     sections = (line for group in groups for line in _section(group, folder))
     intro = intro.replace("{whole runs}\n", _lines(whole_runs(folder)))
+    intro = intro.replace("{inference}\n", _lines(inference_section(_inference(folder))))
     return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
         (*sections, *_operator_times(results, folder))
     )
@@ -68,12 +93,18 @@ def read_all(folder: Path) -> list[dict]:
     notes = tomllib.loads((folder / "notes.toml").read_text())
     results = []
     for path in sorted(folder.glob("*.json")):
-        if path.stem.endswith(OPERATOR_TIMES) or is_train_run(json.loads(path.read_text())):
-            continue
+        if path.stem.endswith(OPERATOR_TIMES) or "benchmark" in json.loads(path.read_text()):
+            continue  # another benchmark's
         about = notes.get(path.stem, {})
         own = {"name": path.stem, "notes": about.get("notes", []), "floor": about.get("floor")}
         results.append(about.get("settings", {}) | read_result(path) | own)
     return sorted(results, key=_order)
+
+
+def _inference(folder: Path) -> dict[str, dict]:
+    """The results of inference.py in a folder, by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: result for name, result in found.items() if is_inference(result)}
 
 
 def title(result: dict) -> str:

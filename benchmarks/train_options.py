@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from shapes import SHAPES
-from train_settings import GRAPH_WARMUP, SYSTEMS, Variant, all_settings
+from train_settings import GRAPH_WARMUP, SYSTEMS, Layout, Variant, all_settings
 
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
 
@@ -18,7 +18,7 @@ FIRST_LOGS = 2
 
 
 def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
-    """The options, with ``sizes``, the shape they make, and ``variants``, what is to run.
+    """The options, with ``sizes``, ``layout`` and ``variants``: the shape, where it lies, what runs.
 
     Raises:
         UsageError: if they cannot be followed; the message is one line.
@@ -31,7 +31,7 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
         micro_batch=options.micro_batch or shape.micro_batch,
     )
     options.variants = _variants(options)
-    _check_model(options)
+    options.layout = _layout(options)
     _check_settings(options, on_cpu)
     _check_length(options)
     for pattern, _ in options.flags:
@@ -67,6 +67,14 @@ def _parser() -> OneLineParser:
     parser.add_argument("--micro-batch", type=positive, metavar="N", help="instead of the shape's")
     parser.add_argument("--micro-batches", type=positive, default=4, metavar="N",
         help="of each rank in an iteration")  # fmt: skip
+    parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N",
+        help="ranks that share attention and dense MLPs, with sequence parallelism")  # fmt: skip
+    parser.add_argument("--pipeline-parallel", type=positive, default=1, metavar="N",
+        help="pipeline stages")  # fmt: skip
+    parser.add_argument("--model-chunks", type=positive, default=1, metavar="N",
+        help="of a pipeline stage, which interleaves them")  # fmt: skip
+    parser.add_argument("--expert-parallel", type=positive, metavar="N",
+        help="ranks that share the experts (default: all of a pipeline stage)")  # fmt: skip
     parser.add_argument("--routing", choices=("balanced", "real"), default="balanced",
         help="forced to be balanced, or as the router decides")  # fmt: skip
     parser.add_argument("--data-path", metavar="PREFIX",
@@ -118,15 +126,37 @@ def _variants(options: Namespace) -> list[Variant]:
     return list(dict.fromkeys(options.runs))
 
 
-def _check_model(options: Namespace) -> None:
-    shape = options.sizes
+def _layout(options: Namespace) -> Layout:
+    shape, ranks = options.sizes, int(os.environ.get("WORLD_SIZE", "1"))
+    tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
+    if ranks % (tensor * pipeline):
+        raise UsageError(
+            f"--tensor-parallel {tensor} --pipeline-parallel {pipeline}: they do not divide {ranks} "
+            "ranks; accepted: sizes whose product does"
+        )
+    stage = ranks // pipeline
+    layout = Layout(ranks, options.expert_parallel or stage, tensor, pipeline, options.model_chunks)
+    if stage % layout.expert:
+        raise UsageError(
+            f"--expert-parallel {layout.expert}: accepted: divisors of the {stage} ranks of a stage"
+        )
+    if shape.experts % layout.expert:
+        raise UsageError(
+            f"--shape {options.shape}: {layout.expert} ranks cannot share {shape.experts} experts"
+        )
+    if layout.chunks > 1 and pipeline == 1:
+        raise UsageError(
+            f"--model-chunks {layout.chunks}: accepted with --pipeline-parallel: 2, ..."
+        )
     if not shape.every_block and shape.blocks % 2:
         raise UsageError(f"--blocks {shape.blocks}: ScMoE pairs blocks; accepted: even numbers")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if shape.experts % ranks:
+    multiple = pipeline * layout.chunks * (1 if shape.every_block else 2)
+    if shape.blocks % multiple:
         raise UsageError(
-            f"--shape {options.shape}: {ranks} ranks cannot share {shape.experts} experts"
+            f"--blocks {shape.blocks}: a pair of blocks is not split, and there are {pipeline} stages "
+            f"of {layout.chunks} model chunks; accepted: multiples of {multiple}"
         )
+    return layout
 
 
 def _check_settings(options: Namespace, on_cpu: bool) -> None:

@@ -2,17 +2,30 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from rerun import folded, launcher
 from shapes import SHAPES
-from spoken import model, place, system_name
+from spoken import LINKS, model, place, system_name
 from tables import table
-from train_result import COMPARED, finished, is_train_run, loss_notes, read_train_run, speeds
+from train_result import (
+    COMPARED,
+    finished,
+    is_train_run,
+    layout_of,
+    loss_notes,
+    read_train_run,
+    speeds,
+)
 
 AGAINST = {"top2": "over stock", "shared": "over stock + shared expert", "serial": "over serial"}
 """The heads of the columns, by what :data:`COMPARED` names."""
+
+
+BY_RANKS = "train-by-gpus"
+"""The picture's name."""
 
 
 def whole_runs(folder: Path) -> Iterator[str]:
@@ -30,8 +43,10 @@ def whole_runs(folder: Path) -> Iterator[str]:
         "Settings `none` have no flag of speed: ScMoE chooses itself, and is compared with the "
         "others' best.\n"
     )
-    for path in paths:
-        yield from _measurement(path.stem, read_train_run(path), folder)
+    results = {path.stem: read_train_run(path) for path in paths}
+    yield from _by_ranks(results, folder)
+    for name, result in results.items():
+        yield from _measurement(name, result, folder)
 
 
 def command(result: dict) -> str:
@@ -39,9 +54,71 @@ def command(result: dict) -> str:
     return folded(_parts(result))
 
 
+def growing(results: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """Measurements that differ in the number of GPUs alone, two or more, under the model's name."""
+
+    def kind(result: dict) -> tuple:
+        sizes = result["sizes"]
+        return (
+            result["shape"],
+            sizes["blocks"],
+            sizes["micro_batch"],
+            result["link"],
+            result["routing"],
+        )
+
+    def is_whole(result: dict) -> bool:
+        systems = {row["system"] for row in finished(result["runs"]).values()}
+        return layout_of(result).is_plain and {"top2", "scmoe"} <= systems
+
+    for _, group in groupby(sorted(filter(is_whole, results), key=kind), key=kind):
+        group = sorted(group, key=lambda result: result["world_size"])
+        if len(group) > 1:
+            yield f"{model(group[0])}, {LINKS[group[0]['link']]}", group
+
+
+def compared(result: dict) -> dict[str, float]:
+    """The fastest run of stock, stock + shared expert and overlapped ScMoE, ms an iteration."""
+    rows = finished(result["runs"]).values()
+    systems = {"top2": ["top2"], "shared": list(COMPARED["shared"]), "scmoe": ["scmoe"]}
+    found = {
+        name: [row["iteration_ms"] for row in rows if row["system"] in among]
+        for name, among in systems.items()
+    }
+    return {name: min(times) for name, times in found.items() if times}
+
+
+def _by_ranks(results: dict[str, dict], folder: Path) -> Iterator[str]:
+    rows = []
+    for name, group in growing(results.values()):
+        for result in group:
+            ms = compared(result)
+            over = (
+                ms[other] / ms["scmoe"] if other in ms else None for other in ("top2", "shared")
+            )
+            times = (_shown(ms.get(system), ".1f") for system in ("top2", "shared", "scmoe"))
+            rows.append(
+                [name, str(result["world_size"]), *times, *(_shown(x, ".3f", "x") for x in over)]
+            )
+    if not rows:
+        return
+    yield "### With more GPUs\n"
+    yield "All GPUs share the experts; each has as many sequences. The fastest run of each system.\n"
+    heads = [
+        "model, link",
+        "GPUs",
+        "stock, ms",
+        "stock + shared expert, ms",
+        "ScMoE, overlapped, ms",
+    ]
+    yield from table([*heads, AGAINST["top2"], AGAINST["shared"]], rows)
+    if (folder / f"{BY_RANKS}.png").exists():
+        yield f"![over stock, by the number of GPUs](results/{BY_RANKS}.png)\n"
+
+
 def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
     routing = "balanced routing" if result["routing"] == "balanced" else "real routing"
-    yield f"### {model(result)}, {place(result)}, {routing}\n"
+    yield f"### {model(result)}, {_where(result)}, {routing}\n"
     yield f"[`{name}`](results/{name}.json): {_note(result)}\n"
     runs = result["runs"]
     measured = finished(runs).values()
@@ -78,7 +155,12 @@ def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
         yield f"- Settings {note}."
     yield f"\n```bash\n{command(result)}\n```\n"
     if (folder / f"{name}.png").exists():
-        yield f"![{model(result)}, {place(result)}](results/{name}.png)\n"
+        yield f"![{model(result)}, {_where(result)}](results/{name}.png)\n"
+
+
+def _where(result: dict) -> str:
+    layout = layout_of(result)
+    return place(result) if layout.is_plain else f"{place(result)}, {layout.name}"
 
 
 def _note(result: dict) -> str:
@@ -87,7 +169,7 @@ def _note(result: dict) -> str:
     return (
         f"{result['date']}, {result['rounds']} runs of {result['iterations']} iterations each, the "
         f"first {result['warmup']} to warm up; {result['micro_batches']} micro-batches of "
-        f"{sizes['micro_batch']} sequences per rank. Versions: {', '.join(versions)}."
+        f"{sizes['micro_batch']} sequences per data-parallel rank. Versions: {', '.join(versions)}."
     )
 
 
@@ -99,6 +181,16 @@ def _parts(result: dict) -> Iterator[str]:
     for name in ("blocks", "micro_batch"):
         if sizes[name] != getattr(shape, name):
             yield f"--{name.replace('_', '-')} {sizes[name]}"
+    layout = layout_of(result)
+    for flag, size in (
+        ("--tensor-parallel", layout.tensor),
+        ("--pipeline-parallel", layout.pipeline),
+        ("--model-chunks", layout.chunks),
+    ):
+        if size > 1:
+            yield f"{flag} {size}"
+    if layout.expert * layout.pipeline != layout.ranks:
+        yield f"--expert-parallel {layout.expert}"
     yield f"--runs {' '.join(result['selected'])}"
     for override in result["overrides"]:
         yield f"--flags {shlex.quote(override)}"

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from result import read_json
-from train_settings import GRAPHS, Variant
+from train_settings import GRAPHS, Layout, Variant
 
 from megatron_scmoe.platform.command_line import UsageError
 
@@ -171,13 +171,28 @@ def loss_notes(runs: dict[str, dict]) -> list[str]:
         elif not (row["losses_repeat"] and serial["losses_repeat"]):
             notes.append(f"{about} DIFFER, and so do rounds of one system: its kernels vary")
         else:
-            notes.append(f"{about} DIFFER from iteration {min(apart, key=int)} on")
+            first = min(apart, key=int)
+            most = max(_apart(row["losses"][n], serial["losses"].get(n)) for n in apart)
+            notes.append(f"{about} DIFFER from iteration {first} on, by {most:.0e} of it at most")
     return notes
+
+
+def _apart(loss: str, other: str | None) -> float:
+    """Their difference, in shares of the second; infinite if it is missing."""
+    if other is None:
+        return float("inf")
+    return abs(float.fromhex(loss) / float.fromhex(other) - 1)
 
 
 def is_train_run(result: dict) -> bool:
     """Whether a JSON is one of train_run.py."""
     return isinstance(result, dict) and result.get("benchmark") == "train_run"
+
+
+def layout_of(result: dict) -> Layout:
+    """Where the model lay; measurements older than this record had all ranks share the experts."""
+    ranks = result["world_size"]
+    return Layout(**result.get("layout") or {"ranks": ranks, "expert": ranks})
 
 
 def read_train_run(path: Path) -> dict:

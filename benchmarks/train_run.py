@@ -127,7 +127,7 @@ class _Series:
             variant,
             options.sizes,
             self.link,
-            self.ranks.world_size,
+            options.layout,
             options.micro_batches,
             options.routing == "balanced",
             self.on_cpu,
@@ -135,11 +135,9 @@ class _Series:
         )
 
     def _row(self, variant: Variant) -> dict:
-        tokens = (
-            self.options.sizes.micro_batch
-            * self.options.sizes.sequence
-            * self.options.micro_batches
-        )
+        layout, sizes = self.options.layout, self.options.sizes
+        of_all = sizes.micro_batch * sizes.sequence * self.options.micro_batches * layout.data
+        tokens = of_all // layout.ranks
         row = self.found[variant.name].row(variant, tokens, self.machine.get("device", "cpu"))
         return row | {"flags": " ".join(self.flags(variant))}
 
@@ -152,6 +150,7 @@ class _Series:
             "sizes": asdict(options.sizes),
             "selected": [variant.name for variant in options.variants],
             "overrides": [f"{pattern}={words}" for pattern, words in options.flags],
+            "layout": asdict(options.layout),
             "micro_batches": options.micro_batches,
             "routing": options.routing,
             "data": "own" if options.data_path else "mock",

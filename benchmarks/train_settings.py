@@ -77,6 +77,38 @@ class Variant:
         return self.system in STOCK
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on the ranks: sizes of groups, and model chunks on a pipeline stage."""
+
+    ranks: int
+    expert: int
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+
+    @property
+    def data(self) -> int:
+        """Of the dense part; experts are data-parallel over ``data * tensor / expert`` ranks."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+    @property
+    def name(self) -> str:
+        """As it is written: ``EP4 x EDP2``, ``TP2 x EP4``, ``PP2 (2 chunks) x EP4``."""
+        parts = [f"TP{self.tensor}"] * (self.tensor > 1)
+        if self.pipeline > 1:
+            chunks = f" ({self.chunks} chunks)" if self.chunks > 1 else ""
+            parts.append(f"PP{self.pipeline}{chunks}")
+        parts.append(f"EP{self.expert}")
+        expert_data = self.ranks // (self.pipeline * self.expert)
+        return " x ".join([*parts, *[f"EDP{expert_data}"] * (expert_data > 1)])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all ranks share the experts, and nothing else is split."""
+        return self.expert == self.ranks
+
+
 def all_settings(on_cpu: bool) -> list[str]:
     """The names that ``--settings`` takes; a CPU has no graphs."""
     graphs = [] if on_cpu else [f"{name}{GRAPHS}" for name in SETTINGS if name != "none"]
@@ -87,7 +119,7 @@ def flags(
     variant: Variant,
     shape: Shape,
     link: str,
-    ranks: int,
+    layout: Layout,
     micro_batches: int,
     forced_balance: bool,
     on_cpu: bool,
@@ -101,8 +133,9 @@ def flags(
     parts = [
         _model(shape),
         f"--micro-batch-size {shape.micro_batch} "
-        f"--global-batch-size {shape.micro_batch * ranks * micro_batches} "
-        f"--expert-model-parallel-size {ranks} --moe-token-dispatcher-type alltoall",
+        f"--global-batch-size {shape.micro_batch * layout.data * micro_batches} "
+        "--moe-token-dispatcher-type alltoall",
+        _parallel(layout, shape),
         "--moe-router-force-load-balancing" if forced_balance else "",
         _OF_CPU if on_cpu else "--bf16 --transformer-impl transformer_engine --moe-grouped-gemm",
         _system(variant.system, shape),
@@ -161,6 +194,21 @@ def _model(shape: Shape) -> str:
         "--moe-router-pre-softmax --moe-router-load-balancing-type aux_loss "
         "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
     )
+
+
+def _parallel(layout: Layout, shape: Shape) -> str:
+    parts = [f"--expert-model-parallel-size {layout.expert}"]
+    if layout.tensor > 1:
+        parts.append(
+            f"--tensor-model-parallel-size {layout.tensor} --expert-tensor-parallel-size 1 "
+            "--sequence-parallel"
+        )
+    if layout.pipeline > 1:
+        parts.append(f"--pipeline-model-parallel-size {layout.pipeline}")
+    if layout.chunks > 1:
+        blocks = shape.blocks // (layout.pipeline * layout.chunks)
+        parts.append(f"--num-layers-per-virtual-pipeline-stage {blocks}")
+    return " ".join(parts)
 
 
 def _system(system: str, shape: Shape) -> str:

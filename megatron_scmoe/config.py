@@ -5,7 +5,7 @@ Command-line flags are generated from it (see arguments.py).
 
 import argparse
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Tap = Literal["pos1", "pos2", "pos3"]
 Combine = Literal["add", "cg1", "cg2"]
@@ -13,6 +13,8 @@ RouterNorm = Literal["own", "shared"]
 Exchange = Literal["collective", "copy-host", "copy-peer"]
 AllToAllName = Literal["dispatch", "combine", "dispatch-backward", "combine-backward"]
 ExpertBias = Literal["none", "sign", "proportional"]
+DecodeSchedule = Literal["auto", "overlapped", "serial"]
+AUTO, OVERLAPPED, SERIAL = get_args(DecodeSchedule)
 
 
 def slot_or_auto(text: str) -> int | str:

@@ -9,14 +9,15 @@ from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
 from megatron_scmoe.platform import megatron_workarounds
 
 
-def settings_of_the_model(saved: argparse.Namespace) -> argparse.Namespace:
+def settings_of_the_model(saved: argparse.Namespace, with_te: bool = HAVE_TE) -> argparse.Namespace:
     """A copy of saved arguments: the model as saved, the run that of one rank and of the kernels here.
 
-    What computes the same without Transformer Engine is computed without it, where there is none.
+    What computes the same without Transformer Engine is computed without it, where there is none or it
+    is not to be used.
     """
     args = argparse.Namespace(**vars(saved))
     vars(args).update(_OF_ONE_RANK)
-    if not HAVE_TE:
+    if not with_te:
         vars(args).update(_WITHOUT_TE)
     megatron_workarounds.leave_out_missing_fusions(args)
     return args

@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.expert_flags import (
@@ -26,6 +27,7 @@ from megatron_scmoe.cli.expert_flags import (
     expert_offload,
 )
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
+from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Text that a checkpoint's model writes behind prompts.")
     parser.add_argument(
         "--load", required=True, metavar="CKPT",
-        help="a Megatron checkpoint: what was --save, or an iter_ folder",
+        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
+        "Face, which is converted for the while",
     )  # fmt: skip
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the texts begin with")
@@ -89,6 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--top-n-logprobs", type=int, default=0, metavar="N",
         help="the N likeliest tokens in each place, with their log-probabilities",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
+        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
+        "tries both on the first tokens and keeps the faster one (default: auto)",
     )  # fmt: skip
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="prompts at once")
     parser.add_argument(
@@ -184,15 +192,29 @@ def read_prompts(args: Namespace) -> list[str]:
 def generate(args: Namespace, prompts: list[str]) -> None:
     """Generate on every rank; the first one writes."""
     import torch
+
+    from megatron_scmoe.inference.exported import as_megatron
+
+    offload = expert_offload(args)
+    is_mine = initialise_ranks()
+    with as_megatron(args.load, args.ckpt_step) as load:
+        write_texts(args, prompts, load, offload)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+
+
+def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None:
+    """Load the checkpoint ``load``, and write behind the prompts; ``offload`` may have its experts."""
     from megatron.core.inference.sampling_params import SamplingParams
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
     from megatron_scmoe.inference import generation
+    from megatron_scmoe.inference.decode_schedule import Decode
     from megatron_scmoe.inference.text import Continuation
     from megatron_scmoe.training import load_model
 
-    checkpoint = load_model.Checkpoint(args.load, args.ckpt_step)
+    checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     kind = checkpoint.args.tokenizer_type
     if kind == load_model.NULL_TOKENIZER and args.tokenizer_model is None:
         raise UsageError(
@@ -220,12 +242,11 @@ def generate(args: Namespace, prompts: list[str]) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    offload = expert_offload(args)
-    is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout, dtype, offload)
+    model = load_model.build_model(checkpoint, layout, dtype, elsewhere=offload)
     if offload is not None:
         offload.attach(model, checkpoint.path, min(args.micro_batch, len(prompts)))
+    decode = Decode(model, args.decode_schedule)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
         args.output_path or args.return_log_probs or args.top_n_logprobs
@@ -247,6 +268,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
             is_stop=lambda prompt, tokens: texts[prompt].stops(tokens),
             on_token=lambda prompt, tokens: show(texts[prompt].new_text(tokens)),
             shows_progress=not streams and is_first_rank(),
+            decode=decode,
         )
         show(texts[0].new_text(completions[0].tokens, is_last=True) + "\n")
         if not streams and is_first_rank():
@@ -257,20 +279,16 @@ def generate(args: Namespace, prompts: list[str]) -> None:
         line = offload.report(sum(len(completion.tokens) for completion in completions))
         if is_first_rank():
             print(line, file=sys.stderr)
-    if is_mine:
-        torch.distributed.destroy_process_group()
+    if not streams and is_first_rank():
+        for count, name in decode.kept().items():
+            print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
 
 
 def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved) -> None:
     """Refuse prompts and settings that the model cannot have."""
     flag = prompt_flag(args)
     longest = saved.max_position_embeddings
-    if saved.moe_expert_capacity_factor is not None:
-        raise UsageError(
-            f"--load {args.load}: it was trained with --moe-expert-capacity-factor "
-            f"{saved.moe_expert_capacity_factor}, which drops tokens by what else is in a batch; "
-            "accepted is a checkpoint trained without"
-        )
+    check_model(args.load, saved)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise UsageError(f"{flag}: prompt {number} is empty; accepted is a token or more")
@@ -293,6 +311,16 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
         raise UsageError(
             f"--termination-id {args.termination_id}: accepted are ids from 0 to {vocab_size - 1}, "
             "or -1"
+        )
+
+
+def check_model(load: str, saved) -> None:
+    """Refuse a model whose texts would depend on what else is in a batch."""
+    if saved.moe_expert_capacity_factor is not None:
+        raise UsageError(
+            f"--load {load}: it was trained with --moe-expert-capacity-factor "
+            f"{saved.moe_expert_capacity_factor}, which drops tokens by what else is in a batch; "
+            "accepted is a checkpoint trained without"
         )
 
 

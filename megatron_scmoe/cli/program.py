@@ -72,6 +72,7 @@ COMMANDS = {
     "train": Command("train a GPT with ScMoE layers, by Megatron's own loop", run_command),
     "evaluate": Command("loss, perplexity and logits of a checkpoint", run_tool),
     "generate": Command("text that a checkpoint's model writes behind prompts", run_tool),
+    "serve": Command("serve a checkpoint's model over HTTP, as OpenAI's API", run_tool),
     "convert": Command("checkpoints to Hugging Face and back; upcycle; inspect"),
     "train-tokenizer": Command("train a SentencePiece tokenizer for Megatron"),
     "preprocess-data": Command("tokenize text into a dataset for Megatron"),
@@ -79,7 +80,15 @@ COMMANDS = {
 }
 """By name; the module of each has the same name, with underscores, and a ``main``."""
 
-_EXTRAS = {"matplotlib": "plot", "safetensors": "convert", "transformers": "convert"}
+_EXTRAS = {
+    "matplotlib": "plot",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "safetensors": "convert",
+    "starlette": "serve",
+    "transformers": "convert",
+    "uvicorn": "serve",
+}
 """Packages that some commands need, and the extra of pyproject.toml that installs them."""
 
 

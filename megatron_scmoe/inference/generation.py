@@ -14,20 +14,16 @@ the all-to-alls of expert parallelism need: whoever is done waits by computing a
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
-    GPTInferenceWrapper,
-)
-from megatron.core.inference.sampling.torch_sampling import TorchSampling
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.utils import InferenceMode
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 from tqdm import tqdm
+
+from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_schedule import Decode
+from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
 
 LENGTH, STOP = "length", "stop"
 """Why a completion ended: it has --num-tokens-to-generate, or it came to a stop."""
@@ -64,6 +60,7 @@ def generate(
     is_stop: Callable[[int, list[int]], bool] = lambda prompt, tokens: False,
     on_token: Callable[[int, list[int]], None] = lambda prompt, tokens: None,
     shows_progress: bool = False,
+    decode: Decode | None = None,
 ) -> list[Completion]:
     """Generate on this rank's part of a model, together with all other ranks.
 
@@ -83,16 +80,15 @@ def generate(
         is_stop: whether prompt number i ends after these tokens, its last one included.
         on_token: is told of each token, on the rank that has chosen it for prompt i.
         shows_progress: whether a terminal shows a bar.
+        decode: what schedule the tokens behind the prompts have; None: the faster one, once measured.
 
     Returns:
         The completions in the order of the prompts, on every rank.
     """
     group = parallel_state.get_data_parallel_group()
-    unwrapped = getattr(model, "module", model)
-    if unwrapped.config.sequence_parallel:
-        set_model_to_sequence_parallel(unwrapped, False)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     size = micro_batch * group.size()
+    decode = decode or Decode(model)
     found: dict[int, Completion] = {}
     with (
         torch.no_grad(),
@@ -104,12 +100,12 @@ def generate(
         for start in range(0, len(prompts), size):
             indices = by_length[start : start + size]
             own = [
-                _Row(index, list(prompts[index]), _random_numbers(seed, index))
+                _Row(index, list(prompts[index]), random_numbers(seed, index))
                 for index in indices[group.rank() :: group.size()] or indices[:1]
             ]
             lengths = [len(prompts[index]) for index in indices]
             end = max(lengths) + sampling.num_tokens_to_generate
-            columns = _Columns(model, own, end)
+            columns = _Columns(model, own, end, len(indices), decode)
             _fill(columns, own, min(lengths), sampling, vocab_size, is_stop, on_token)
             found |= {row.index: row.completion for row in own}
             progress.update(len(indices))
@@ -133,38 +129,23 @@ class _Row:
 class _Columns:
     """The tokens of a round, int64 [b, end], and the model that reads them from left to right."""
 
-    def __init__(self, model, rows: list[_Row], end: int):
+    def __init__(self, model, rows: list[_Row], end: int, texts: int, decode: Decode):
         self.tokens = torch.zeros(len(rows), end, dtype=torch.int64)
         for own, row in zip(self.tokens, rows):
             own[: len(row.prompt)] = torch.tensor(row.prompt)
-        self._context = StaticInferenceContext(len(rows), end)
-        self._wrapper = GPTInferenceWrapper(model, self._context)
-        self._wrapper.prep_model_for_inference()
-        self._rows = getattr(model, "module", model).vocab_size
+        self._model = CachedModel(model, len(rows), end, decode)
+        self._texts = texts  # of all ranks
 
     def read(self, start: int, stop: int, last_only: bool) -> Tensor:
         """Logits behind the columns from ``start`` to ``stop``, or behind the last: fp32 [b, n, v].
 
         What stands before was read already. On every rank, and on the host.
         """
-        self._context.config.materialize_only_last_token_logits = last_only
+        tokens = self.tokens[:, start:stop]
         positions = torch.arange(start, stop).expand(len(self.tokens), -1)
-        logits = self._wrapper.run_one_forward_step(
-            dict(
-                tokens=self.tokens[:, start:stop].cuda(),
-                position_ids=positions.cuda(),
-                attention_mask=None,
-            )
-        )
-        if self._wrapper.model_is_pipeline_parallel:
-            count = 1 if last_only else stop - start
-            logits = broadcast_from_last_pipeline_stage(
-                [len(self.tokens), count, self._rows],
-                self._wrapper.config.params_dtype,
-                logits,
-                self._wrapper.pp_group,
-            )
-        return logits.float().cpu()
+        if start == 0:
+            return self._model.read(tokens, positions, last_only=last_only)
+        return self._model.decode(self._texts, tokens, positions, column=start, last_only=last_only)
 
 
 def _fill(
@@ -189,7 +170,7 @@ def _fill(
                 of_prompt = own_log_probs[: len(known)].gather(-1, known[:, None]).flatten()
                 this.completion.prompt_log_probs += of_prompt.tolist()
             if len(this.prompt) <= stop and this.completion.finish_reason is None:
-                token = _choose(own_logits[-1], sampling, this.random)
+                token = choose(own_logits[-1], sampling, this.random)
                 columns.tokens[row, stop] = token
                 _append(this.completion, token, own_log_probs[-1], sampling)
                 if this.completion.finish_reason is None:
@@ -198,14 +179,6 @@ def _fill(
         if _everywhere(all(row.completion.finish_reason for row in rows)):
             return
         start, stop = stop, stop + 1
-
-
-def _choose(logits: Tensor, sampling: SamplingParams, random: torch.Generator) -> int:
-    """A token, from logits [v]."""
-    chosen = TorchSampling.sample_from_logits(
-        logits[None], sampling.temperature, sampling.top_k, sampling.top_p, generator=random
-    )
-    return int(chosen)
 
 
 def _append(
@@ -219,8 +192,7 @@ def _append(
     if sampling.return_log_probs:
         completion.log_probs.append(log_probs[token].item())
     if sampling.top_n_logprobs:
-        best = log_probs.topk(sampling.top_n_logprobs)
-        completion.top_n.append(list(zip(best.indices.tolist(), best.values.tolist())))
+        completion.top_n.append(likeliest(log_probs, sampling.top_n_logprobs))
 
 
 def _judge(row: _Row, sampling: SamplingParams, is_stop: Callable[[int, list[int]], bool]) -> None:
@@ -230,12 +202,6 @@ def _judge(row: _Row, sampling: SamplingParams, is_stop: Callable[[int, list[int
         completion.finish_reason = STOP
     elif len(completion.tokens) == sampling.num_tokens_to_generate:
         completion.finish_reason = LENGTH
-
-
-def _random_numbers(seed: int, index: int) -> torch.Generator:
-    """Those of one prompt, unlike those of the others."""
-    (state,) = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def _everywhere(done: bool) -> bool:

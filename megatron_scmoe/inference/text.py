@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+_CONTEXT = 16
+"""Tokens of the prompt that are decoded with those behind it: more change nothing but the time."""
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers decode the first bytes of a character to, while the others are not there."""
 
@@ -17,20 +20,21 @@ class Continuation:
 
     def __init__(self, tokenizer, prompt: Sequence[int], stop_words: Sequence[str] = ()):
         self._tokenizer = tokenizer
-        self._prompt = list(prompt)
+        self._prompt = list(prompt[-_CONTEXT:])
         self._skip = len(tokenizer.detokenize(self._prompt))  # decoded alone, ids may lose a space
         self._stop_words = tuple(stop_words)
         self._shown = 0
+        self._decoded: tuple[list[int], str] = ([], "")
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of all ids, up to the first stop word."""
-        text = self._tokenizer.detokenize([*self._prompt, *ids])[self._skip :]
+        text = self._decode(ids)
         places = [place for word in self._stop_words if (place := text.find(word)) >= 0]
         return text[: min(places)] if places else text
 
     def stops(self, ids: Sequence[int]) -> bool:
         """Whether a stop word stands in the text of the ids."""
-        text = self._tokenizer.detokenize([*self._prompt, *ids])[self._skip :]
+        text = self._decode(ids)
         return any(word in text for word in self._stop_words)
 
     def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
@@ -45,6 +49,13 @@ class Continuation:
             text = text[: len(text) - self._possible_stop(text)]
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """The text of all ids; that of the last call is kept."""
+        if self._decoded[0] != list(ids):
+            text = self._tokenizer.detokenize([*self._prompt, *ids])[self._skip :]
+            self._decoded = (list(ids), text)
+        return self._decoded[1]
 
     def _possible_stop(self, text: str) -> int:
         """How many of the last characters may be the first ones of a stop word."""

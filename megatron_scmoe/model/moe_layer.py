@@ -69,6 +69,7 @@ class ScMoELayer(MoELayer):
         self.shortcut_layernorm = norm(**norm_arguments) if scmoe.router_norm == "own" else None
         self.post_layernorm = norm(**norm_arguments) if scmoe.post_norm else None
 
+        self.scmoe = scmoe
         self.path = path
 
     def forward(

@@ -9,6 +9,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -67,17 +68,23 @@ class Checkpoint:
     Args:
         folder: what ``--load`` names: what was ``--save``, or an ``iter_...`` folder in it.
         step: the iteration in it; None for the last one, or the folder's own.
+        given: what ``--load`` has named, if ``folder`` was made of it; for errors.
+
+    Attributes:
+        name: of the folder that holds the iterations.
 
     Raises:
         InputError: if there is none, it is not complete, or it names no arguments.
     """
 
-    def __init__(self, folder: str, step: int | None = None):
-        self.given = f"--load {folder}"
+    def __init__(self, folder: str, step: int | None = None, given: str | None = None):
+        self.given = f"--load {given or folder}"
+        self.name = Path(folder).resolve().name
         if not locate.is_iteration(folder):
             self.path = locate.find_checkpoint("--load", folder, step)
         elif step is None:
             self.path = locate.check_iteration("--load", folder)
+            self.name = self.path.resolve().parent.name
         else:
             raise InputError(
                 f"--ckpt-step {step}", f"{folder} is one iteration already", "--load alone"
@@ -193,16 +200,22 @@ class Checkpoint:
                     )
 
 
-def tokenizer_of(checkpoint: Checkpoint, model: str | None = None):
+def tokenizer_of(
+    checkpoint: Checkpoint, model: str | None = None, chat_template: str | None = None
+):
     """Megatron's tokenizer of a checkpoint, or the one in ``model``, of the same type.
 
     NullTokenizer has no model: there ``model`` is a folder of Hugging Face or a SentencePiece model.
+
+    Args:
+        chat_template: in Jinja; None for the one that training or the tokenizer had, if any.
 
     Raises:
         InputError: if it cannot be loaded.
     """
     args = argparse.Namespace(**vars(checkpoint.args))
     args.tokenizer_model = model or args.tokenizer_model
+    args.chat_template = chat_template or args.chat_template
     args.pad_vocab_size = False
     args.trust_remote_code = False
     if model is not None and args.tokenizer_type == NULL_TOKENIZER:
@@ -223,6 +236,7 @@ def build_model(
     checkpoint: Checkpoint,
     layout: Layout,
     dtype: torch.dtype | None = None,
+    local_attention: bool = False,
     elsewhere: ExpertsElsewhere | None = None,
 ):
     """This rank's part of the checkpoint's model, loaded and set to evaluate.
@@ -231,12 +245,14 @@ def build_model(
 
     Args:
         dtype: of the weights; None for that of the checkpoint's arguments.
+        local_attention: build of Megatron's own modules, also where Transformer Engine is: their
+            attention takes any mask with a key-value cache.
         elsewhere: what keeps experts of a ScMoE model out of it.
 
     Raises:
         InputError, ScMoEConfigError, SettingsError: if checkpoint and layout do not go together.
     """
-    args = _settings(checkpoint, layout, dtype)
+    args = _settings(checkpoint, layout, dtype, local_attention)
     scmoe = checkpoint.scmoe(args)
     if scmoe is not None:
         args.spec = None
@@ -294,12 +310,15 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 """How keys of weights begin; the others are the optimizer's and those of the loop."""
 
 
-def _settings(checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None):
+def _settings(
+    checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None, local_attention: bool
+):
     """The checkpoint's arguments with this run's layout and kernels."""
-    args = settings_of_the_model(checkpoint.args)
+    with_te = HAVE_TE and not local_attention
+    args = settings_of_the_model(checkpoint.args, with_te)
     args.tensor_model_parallel_size = layout.tensor
     # Megatron's MoE needs it; its own local norms refuse it.
-    args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or HAVE_TE)
+    args.sequence_parallel = layout.tensor > 1 and (bool(args.num_experts) or with_te)
     args.pipeline_model_parallel_size = layout.pipeline
     args.expert_model_parallel_size = layout.expert
     # Megatron's default; experts with biases cannot be split.

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,46 +16,26 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.inference import generation
 from megatron_scmoe.training import load_model
-from tests import checkpoints, longcat
+from tests import checkpoints, longcat, text_models
 from tests.harness import run_distributed
-from tests.tools import REPOSITORY, run_tool
+from tests.text_models import LEARNED, PROMPTS, TAPS_INPUT, VOCAB
+from tests.tools import run_tool
 
-VOCAB, ROWS = 360, 384
-"""Tokens of the tokenizer, and rows of the embedding, as Megatron pads them."""
-
-PROMPTS = ["The tap", "A", "Each block is Megatron's own", "overlap and", "two rails"]
 TOKENS = 8
-SIZES = ["--vocab-size", str(VOCAB), "--max-position-embeddings", "48"]
-LEARNED, TAPS_INPUT = "GPT-2", "pos3, shared norm, CG-2"
 WITHOUT_TOKENIZER = "without a tokenizer"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    run_tool(
-        "train_tokenizer",
-        *("--input", REPOSITORY / "docs" / "architecture.md", "--vocab-size", VOCAB),
-        *("--output-prefix", folder / "small"),
-    )
-    return folder / "small.model"
-
-
-@pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory) -> Path:
+def models(tmp_path_factory) -> Path:
     """Checkpoints of models with random weights."""
     folder = tmp_path_factory.mktemp("models")
-    run_distributed(_save, 1, str(folder), str(tokenizer))
+    text_models.save(folder, text_models.train_tokenizer(folder), TAPS_INPUT, LEARNED)
+    run_distributed(_save_without_tokenizer, 1, str(folder))
     return folder
 
 
-def _save(folder: str, tokenizer: str) -> None:
+def _save_without_tokenizer(folder: str) -> None:
     checkpoints.models.init_parallel()
-    for variant in (TAPS_INPUT, LEARNED):
-        args = checkpoints.arguments(variant, *SIZES)
-        args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", tokenizer
-        args.vocab_size, args.padded_vocab_size = VOCAB, ROWS
-        checkpoints.save(args, Path(folder, variant))
     checkpoints.save(checkpoints.arguments(TAPS_INPUT), Path(folder, WITHOUT_TOKENIZER))
 
 
@@ -135,6 +117,50 @@ def test_greedy_text_and_its_log_probs_are_those_of_the_exported_model(
             log_probs.gather(-1, expected[0, 1:, None]).flatten(),
             atol=2e-5,
         )
+
+
+def test_an_exported_model_writes_the_same_text_on_two_ranks(models, greedy, tmp_path):
+    folder, out, temporary = (tmp_path / name for name in ("exported", "out", "tmp"))
+    run_tool("convert", "megatron-to-hf", "--load", models / TAPS_INPUT, "--output", folder)
+    out.mkdir()
+    temporary.mkdir()
+    for lines, refusals in run_distributed(_exported, 2, str(folder), str(out), str(temporary)):
+        assert [line["generated_tokens"] for line in lines] == [
+            line["generated_tokens"] for line in greedy
+        ]
+        assert (
+            refusals[0]
+            == f"--ckpt-step 3: {folder} is a model folder, not iterations; accepted: --load alone"
+        )
+        assert refusals[1].startswith(str(folder))
+        assert "mamba" in refusals[1]
+    assert list(temporary.iterdir()) == []
+
+
+def _exported(folder: str, out: str, temporary: str) -> tuple[list[dict], list[str]]:
+    checkpoints.models.init_parallel(2, ep=2)
+    rank = torch.distributed.get_rank()
+    os.environ |= {"TMPDIR": temporary, "LOCAL_RANK": str(rank)}
+    tempfile.tempdir = None  # read TMPDIR anew
+    lines = write(
+        Path(folder),
+        Path(out, "texts.jsonl"),
+        "--expert-model-parallel-size",
+        2,
+        "--return-log-probs",
+    )
+    refusals = []
+    with pytest.raises(ScMoEError) as refusal:
+        run_tool("generate", "--load", folder, "--prompts", "A", "--ckpt-step", 3)
+    refusals.append(str(refusal.value))
+    torch.distributed.barrier()
+    if rank == 0:
+        config = Path(folder, "config.json")
+        config.write_text(config.read_text().replace('"scmoe"', '"mamba"'))
+    torch.distributed.barrier()
+    with pytest.raises(ScMoEError) as refusal:
+        run_tool("generate", "--load", folder, "--prompts", "A")
+    return lines, [*refusals, str(refusal.value)]
 
 
 def test_log_probs_are_those_of_evaluation(models, greedy, tmp_path):
@@ -267,6 +293,9 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
     bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
     many, offload = "two rails " * 9, ("--offload-experts",)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").touch()
     for flags, told in (
         ((*load, "--prompt-file", bad), f"--prompt-file {bad}:2: accepted is a line as"),
         ((*load, "--prompt-file", none), "there is no prompt in it"),
@@ -292,6 +321,10 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         ((*some, "--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
         ((*some, *offload, "--cpu-moe-layers", 0), "--cpu-moe-layers 0: accepted is more than 0"),
         ((*some, *offload), "experts are mapped from files; accepted with --expert-folder DIR"),
+        (
+            ("--load", exported, "--prompts", "a", *offload, "--expert-folder", tmp_path),
+            f"--offload-experts with --load {exported}: a model folder is converted anew each time",
+        ),
     ):
         assert told in refusal(*flags), flags
 

@@ -40,7 +40,9 @@ def build(load: Path, settings: OffloadSettings | None = None, dtype=None, at_on
     """A checkpoint's model, and what has its experts."""
     checkpoint = load_model.Checkpoint(str(load))
     offload = None if settings is None else ExpertOffload(settings)
-    model = load_model.build_model(checkpoint, load_model.Layout(**layout), dtype, offload)
+    model = load_model.build_model(
+        checkpoint, load_model.Layout(**layout), dtype, elsewhere=offload
+    )
     if offload is not None:
         offload.attach(model, checkpoint.path, at_once)
     return model, offload

@@ -21,6 +21,7 @@ FLOORS = (
     ("checkpoints",),
     ("training",),
     ("evaluation", "inference"),
+    ("serving",),
     ("cli", "spec", "run"),
 )
 """From the ground up: a room imports from itself and from the floors below."""

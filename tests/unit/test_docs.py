@@ -50,6 +50,7 @@ FOREIGN_FLAGS = {
     "sbatch": {"--nodes", "--requeue", "--dependency", "--export", "--signal"},
     "docker": {"--build-arg"},
     "git": {"--depth"},
+    "nvidia-smi": {"--query-gpu", "--format"},
     "pip": {"--no-deps"},
     "apt-get": {"--no-install-recommends"},
 }

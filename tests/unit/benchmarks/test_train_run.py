@@ -34,11 +34,12 @@ def variant(name: str):
 def flags(name: str, link: str = "native", on_cpu: bool = False, **changes) -> list[str]:
     """The flags of one run of the wide shape on two ranks."""
     settings = {"micro_batches": 4, "forced_balance": True} | changes
+    layout = {"ranks": 2, "expert": 2} | settings.pop("layout", {})
     return benchmark("train_settings").flags(
         variant(name),
         benchmark("shapes").SHAPES[settings.pop("shape", "wide")],
         link,
-        2,
+        benchmark("train_settings").Layout(**layout),
         on_cpu=on_cpu,
         **settings,
     )
@@ -188,6 +189,60 @@ def test_graphs_need_a_warm_up_that_holds_their_capture():
         benchmark("train_options").parse(False, words)
 
 
+@pytest.mark.parametrize(
+    "given,name,flags_of",
+    [
+        ([], "EP8", "--expert-model-parallel-size 8"),
+        (["--expert-parallel", "4"], "EP4 x EDP2", "--expert-model-parallel-size 4"),
+        (
+            ["--tensor-parallel", "2", "--expert-parallel", "4"],
+            "TP2 x EP4 x EDP2",
+            "--expert-model-parallel-size 4 --tensor-model-parallel-size 2 "
+            "--expert-tensor-parallel-size 1 --sequence-parallel",
+        ),
+        (
+            ["--pipeline-parallel", "2", "--model-chunks", "3"],
+            "PP2 (3 chunks) x EP4",
+            "--expert-model-parallel-size 4 --pipeline-model-parallel-size 2 "
+            "--num-layers-per-virtual-pipeline-stage 2",
+        ),
+    ],
+)
+def test_layouts(given, name, flags_of, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = benchmark("train_options").parse(False, ["--shape", "wide", *given])
+    assert options.layout.name == name
+    words = flags("scmoe/best", layout=asdict(options.layout))
+    assert flags_of in " ".join(words)
+    data = 8 // (options.tensor_parallel * options.pipeline_parallel)
+    assert value(words, "--global-batch-size") == str(4 * 4 * data)
+    result = result_of(scmoe__best=400) | {"layout": asdict(options.layout), "world_size": 8}
+    command = shlex.split(benchmark("train_page").command(result).replace("\\\n", ""))
+    assert " ".join(given) in " ".join(command)
+    assert command.count("--expert-parallel") == given.count("--expert-parallel")
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (
+            ["--tensor-parallel", "3"],
+            "--tensor-parallel 3 --pipeline-parallel 1: they do not divide",
+        ),
+        (["--expert-parallel", "3"], "--expert-parallel 3: accepted: divisors of the 8 ranks"),
+        (["--model-chunks", "2"], "--model-chunks 2: accepted with --pipeline-parallel"),
+        (
+            ["--pipeline-parallel", "4"],
+            "--blocks 12: a pair of blocks is not split, and there are 4",
+        ),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(given, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UsageError, match=message):
+        benchmark("train_options").parse(False, ["--shape", "wide", *given])
+
+
 # --- what is read and made of it ---
 
 
@@ -250,7 +305,10 @@ def test_losses_are_compared_bit_for_bit():
     assert notes(rows) == ["best: the losses of scmoe and scmoe-serial agree bit for bit"]
     last_bit = {"1": (6.25).hex(), "2": (6.125 + 2**-40).hex(), "3": (6.0).hex()}
     rows["scmoe/best"] = row("scmoe/best", [found(losses=last_bit)])
-    assert notes(rows) == ["best: the losses of scmoe and scmoe-serial DIFFER from iteration 2 on"]
+    assert notes(rows) == [
+        "best: the losses of scmoe and scmoe-serial DIFFER from iteration 2 on, "
+        "by 1e-13 of it at most"
+    ]
     rows["scmoe/best"] = row("scmoe/best", [found()], [found(losses=last_bit)])
     assert "DIFFER, and so do rounds of one system" in notes(rows)[0]
 
@@ -313,11 +371,13 @@ def measured_whole() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name,result", measured_whole().items())
-def test_a_command_measures_what_was_measured(name, result):
+def test_a_command_measures_what_was_measured(name, result, monkeypatch):
     words = shlex.split(benchmark("train_page").command(result).replace("\\\n", ""))
     given = words[words.index("benchmarks/train_run.py") + 1 :]
     given = given[: given.index("--trace")] if "--trace" in given else given
+    monkeypatch.setenv("WORLD_SIZE", str(result["world_size"]))
     options = benchmark("train_options").parse(result["device"] == "cpu", given)
+    assert options.layout == benchmark("train_result").layout_of(result)
     for key in ("shape", "micro_batches", "routing", "rounds", "iterations", "warmup"):
         assert getattr(options, key) == result[key], key
     assert [variant.name for variant in options.variants] == result["selected"]
@@ -363,7 +423,8 @@ def test_stock_trains_through_the_same_loop(system, tmp_path):
     """One rank of a run, as train_processes.py starts it, in processes that know Megatron."""
     settings, shapes = benchmark("train_settings"), benchmark("shapes").SHAPES
     shape = replace(shapes["cpu"], blocks=2, micro_batch=1)
-    words = settings.flags(variant(f"{system}/defaults"), shape, "gloo", 2, 1, True, True)
+    layout = settings.Layout(ranks=2, expert=2)
+    words = settings.flags(variant(f"{system}/defaults"), shape, "gloo", layout, 1, True, True)
     words += settings.run_flags(3, None, on_cpu=True)
     task = (2, harness._free_port(), words, str(tmp_path / "log"))
     ranks = [

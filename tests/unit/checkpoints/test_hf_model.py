@@ -14,6 +14,8 @@ import pytest
 import sentencepiece
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -21,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
@@ -177,6 +181,24 @@ def test_attention_implementations_agree_and_give_what_is_asked_for(variant):
     assert_close(model.lm_head(output.hidden_states[-1]), expected)
     assert len(output.router_logits) == sum(model.config.moe_layers)
     assert isinstance(as_tuple, tuple) and as_tuple[1].shape == expected.shape
+
+
+@all_variants
+def test_attention_from_outside_is_used_in_every_block_and_told_what_the_call_was(variant):
+    """As vLLM and SGLang put theirs in, registered by name."""
+    model, seen = build(variant), []
+    expected = logits(model)
+
+    def attend(module, query, key, value, mask, **told):
+        seen.append((module.layer_idx, told["batch"]))
+        return sdpa_attention_forward(module, query, key, value, mask, **told)
+
+    AttentionInterface.register("from outside", attend)
+    AttentionMaskInterface.register("from outside", sdpa_mask)
+    model.set_attn_implementation("from outside")
+    with torch.no_grad():
+        assert_close(model(IDS, batch="of a server").logits, expected)
+    assert seen == [(block, "of a server") for block in range(4)]
 
 
 @all_variants

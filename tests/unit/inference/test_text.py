@@ -44,6 +44,10 @@ def test_a_stop_word_in_the_prompt_is_none():
     assert "".join(shown("xy", "ab")) == "xy"
 
 
+def test_the_length_of_the_prompt_changes_nothing():
+    assert shown("x<y<end>", "<end>", prompt="p" * 99) == shown("x<y<end>", "<end>")
+
+
 def test_the_text_ends_before_the_first_of_several_stop_words():
     continuation = Continuation(Bytes(), b"p", ["dd", "c"])
     assert continuation.text(b"abcdd") == "ab"

@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
@@ -46,6 +48,7 @@ CLASSES = {
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
+        *(Attention, FusedScaleMaskSoftmax),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),
         *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )

@@ -267,3 +267,25 @@ def test_the_mlp_says_whether_it_is_a_moe():
     mlp = get_gpt_layer_local_submodules(num_experts=4).mlp
     assert mlp.func is MoELayer and "submodules" in mlp.keywords
     assert get_gpt_layer_local_submodules().mlp.func is not MoELayer
+
+
+# Key-value cache.
+
+
+@row("Attention._adjust_key_value_for_inference")
+def test_keys_are_cached_before_they_are_rotated():
+    text = source("Attention._adjust_key_value_for_inference")
+    written = "[sequence_start:sequence_end, batch_start:batch_end, ...] = "
+    assert f"inference_key_memory{written}key" in text
+    assert f"inference_value_memory{written}value" in text
+    forward = source("Attention.forward")
+    assert forward.index("_adjust_key_value_for_inference(") < forward.index(
+        "apply_rotary_pos_emb("
+    )
+
+
+@row("FusedScaleMaskSoftmax.forward_torch_softmax")
+def test_a_mask_that_is_given_is_taken():
+    text = source("FusedScaleMaskSoftmax.forward_torch_softmax")
+    assert "== AttnMaskType.causal and mask is None and (sq > 1)" in text
+    assert "self.mask_func(input, mask) if mask is not None else input" in text

@@ -1,0 +1,262 @@
+"""Serve a checkpoint's model over HTTP, as OpenAI's API.
+
+    scmoe serve --load checkpoints/ --port 8000
+    torchrun --nproc-per-node 2 -m megatron_scmoe.cli serve --load checkpoints/ \
+        --expert-model-parallel-size 2
+
+takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
+any. It answers /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics, and asks no
+client who it is. SIGTERM or Ctrl-C ends it: what is being written is written to its end.
+"""
+
+import signal
+import socket
+import sys
+import threading
+from argparse import Namespace
+from pathlib import Path
+from typing import get_args
+
+from megatron_scmoe.cli import program
+from megatron_scmoe.cli.generate import check_model
+from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
+from megatron_scmoe.config import AUTO, DecodeSchedule
+from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
+
+READERS_GRACE_S = 5
+"""How long clients may take to read the last of their answers, when the server ends."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description="Serve a checkpoint's model over HTTP, as OpenAI's API.")
+    parser.add_argument(
+        "--load", required=True, metavar="CKPT",
+        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
+        "Face, which is converted for the while",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS",
+        help="address to listen at; 0.0.0.0 is all of this machine",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="by which clients ask for it (default: that of the "
+        "folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--inference-max-requests", type=int, default=16, metavar="N", help="texts written at once"
+    )
+    parser.add_argument(
+        "--inference-max-seq-length", type=int, metavar="N",
+        help="the most tokens of a text, its prompt included (default: what the model can)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-queue", type=int, default=256, metavar="N",
+        help="texts that may wait; a request with more is answered with status 429",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
+        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
+        "tries both on the first tokens and keeps the faster one (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout-graceful-shutdown", type=float, default=20, metavar="SECONDS",
+        help="how long texts may still be written when the server is to end",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
+    )
+    parser.add_argument(
+        "--tokenizer-model", metavar="MODEL",
+        help="the tokenizer of --load, where it is not (any more) where training had it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE",
+        help="Jinja template that makes a chat a text (default: the tokenizer's, if it has one)",
+    )  # fmt: skip
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
+    for kind in ("tensor", "pipeline", "expert"):
+        parser.add_argument(
+            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
+        )
+    args = parser.parse_args(argv)
+    check_flags(args)
+    if not is_first_rank():
+        quiet_imports()
+        serve(args, None)
+        return
+    with listen(args.host, args.port) as listener:
+        quiet_imports()
+        serve(args, listener)
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse what cannot work before seconds go into imports."""
+    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    for name, least in (
+        *((name, 1) for name in ("inference_max_requests", *layout)),
+        ("inference_max_seq_length", 2),
+        ("max_queue", 0),
+        ("timeout_graceful_shutdown", 0),
+    ):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is {least} or more")
+    if args.chat_template is not None and not args.chat_template.is_file():
+        raise UsageError(f"--chat-template {args.chat_template}: there is no such file")
+    if not 0 <= args.port < 1 << 16:
+        raise UsageError(f"--port {args.port}: accepted is 0 to {(1 << 16) - 1}")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at that address; clients can connect once it is told to listen.
+
+    Raises:
+        UsageError: if there is no such address, or it is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} --port {port}: {error.strerror}; accepted: an address of this machine, "
+            "and a port that is free (0 takes one)"
+        ) from error
+    return listener
+
+
+def serve(args: Namespace, listener: socket.socket | None) -> None:
+    """Load the model on every rank and serve until a signal comes; the first rank has a listener."""
+    import torch
+
+    from megatron_scmoe.inference.exported import as_megatron
+
+    is_mine = initialise_ranks()
+    with as_megatron(args.load, args.ckpt_step) as load:
+        slots, served = load_slots(args, load)
+    if listener is None:
+        from megatron_scmoe.inference import engine
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
+        engine.follow(slots)
+    else:
+        run_first_rank(args, slots, served, listener)
+    if is_mine:
+        torch.distributed.destroy_process_group()
+
+
+def load_slots(args: Namespace, load: str):
+    """The batch of the checkpoint ``load``, and what is served of it."""
+    from megatron_scmoe.checkpoints.model_arguments import DTYPES
+    from megatron_scmoe.checkpoints.vocabulary import count_tokens
+    from megatron_scmoe.inference.slots import Slots
+    from megatron_scmoe.serving.app import ServedModel
+    from megatron_scmoe.training import load_model
+
+    checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
+    length = check_checkpoint(args, checkpoint)
+    template = args.chat_template.read_text() if args.chat_template else None
+    tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
+    vocab_size = count_tokens(
+        checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
+    )
+    layout = load_model.Layout(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    model = load_model.build_model(checkpoint, layout, dtype, local_attention=True)
+    size = args.inference_max_requests
+    slots = Slots(model, vocab_size, size, length, args.decode_schedule)
+    name = args.served_model_name or checkpoint.name
+    return slots, ServedModel(name, tokenizer, vocab_size, length)
+
+
+def check_checkpoint(args: Namespace, checkpoint) -> int:
+    """Refuse models that cannot be served; the most tokens of a text."""
+    from megatron_scmoe.training.load_model import NULL_TOKENIZER
+
+    saved = checkpoint.args
+    if saved.tokenizer_type == NULL_TOKENIZER and args.tokenizer_model is None:
+        raise UsageError(
+            f"--load {args.load}: the checkpoint's tokenizer is {NULL_TOKENIZER}, which reads ids "
+            "only; accepted: --tokenizer-model MODEL"
+        )
+    check_model(args.load, saved)
+    if saved.window_size is not None:
+        raise UsageError(
+            f"--load {args.load}: it was trained with --window-size {saved.window_size}, and texts "
+            "that join a batch need a mask of their own; accepted is a checkpoint trained without"
+        )
+    longest = saved.max_position_embeddings
+    length = args.inference_max_seq_length or longest
+    if length > longest:
+        raise UsageError(
+            f"--inference-max-seq-length {length}: the model's --max-position-embeddings is "
+            f"{longest}; accepted is 2 to {longest}"
+        )
+    return length
+
+
+def run_first_rank(args: Namespace, slots, model, listener: socket.socket) -> None:
+    """Run the engine on this thread and HTTP on another, until a signal or an error ends both."""
+    import uvicorn
+
+    from megatron_scmoe.inference.engine import Engine
+    from megatron_scmoe.serving.app import Service
+
+    engine = Engine(slots)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Service(engine, model, args.max_queue).app(),
+            http="h11",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=READERS_GRACE_S,
+        )
+    )
+
+    failures = []
+
+    def serve_http() -> None:
+        try:
+            server.run(sockets=[listener])
+        except Exception as error:
+            failures.append(error)
+        finally:
+            engine.close(0)
+
+    def end(number: int, _) -> None:
+        engine.close(0 if engine.is_closing else args.timeout_graceful_shutdown)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    http = threading.Thread(target=serve_http, name="http")
+    listener.listen()
+    host, port = listener.getsockname()[:2]
+    print(
+        f"serving {model.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: "
+        f"{slots.size} texts at once of up to {model.length} tokens, {args.max_queue} may wait; "
+        f"their cache takes {slots.cache_bytes / 2**20:.1f} MiB",
+        flush=True,
+    )
+    http.start()
+    try:
+        engine.run()
+    finally:
+        server.should_exit = True
+        http.join()
+    for error in failures:
+        raise error
+
+
+if __name__ == "__main__":
+    program.main(["serve", *sys.argv[1:]])

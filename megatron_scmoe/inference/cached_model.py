@@ -1,0 +1,73 @@
+"""A model with Megatron's key-value cache: it reads tokens, and gives the logits behind them."""
+
+from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from megatron_scmoe.inference.decode_schedule import Decode
+
+
+class CachedModel:
+    """This rank's part of a model, and a cache of ``rows`` sequences of ``columns`` tokens.
+
+    Args:
+        model: what :func:`~megatron_scmoe.training.load_model.build_model` returned. Its sequence
+            parallelism is switched off for good: one token has no parts to share out.
+        decode: what schedule tokens have that :meth:`decode` reads.
+    """
+
+    def __init__(self, model, rows: int, columns: int, decode: Decode):
+        self._decode = decode
+        self.module = getattr(model, "module", model)
+        if self.module.config.sequence_parallel:
+            set_model_to_sequence_parallel(self.module, False)
+        self.context = StaticInferenceContext(rows, columns)
+        self._wrapper = GPTInferenceWrapper(model, self.context)
+        self._wrapper.prep_model_for_inference()
+
+    def decode(self, texts: int, tokens: Tensor, positions: Tensor, **how) -> Tensor:
+        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together."""
+        with self._decode.token(texts):
+            return self.read(tokens, positions, **how)
+
+    def read(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        *,
+        row: int = 0,
+        column: int = 0,
+        mask: Tensor | None = None,
+        last_only: bool = True,
+    ) -> Tensor:
+        """Read tokens into the cache, all ranks together.
+
+        Args:
+            tokens: int64 [b, n], for rows from ``row`` on and columns from ``column`` on.
+            positions: of the tokens in their texts, int64 [b, n]; learned positions are taken from it.
+            mask: bool [b or 1, 1, n, column + n], True where a token does not see a column; None for
+                what is causal, and sees all columns before its own.
+            last_only: give the logits behind the last column alone.
+
+        Returns:
+            Logits behind the columns, fp32 [b, n or 1, v], on every rank and on the host.
+        """
+        self.context.batch_size_offset, self.context.sequence_len_offset = row, column
+        self.context.config.materialize_only_last_token_logits = last_only
+        logits = self._wrapper.run_one_forward_step(
+            dict(
+                tokens=tokens.cuda(),
+                position_ids=positions.cuda(),
+                attention_mask=None if mask is None else mask.cuda(),
+            )
+        )
+        if self._wrapper.model_is_pipeline_parallel:
+            shape = [len(tokens), 1 if last_only else tokens.shape[1], self.module.vocab_size]
+            logits = broadcast_from_last_pipeline_stage(
+                shape, self._wrapper.config.params_dtype, logits, self._wrapper.pp_group
+            )
+        return logits.float().cpu()

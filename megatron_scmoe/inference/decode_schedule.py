@@ -1,0 +1,104 @@
+"""The schedule of a decode: with one token of each text there may be too little to hide behind.
+
+Prefills keep the model's own schedule, that of training's forward. Of a decode both are tried on its
+first tokens, as both give the same bits, and the faster one is kept; for each power of two of texts
+anew, as what pays for many may not pay for one.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_scmoe.config import AUTO, OVERLAPPED, SERIAL, DecodeSchedule
+from megatron_scmoe.model.layer_spec import resolve_schedule
+from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.schedule import Schedule
+
+ROUNDS = 3
+"""Tokens of each schedule that count, in turns, behind one of each that does not."""
+
+clock = time.perf_counter
+"""Seconds. A token's logits are on the host when it ends, so the host's time is the GPU's."""
+
+
+@dataclass
+class _Trial:
+    """Seconds of the tokens of one number of texts, and what was kept."""
+
+    left: list[str] = field(default_factory=lambda: [OVERLAPPED, SERIAL] * (ROUNDS + 1))
+    took: dict[str, list[float]] = field(default_factory=lambda: {OVERLAPPED: [], SERIAL: []})
+    kept: str | None = None
+
+
+class Decode:
+    """What schedule each token of a decode has; all ranks ask in step.
+
+    Args:
+        model: this rank's part of it. Without a ScMoE layer that overlaps, or with all experts on each
+            rank, there is nothing to choose, and nothing is tried.
+        wanted: ``auto``, or the schedule to have.
+    """
+
+    def __init__(self, model: torch.nn.Module, wanted: DecodeSchedule = AUTO):
+        layers = [module for module in model.modules() if isinstance(module, ScMoELayer)]
+        self._layers = [layer for layer in layers if layer.scmoe.overlap]
+        self._schedules: dict[str, list[Schedule]] = {
+            OVERLAPPED: [layer.path.schedule for layer in self._layers],
+            SERIAL: [
+                resolve_schedule(replace(layer.scmoe, overlap=False)) for layer in self._layers
+            ],
+        }
+        can_pay = any(layer.config.expert_model_parallel_size > 1 for layer in layers)
+        self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
+        self._trials: dict[int, _Trial] = {}
+
+    @contextmanager
+    def token(self, texts: int) -> Iterator[None]:
+        """Give the model the schedule of one token, and its own one back.
+
+        Args:
+            texts: how many texts of all ranks have one; the same number on every rank.
+        """
+        trial = self._trials.setdefault(texts.bit_length(), _Trial())
+        name = self._wanted if self._wanted != AUTO else trial.kept or trial.left[0]
+        self._set(name)
+        began = clock()
+        try:
+            yield
+            took = clock() - began
+        finally:
+            self._set(OVERLAPPED)
+        if self._wanted == AUTO and trial.kept is None:
+            trial.took[trial.left.pop(0)].append(took)
+            if not trial.left:
+                trial.kept = _faster(trial)
+
+    def kept(self) -> dict[str, str]:
+        """What was kept, by the number of texts as one would say it: ``9 to 15``, ``1``."""
+        return {
+            _texts(bits): trial.kept
+            for bits, trial in sorted(self._trials.items())
+            if trial.kept is not None
+        }
+
+    def _set(self, name: str) -> None:
+        for layer, schedule in zip(self._layers, self._schedules[name], strict=True):
+            layer.path.schedule = schedule
+
+
+def _faster(trial: _Trial) -> str:
+    """The schedule whose tokens took less time on the slowest rank; the median of each counts."""
+    names = list(trial.took)
+    medians = [statistics.median(trial.took[name][1:]) for name in names]
+    slowest = torch.tensor(medians, dtype=torch.float64).cuda()
+    torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+    return names[int(slowest.argmin())]
+
+
+def _texts(bits: int) -> str:
+    first, last = 1 << (bits - 1), (1 << bits) - 1
+    return str(first) if first == last else f"{first} to {last}"

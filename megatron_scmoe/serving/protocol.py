@@ -1,0 +1,201 @@
+"""What clients of the API may ask for, and the errors that it answers with.
+
+Fields have OpenAI's names and defaults; ``top_k`` is added. A field whose value means nothing to this
+server is accepted where it says what the server does anyway, and refused otherwise.
+"""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAX_TEXTS = 128
+"""Most texts that one request may ask for."""
+MAX_LIKELIEST = 20
+"""Most tokens told of in each place."""
+MAX_STOPS = 16
+"""Most stop words; OpenAI takes 4."""
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: of HTTP.
+        message: for people.
+        param: the field that is wrong, if it is one.
+        code: for programs.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The answer, as OpenAI writes it."""
+        kind = "invalid_request_error"
+        if self.status >= 500:
+            kind = "server_error"
+        elif self.status == 429:
+            kind = "rate_limit_error"
+        error = dict(message=self.message, type=kind, param=self.param, code=self.code)
+        return {"error": error}
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_TEXTS)] = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    seed: int | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    user: str | None = None
+
+    @property
+    def stop_words(self) -> list[str]:
+        words = [self.stop] if isinstance(self.stop, str) else self.stop
+        if len(words) > MAX_STOPS or "" in words:
+            raise ApiError(
+                400,
+                f"Invalid 'stop': accepted are at most {MAX_STOPS} strings of one character or more.",
+                "stop",
+            )
+        return words
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """``temperature``, ``top_k`` and ``top_p`` as :class:`~megatron_scmoe.inference.slots.Text`
+        has them."""
+        top_p = 0.0 if self.top_p == 1 else self.top_p  # of all tokens
+        if self.top_k > 1 and top_p:
+            raise ApiError(
+                400, "'top_k' and 'top_p' exclude each other: leave one of them out.", "top_k"
+            )
+        if self.temperature == 0 or self.top_k == 1:
+            return dict(temperature=1.0, top_k=1, top_p=0.0)
+        return dict(temperature=float(self.temperature), top_k=self.top_k, top_p=float(top_p))
+
+
+class CompletionRequest(_Request):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, each a text or its ids."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        return prompt
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: str
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a chat; a template may read more fields than these."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[TextPart] = ""
+
+    def as_template_reads_it(self) -> dict[str, Any]:
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content}
+
+
+class ChatRequest(_Request):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] = 0
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+"""Fields of OpenAI's that this server lacks, and the values with which nothing is asked of them."""
+
+
+def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
+    """A request from the body of HTTP.
+
+    Raises:
+        ApiError: if it is none.
+    """
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
+        fields = None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body of the request is not a JSON object.")
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, neutral in _NEUTRAL.items():
+        if name in given and given.pop(name) not in neutral:
+            raise ApiError(400, f"This server does not support '{name}'.", name, "unsupported")
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _in_one_line(error, given) from error
+
+
+def _in_one_line(error: ValidationError, given: dict[str, Any]) -> ApiError:
+    """The first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {name}", name)
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: '{name}'.", name)
+    if name == "prompt":
+        return ApiError(
+            400, "Invalid 'prompt': accepted is a text, a list of ids, or a list of either.", name
+        )
+    value = json.dumps(given.get(name or ""))
+    value = value if len(value) <= 40 else value[:37] + "..."
+    return ApiError(400, f"Invalid '{name}' {value}: {first['msg']}.", name)

@@ -1,0 +1,152 @@
+"""Texts that join and leave a batch at any token are those that `generate` writes on their own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.inference.sampling_params import SamplingParams
+
+from megatron_scmoe.inference import generation
+from megatron_scmoe.inference.slots import Slots, Text
+from megatron_scmoe.training import load_model
+from tests import longcat, text_models
+from tests.harness import run_distributed
+
+TOKENS = 9
+"""Written behind each prompt; those of odd number end sooner."""
+
+PROMPTS = [
+    (5, 9, 2, 7, 11),
+    (3,),
+    (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
+    (8, 8),
+    (21, 20, 19, 18, 17, 16, 15),
+    (4, 6, 4, 6),
+    (2,),
+]
+
+ROUNDING = 1e-5
+"""fp32: sums over columns that a mask hides are grouped otherwise."""
+
+
+MODELS = [text_models.TAPS_INPUT, text_models.LEARNED, "LongCat-Flash"]
+LAYOUTS = {"TP2": load_model.Layout(tensor=2), "PP2": load_model.Layout(pipeline=2)}
+"""Expert parallelism serves in tests/distributed/test_serving.py."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = text_models.train_tokenizer(folder)
+    text_models.save(folder, tokenizer, text_models.TAPS_INPUT, text_models.LEARNED)
+    longcat.build("zero experts", folder / "hf")
+    longcat.import_folder(folder / "hf", folder / "LongCat-Flash")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(checkpoints) -> dict[str, tuple]:
+    """By model: texts that `generate` writes, those of a batch, and how they have joined it."""
+    (found,) = run_distributed(_on_one_rank, 1, str(checkpoints))
+    return found
+
+
+def _on_one_rank(folder: str) -> dict[str, tuple]:
+    found = {}
+    for name in MODELS:
+        model, args = _model(f"{folder}/{name}", load_model.Layout())
+        found[name] = (_generate(model, args), *_join_and_leave(model, args))
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_who_else_is_in_the_batch_changes_no_text(one_rank, model):
+    expected, found, company = one_rank[model]
+    assert {"alone", "beside others"} <= company
+    if model != "LongCat-Flash":  # its long texts wait until they are alone
+        assert "longer than all others" in company
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nor_does_the_layout(checkpoints, one_rank, layout):
+    load = str(checkpoints / text_models.TAPS_INPUT)
+    expected, _, _ = one_rank[text_models.TAPS_INPUT]
+    for found in run_distributed(_on_two_ranks, 2, load, LAYOUTS[layout]):
+        assert_same(found, expected)
+
+
+def _on_two_ranks(load: str, layout: load_model.Layout) -> list[tuple]:
+    found, _ = _join_and_leave(*_model(load, layout))
+    return found
+
+
+def assert_same(found: list[tuple], expected: list[tuple]) -> None:
+    for index, ((tokens, log_probs), (whole, whole_log_probs)) in enumerate(zip(found, expected)):
+        count = _count(index)
+        assert tokens == whole[:count]
+        np.testing.assert_allclose(log_probs, whole_log_probs[:count], atol=ROUNDING)
+
+
+def _count(index: int) -> int:
+    return TOKENS - 4 * (index % 2)
+
+
+def _model(load: str, layout: load_model.Layout):
+    checkpoint = load_model.Checkpoint(load)
+    return load_model.build_model(checkpoint, layout, local_attention=True), checkpoint.args
+
+
+def _vocabulary(args) -> int:
+    return args.vocab_size or longcat.models.VOCAB
+
+
+def _generate(model, args) -> list[tuple]:
+    """Tokens and log-probabilities; every second text is sampled."""
+    found = []
+    for index, prompt in enumerate(PROMPTS):
+        sampling = SamplingParams(
+            num_tokens_to_generate=TOKENS, return_log_probs=True, **_sampling(index)
+        )
+        (text,) = generation.generate(model, [prompt], sampling, _vocabulary(args), seed=index)
+        found.append((text.tokens, text.log_probs))
+    return found
+
+
+def _sampling(index: int) -> dict:
+    return dict(top_k=1) if index % 2 == 0 else dict(top_k=0, temperature=0.9)
+
+
+def _join_and_leave(model, args) -> tuple[list[tuple], set[str]]:
+    """Tokens and log-probabilities, and in what company texts have joined."""
+    slots = Slots(model, _vocabulary(args), 4, 32)
+    texts = [
+        Text(index, prompt, **{"temperature": 1.0, **_sampling(index)}, seed=index, log_probs=True)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    found: list = [([], []) for _ in texts]
+    waiting, running, leaving, company, steps = list(texts), set(), set(), set(), 0
+    while waiting or running:
+        joining = []
+        if steps % 3 == 0:  # one after the other, two once
+            lengths = [(len(text.prompt), _count(text.key)) for text in waiting]
+            count = min(slots.count_fitting(lengths, leaving), 2 if steps == 9 else 1)
+            joining, waiting = waiting[:count], waiting[count:]
+        for text in joining:
+            others = [len(PROMPTS[key]) + len(found[key][0]) for key in running]
+            longest = max(others, default=0)
+            company.add("beside others" if others else "alone")
+            if others and len(text.prompt) > longest:
+                company.add("longer than all others")
+        running |= {text.key for text in joining}
+        written = slots.step(leaving, joining)
+        leaving = set()
+        for item in written:
+            tokens, log_probs = found[item.key]
+            tokens.append(item.place.token)
+            log_probs.append(item.place.log_prob)
+            if len(tokens) == _count(item.key):
+                running.discard(item.key)
+                leaving.add(item.key)
+        steps += 1
+    return found, company

@@ -52,8 +52,10 @@ def check_expert_flags(args: Namespace) -> None:
 def expert_offload(args: Namespace):
     """What the flags ask for; None if experts are to be resident. Imports Megatron.
 
-    Raises UsageError: the CPU maps experts from files; for a GPU they are in pinned memory.
+    Raises UsageError: the CPU maps experts from files, which say of which checkpoint they are; for a
+    GPU they are in pinned memory.
     """
+    from megatron_scmoe.inference.exported import is_model_folder
     from megatron_scmoe.inference.offloading import ExpertOffload, OffloadSettings
     from megatron_scmoe.platform import cpu_backend
 
@@ -63,6 +65,11 @@ def expert_offload(args: Namespace):
         raise UsageError(
             "--offload-experts: without a GPU experts are mapped from files; accepted with "
             "--expert-folder DIR, where they are or will be written"
+        )
+    if cpu_backend.is_enabled() and is_model_folder(args.load):
+        raise UsageError(
+            f"--offload-experts with --load {args.load}: a model folder is converted anew each time; "
+            "accepted without a GPU: a Megatron checkpoint, as tools/convert.py hf-to-megatron writes"
         )
     if not cpu_backend.is_enabled() and args.expert_folder is not None:
         raise UsageError(

@@ -195,20 +195,16 @@ def generate(args: Namespace, prompts: list[str]) -> None:
 
     from megatron_scmoe.inference.exported import as_megatron, is_model_folder
 
-    if args.offload_experts and is_model_folder(args.load):
-        raise UsageError(
-            f"--offload-experts with --load {args.load}: it is a model folder; accepted: the "
-            "checkpoint that tools/convert.py hf-to-megatron makes of it"
-        )
+    offload = expert_offload(args)
     is_mine = initialise_ranks()
     with as_megatron(args.load, args.ckpt_step) as load:
-        write_texts(args, prompts, load)
+        write_texts(args, prompts, load, offload)
     if is_mine:
         torch.distributed.destroy_process_group()
 
 
-def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
-    """Load the checkpoint ``load``, and write behind the prompts."""
+def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None:
+    """Load the checkpoint ``load``, and write behind the prompts; ``offload`` may have its experts."""
     from megatron.core.inference.sampling_params import SamplingParams
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
@@ -246,7 +242,6 @@ def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    offload = expert_offload(args)
     dtype = DTYPES[args.dtype] if args.dtype else None
     model = load_model.build_model(checkpoint, layout, dtype, elsewhere=offload)
     if offload is not None:
@@ -280,13 +275,13 @@ def write_texts(args: Namespace, prompts: list[str], load: str) -> None:
             for prompt, own_ids, text, completion in zip(prompts, ids, texts, completions):
                 record = describe(prompt, own_ids, text, completion, args, tokenizer)
                 print(json.dumps(record, ensure_ascii=False), file=output)
-    if not streams and is_first_rank():
-        for count, name in decode.kept().items():
-            print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
     if offload is not None:
         line = offload.report(sum(len(completion.tokens) for completion in completions))
         if is_first_rank():
             print(line, file=sys.stderr)
+    if not streams and is_first_rank():
+        for count, name in decode.kept().items():
+            print(f"decode of {count} texts at once: {name} was faster", file=sys.stderr)
 
 
 def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved) -> None:

@@ -293,6 +293,9 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(content)
     bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
     many, offload = "two rails " * 9, ("--offload-experts",)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").touch()
     for flags, told in (
         ((*load, "--prompt-file", bad), f"--prompt-file {bad}:2: accepted is a line as"),
         ((*load, "--prompt-file", none), "there is no prompt in it"),
@@ -318,6 +321,10 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         ((*some, "--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
         ((*some, *offload, "--cpu-moe-layers", 0), "--cpu-moe-layers 0: accepted is more than 0"),
         ((*some, *offload), "experts are mapped from files; accepted with --expert-folder DIR"),
+        (
+            ("--load", exported, "--prompts", "a", *offload, "--expert-folder", tmp_path),
+            f"--offload-experts with --load {exported}: a model folder is converted anew each time",
+        ),
     ):
         assert told in refusal(*flags), flags
 

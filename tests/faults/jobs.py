@@ -1,0 +1,152 @@
+"""Jobs of two ranks under the real torchrun, to which something happens."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.tools import REPOSITORY
+
+SCRIPT = "tests/faults/faulty_pretrain.py"
+MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --swiglu
+    --disable-bias-linear --num-experts 4 --moe-layer-freq [0,1]*1 --moe-router-topk 2
+    --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 --seq-length 32
+    --position-embedding-type rope --normalization RMSNorm --untie-embeddings-and-output-weights
+    --expert-model-parallel-size 2 --use-distributed-optimizer --micro-batch-size 2
+    --global-batch-size 8 --lr 1e-2 --moe-aux-loss-coeff 1e-2 --tokenizer-type NullTokenizer
+    --vocab-size 128 --num-workers 0 --log-interval 1 --eval-iters 0 --scmoe-tune off""".split()
+ITERATIONS, INTERVAL = 9, 3
+TIMEOUT_S = 25
+"""Of a collective, once the first iteration is done."""
+END_S = 240
+"""No job may take longer, whatever happens to it."""
+
+
+@dataclass
+class Screen:
+    """What a job has printed, each line with the time at which it came (seconds)."""
+
+    lines: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    @property
+    def last_line(self) -> str:
+        """The last one that says something: torchrun ends its report with a rule."""
+        words = (line.strip() for _, line in reversed(self.lines))
+        return next(line for line in words if line.strip("=- "))
+
+    def time_of(self, pattern: str) -> float:
+        return next(when for when, line in self.lines if re.search(pattern, line))
+
+
+@dataclass
+class Outcome:
+    """A job that has ended."""
+
+    status: int
+    screen: Screen
+    began: float
+    ended: float
+
+    @property
+    def to_end_s(self) -> float:
+        """From the fault to the end of the last process."""
+        return self.ended - self.screen.time_of("^FAULT ")
+
+    @property
+    def to_be_back_s(self) -> float:
+        """From the start to the first iteration."""
+        return self.screen.time_of(r" iteration +\d+/") - self.began
+
+
+class Job:
+    """A training in a folder of its own, started as often as need be by one command.
+
+    Args:
+        data: prefix of a dataset.
+        flags: go behind those of the model.
+    """
+
+    def __init__(self, folder: Path, data: Path, *flags: str):
+        self.folder, self.checkpoints = folder, folder / "run"
+        self.flags = [*MODEL, "--train-data-path", str(data), *flags]
+        self.flags += ["--save", str(self.checkpoints), "--load", str(self.checkpoints)]
+        self.flags += ["--save-interval", str(INTERVAL), "--train-iters", str(ITERATIONS)]
+        self.flags += ["--data-cache-path", str(folder / "cache")]
+        self.flags += ["--tensorboard-dir", str(folder / "tensorboard")]
+        self.flags += ["--distributed-timeout-seconds-after-init", str(TIMEOUT_S)]
+
+    def run(self, fault: str = "none", *flags: str, during=None, **environment: str) -> Outcome:
+        """Start it and wait for its end, which has to come within ``END_S``.
+
+        Args:
+            fault: a function of ``faulty_pretrain.py``.
+            during: is called with the process and its screen, while the job runs.
+        """
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc-per-node=2", SCRIPT, *self.flags, *flags]
+        return run(command, {"FAULT": fault} | environment, during)
+
+    def saved(self) -> list[int]:
+        """The iterations of which there is a folder."""
+        return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("iter_*"))
+
+    def tracker(self) -> str:
+        return (self.checkpoints / "latest_checkpointed_iteration.txt").read_text()
+
+    def shard(self, iteration: int) -> Path:
+        return self.checkpoints / f"iter_{iteration:07d}" / "__1_0.distcp"
+
+    def losses(self) -> dict[int, set[float]]:
+        """By iteration; more than one where a start has repeated it with another loss."""
+        losses: dict[int, set[float]] = {}
+        for file in sorted((self.folder / "tensorboard").iterdir()):
+            events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+            events.Reload()
+            if "lm loss" in events.Tags()["scalars"]:
+                for event in events.Scalars("lm loss"):
+                    losses.setdefault(event.step, set()).add(event.value)
+        return losses
+
+
+def run(command: list[str], environment: dict[str, str], during=None) -> Outcome:
+    """Run a command, with the time of each line; all of its processes have to end."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    screen = Screen()
+
+    def read():
+        for line in process.stdout:
+            screen.lines.append((time.monotonic(), line.rstrip("\n")))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        if during is not None:
+            during(process, screen)
+        status = process.wait(began + END_S - time.monotonic())
+        reader.join(15)  # who outlives the launcher holds its output open
+        assert not reader.is_alive(), f"a process outlived the job\n{screen.text[-3000:]}"
+    finally:
+        if reader.is_alive() or process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Outcome(status, screen, began, time.monotonic())

@@ -205,8 +205,8 @@ def _leave_a_word_for_a_violent_end() -> None:
 
 
 _VIOLENT_END = (
-    "rank {rank} on {host} was ended by a signal and said nothing: exitcode (above) -9 is a kill, as by "
-    "a kernel without memory; -15 the launcher, after another rank; -6 and -11 are crashes"
+    "rank {rank} on {host} was ended by a signal and said nothing; exitcode (above) -9: a kill, as "
+    "by a kernel without memory; -15: the launcher, after another rank; -6, -11: a crash"
 )
 """What torchrun shows of a rank that was killed."""
 

@@ -115,4 +115,5 @@ def _describe(folder: str, rank: int, reason: str) -> str:
     kept = "there is no complete checkpoint yet"
     if last is not None:
         kept = f"--load goes on from iteration {last}"
-    return f"--save {folder}: rank {rank} could not write its part of a checkpoint ({reason}{free}); {kept}"
+    what = f"rank {rank} could not write its part of a checkpoint ({reason}{free})"
+    return f"--save {folder}: {what}; {kept}"

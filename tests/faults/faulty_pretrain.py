@@ -10,7 +10,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import time
 
 RANK = int(os.environ.get("FAULT_RANK", "1"))

@@ -1,0 +1,115 @@
+"""Two hosts and a switch on one machine: network namespaces, and a bridge whose ports are pulled."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from tests.faults.jobs import SCRIPT, Job, Outcome, run
+
+MISSING = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+WHY_NOT = (
+    "network namespaces take root"
+    if os.geteuid() != 0
+    else f"{' and '.join(MISSING)} missing (Debian: iproute2)" if MISSING else ""
+)  # fmt: skip
+"""Why there can be no two hosts here; empty if there can."""
+
+
+class Switch:
+    """What joins the hosts."""
+
+    def __init__(self) -> None:
+        tag = f"fault{os.getpid()}"
+        self.hosts = [f"{tag}a", f"{tag}b"]
+        self._space = f"{tag}s"
+
+    def build(self) -> None:
+        for space in (self._space, *self.hosts):
+            _ip("netns", "add", space)
+            _ip("-n", space, "link", "set", "lo", "up")
+        _ip("-n", self._space, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", self._space, "link", "set", "bridge", "up")
+        for number, host in enumerate(self.hosts):
+            _ip("link", "add", "eth0", "netns", host, "type", "veth",
+                "peer", "name", f"port{number}", "netns", self._space)  # fmt: skip
+            _ip("-n", host, "address", "add", f"10.88.0.{number + 1}/24", "dev", "eth0")
+            _ip("-n", host, "link", "set", "eth0", "up")
+            _ip("-n", self._space, "link", "set", f"port{number}", "up")
+        self.join()
+
+    def remove(self) -> None:
+        for space in (*self.hosts, self._space):
+            pids = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
+            for pid in pids.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), 9)
+            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+
+    def join(self) -> None:
+        """Let both ports be on the bridge."""
+        for number in range(2):
+            _ip("-n", self._space, "link", "set", f"port{number}", "master", "bridge")
+
+    def cut(self) -> None:
+        """Pull one port: packets vanish, and no host sees that its link is down."""
+        _ip("-n", self._space, "link", "set", "port1", "nomaster")
+
+    def slow(self, rate: str) -> None:
+        """Let a port pass no more than ``rate`` (10mbit)."""
+        for number in range(2):
+            subprocess.run(
+                f"tc -n {self._space} qdisc replace dev port{number} root"
+                f" tbf rate {rate} burst 16kb latency 400ms".split(),
+                check=True,
+            )
+
+
+@contextlib.contextmanager
+def switch() -> Iterator[Switch]:
+    joined = Switch()
+    try:
+        joined.build()
+        yield joined
+    finally:
+        joined.remove()
+
+
+def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list[Outcome]:
+    """Start a torchrun on each host, and wait for the end of both.
+
+    Args:
+        during: is called with the first host's screen, while the job runs.
+    """
+    outcomes: list[Outcome | None] = [None, None]
+
+    def host(number: int) -> None:
+        command = ["ip", "netns", "exec", joined.hosts[number], sys.executable, "-m"]
+        command += ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=10.88.0.1:29400", "--rdzv-id=fault"]
+        command += [f"--local-addr=10.88.0.{number + 1}", SCRIPT, *job.flags, *flags]
+        environment = {"GLOO_SOCKET_IFNAME": "eth0", "FAULT": "none"}
+        act = during if number == 0 else None
+        outcomes[number] = run(command, environment, act)
+
+    threads = [threading.Thread(target=host, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def wait_for_iteration(screen, number: int) -> None:
+    """Until one host has logged it."""
+    end = time.monotonic() + 120
+    while f" iteration {number:8d}/" not in screen.text and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)

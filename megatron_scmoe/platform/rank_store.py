@@ -3,13 +3,18 @@
 import functools
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 PREFIX = "scmoe"
 
+Store = Any
+"""A ``torch.distributed.Store``: PyTorch documents it, and exports no type."""
 
-def connect(answer_s: float) -> torch.distributed.Store:
+
+def connect(answer_s: float) -> Store:
     """A connection of its own to the store that the launcher or the first rank holds.
 
     Args:
@@ -18,15 +23,14 @@ def connect(answer_s: float) -> torch.distributed.Store:
     Raises:
         RuntimeError: if it does not, now or later.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(
-        address,
-        port,
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # it is documented
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timedelta(seconds=answer_s),
         wait_for_workers=False,
     )
-    return torch.distributed.PrefixStore(PREFIX, store)
+    return _ours(store)
 
 
 def gather(question: str, answer: str) -> list[str]:
@@ -38,13 +42,17 @@ def gather(question: str, answer: str) -> list[str]:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         return [answer]
-    store = torch.distributed.PrefixStore(PREFIX, _rendezvous())
+    store = _ours(_rendezvous())
     store.set(f"{question}/{rank}", answer)
     return [store.get(f"{question}/{other}").decode() for other in range(ranks)]
 
 
+def _ours(store: Store) -> Store:
+    return torch.distributed.PrefixStore(PREFIX, store)  # type: ignore[attr-defined]  # as above
+
+
 @functools.cache
-def _rendezvous() -> torch.distributed.Store:
+def _rendezvous() -> Store:
     """The store that the process group will take too; without a launcher's, the first rank makes it."""
-    store, _, _ = next(iter(torch.distributed.rendezvous("env://")))
+    store, _, _ = next(iter(rendezvous("env://")))
     return store

@@ -118,7 +118,7 @@ def judge(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None
     )
 
 
-def _read(store: torch.distributed.Store, ranks: int) -> list[dict[str, Any]]:
+def _read(store: rank_store.Store, ranks: int) -> list[dict[str, Any]]:
     return [json.loads(store.get(f"beat/{rank}")) for rank in range(ranks)]
 
 

@@ -1,17 +1,20 @@
 """Jobs of two ranks under the real torchrun, to which something happens."""
 
+import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.faults import torchrun
+from tests.harness import _context
 from tests.tools import REPOSITORY
 
 SCRIPT = "tests/faults/faulty_pretrain.py"
@@ -93,9 +96,8 @@ class Job:
             fault: a function of ``faulty_pretrain.py``.
             during: is called with the process and its screen, while the job runs.
         """
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node=2", SCRIPT, *self.flags, *flags]
-        return run(command, {"FAULT": fault} | environment, during)
+        words = ["--standalone", "--nproc-per-node=2", SCRIPT, *self.flags, *flags]
+        return run(words, {"FAULT": fault} | environment, during)
 
     def saved(self) -> list[int]:
         """The iterations of which there is a folder."""
@@ -119,34 +121,72 @@ class Job:
         return losses
 
 
-def run(command: list[str], environment: dict[str, str], during=None) -> Outcome:
-    """Run a command, with the time of each line; all of its processes have to end."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    screen = Screen()
+def run(words: list[str], environment: dict[str, str], during=None, space: str = "") -> Outcome:
+    """Run torchrun, and note the time of each line; all of its processes have to end.
 
-    def read():
-        for line in process.stdout:
-            screen.lines.append((time.monotonic(), line.rstrip("\n")))
+    Args:
+        space: the network namespace to run in; empty for this one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        output.touch()
+        environment = {"OMP_NUM_THREADS": "1", TAG: folder} | environment
+        began = time.monotonic()
+        process = _context.Process(target=_torchrun, args=(words, environment, str(output), space))
+        process.start()
+        screen = Screen()
+        done = threading.Event()
+        reader = threading.Thread(target=_read, args=(output, screen, done))
+        reader.start()
+        try:
+            if during is not None:
+                during(process, screen)
+            process.join(max(0, began + END_S - time.monotonic()))
+            ended = time.monotonic()
+            assert process.exitcode is not None, f"it goes on\n{screen.text[-3000:]}"
+            left = _outlive(folder, 15)
+            assert not left, f"{left} outlived the job\n{screen.text[-3000:]}"
+        finally:
+            done.set()
+            reader.join()
+            for pid in _outlive(folder, 0):
+                os.kill(pid, signal.SIGKILL)
+        return Outcome(process.exitcode, screen, began, ended)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        if during is not None:
-            during(process, screen)
-        status = process.wait(began + END_S - time.monotonic())
-        reader.join(15)  # who outlives the launcher holds its output open
-        assert not reader.is_alive(), f"a process outlived the job\n{screen.text[-3000:]}"
-    finally:
-        if reader.is_alive() or process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return Outcome(status, screen, began, time.monotonic())
+
+TAG = "FAULTS_OF"
+"""A variable of the environment, by which the processes of a job are known."""
+
+
+def _torchrun(words: list[str], environment: dict[str, str], output: str, space: str) -> None:
+    os.chdir(REPOSITORY)
+    if space:
+        with open(f"/run/netns/{space}") as file:
+            os.setns(file.fileno(), os.CLONE_NEWNET)
+    torchrun.main(words, environment, output)
+
+
+def _read(output: Path, screen: Screen, done: threading.Event) -> None:
+    rest = ""
+    with open(output, errors="replace") as stream:
+        while True:
+            is_last = done.is_set()
+            *lines, rest = (rest + stream.read()).split("\n")
+            screen.lines += [(time.monotonic(), line) for line in lines]
+            if is_last:
+                return
+            time.sleep(0.01)
+
+
+def _outlive(tag: str, seconds: float) -> list[int]:
+    """Processes of a job that are there still after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(TAG) == tag and process.status() != "zombie":
+                    left.append(process.pid)
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.2)

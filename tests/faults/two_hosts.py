@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,13 +87,12 @@ def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list
     outcomes: list[Outcome | None] = [None, None]
 
     def host(number: int) -> None:
-        command = ["ip", "netns", "exec", joined.hosts[number], sys.executable, "-m"]
-        command += ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=10.88.0.1:29400", "--rdzv-id=fault"]
-        command += [f"--local-addr=10.88.0.{number + 1}", SCRIPT, *job.flags, *flags]
+        words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=fault"]
+        words += ["--rdzv-endpoint=10.88.0.1:29400", f"--local-addr=10.88.0.{number + 1}"]
         environment = {"GLOO_SOCKET_IFNAME": "eth0", "FAULT": "none"}
         act = during if number == 0 else None
-        outcomes[number] = run(command, environment, act)
+        words += [SCRIPT, *job.flags, *flags]
+        outcomes[number] = run(words, environment, act, joined.hosts[number])
 
     threads = [threading.Thread(target=host, args=(number,)) for number in range(2)]
     for thread in threads:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
@@ -45,6 +46,7 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
+        *(PersistentAsyncCaller,),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),
         *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-fast test-gpu test-slurm golden coverage lint format docs clean
+.PHONY: help install demo test test-fast test-gpu test-slurm test-faults golden coverage lint format docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -29,6 +29,9 @@ test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
 test-slurm: $(INSTALLED)  ## jobs on a real Slurm, started on this machine (as root; docs/slurm.md)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 tests/slurm/cluster.sh build/slurm \
 	  $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-faults: $(INSTALLED)  ## jobs to which something happens: kills, full disks, cut links (docs/reliability.md)
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 golden: $(INSTALLED)  ## renew the golden losses (CONTRIBUTING.md says when)
 	@$(BIN)/python -m tests.golden.renew

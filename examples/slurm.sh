@@ -113,7 +113,9 @@ show_errors() {
     local log line
     find "$LOG_DIR" \( -name error.json -o -name stderr.log \) -size +0 | sort |
         while read -r log; do
-            line=$(last_error "$log") && printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
+            # What a rank leaves in advance, lest it be killed, says nothing of who was.
+            line=$(last_error "$log") && [[ $line != *"signal and said nothing"* ]] &&
+                printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
         done | sort --field-separator=$'\t' --key=1,1 --unique | head -n 5 |
         while IFS=$'\t' read -r line log; do
             echo "$PROGRAM: $log: $line"

@@ -76,11 +76,12 @@ def _torchrun(words: list[str]) -> None:
 
 def _script(words: list[str]) -> None:
     """``python -u SCRIPT FLAGS``"""
-    from multiprocessing import set_start_method
+    from multiprocessing import set_forkserver_preload, set_start_method
 
     script = words.index(next(word for word in words if word.endswith(".py")))
     sys.argv = words[script:]
-    set_start_method("fork", force=True)  # what a rank started by a launcher has
+    set_start_method("fork", force=True)  # what a rank started by a launcher has, and
+    set_forkserver_preload(["__main__"])  # not what the tests' fork server imports
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

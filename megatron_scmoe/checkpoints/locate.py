@@ -9,6 +9,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import InputError
+from megatron_scmoe.platform.atomic_write import atomic_write
 
 
 def find_checkpoint(
@@ -100,6 +101,12 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
 def has_empty_tracker(folder: str) -> bool:
     """Whether the file that names the last iteration is there, and says nothing."""
     return _has_tracker(folder) and not _tracker_says(folder)
+
+
+def write_tracker(folder: str, iteration: Path) -> None:
+    """Name the last iteration, by its folder."""
+    with atomic_write(Path(get_checkpoint_tracker_filename(folder))) as [file]:
+        file.write_text(str(int(iteration.name.removeprefix("iter_"))))
 
 
 def folder_of(folder: str, step: int | None) -> Path | None:

@@ -1,6 +1,7 @@
 """Processes that a rank starts, and that must not live on without it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 
@@ -13,7 +14,7 @@ def end_with_parent() -> None:
     A rank that is killed cannot end its helpers. They would hold its output open, and a pipe behind it
     would never end.
     """
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended just now
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it has ended before this call
         os.kill(os.getpid(), signal.SIGKILL)

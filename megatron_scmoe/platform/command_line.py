@@ -199,6 +199,8 @@ def _leave_a_word_for_a_violent_end() -> None:
         return
     file = Path(os.environ[_ERROR_FILE])
     with contextlib.suppress(OSError):
+        if not all(map(_is_word_in_advance, _files_of_others(file))):
+            return  # another rank of this host has failed before this one began
         when = int(file.parents[1].stat().st_ctime)
         _write(file, _VIOLENT_END.format(rank=os.environ["RANK"], host=socket.gethostname()), when)
         atexit.register(_forget_word, file, os.getpid())
@@ -213,6 +215,11 @@ _VIOLENT_END = (
 
 def _is_word_in_advance(file: Path) -> bool:
     return "was ended by a signal and said nothing" in file.read_text()
+
+
+def _files_of_others(file: Path) -> list[Path]:
+    """Error files of other ranks of this host."""
+    return [other for other in file.parents[1].glob(f"*/{file.name}") if other != file]
 
 
 def _forget_word(file: Path, writer: int) -> None:
@@ -244,7 +251,7 @@ def _write_error_file(message: str) -> None:
     """
     sys.stdout.flush()
     file = Path(os.environ[_ERROR_FILE])
-    others = [other for other in file.parents[1].glob(f"*/{file.name}") if other != file]
+    others = _files_of_others(file)
     if not all(map(_is_word_in_advance, others)):
         _wait_for_the_end(_END_COMES_S)  # another rank of this host has said what is wrong
         return

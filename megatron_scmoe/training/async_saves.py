@@ -5,6 +5,7 @@ ends, Megatron waits for it for ever; if the rank is killed, the process stays.
 """
 
 import functools
+import threading
 import time
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -46,9 +47,26 @@ def _with_a_living_writer(plain):
     @functools.wraps(plain)
     def schedule_async_call(self, async_req):
         _check_writer()
-        plain(self, async_req)
+        over = threading.Event()
+        watcher = threading.Thread(target=_end_the_wait, args=(self, over))
+        watcher.start()
+        try:
+            plain(self, async_req)
+        finally:
+            over.set()
+            watcher.join()
+        _check_writer()
 
     return schedule_async_call
+
+
+def _end_the_wait(caller, over: threading.Event) -> None:
+    """A rank waits until its writer has copied the tensors; if that one has ended, do as if it had."""
+    process = async_utils.PersistentAsyncCaller._persistent_process
+    while process is not None and not over.wait(0.1):
+        if not process.is_alive():
+            caller._persistent_preload_q.task_done()
+            return
 
 
 def _without_waiting_for_ever(plain):

@@ -105,8 +105,8 @@ def judge(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None
     for rank, (old, new) in enumerate(zip(before, now, strict=True)):
         if old["count"] == new["count"]:
             return (
-                f"rank {rank} on {new['host']} is silent since iteration {new['iteration']}: it was "
-                "ended or stopped, or its host or the network to it is lost"
+                f"rank {rank} on {new['host']} is silent, after iteration {new['iteration']} or later: "
+                "it was ended or stopped, or its host or the network to it is lost"
             )
     busy = [rank for rank, beat in enumerate(now) if beat["place"] and not beat["is_failing"]]
     if len(busy) != 1:
@@ -131,9 +131,17 @@ def _place_of_main_thread() -> str | None:
     if ".wait(" in line or ".synchronize(" in line:
         return None
     while frame is not None:
-        if "torch/distributed/" in frame.f_code.co_filename:
+        if frame.f_code.co_filename.endswith(_COLLECTIVES):
             return None
         frame = frame.f_back
     code = innermost.f_code
     name = "/".join(code.co_filename.split(os.sep)[-2:])
     return f"{name}:{innermost.f_lineno} ({code.co_name})"
+
+
+_COLLECTIVES = (
+    "torch/distributed/distributed_c10d.py",
+    "torch/distributed/_functional_collectives.py",
+    "torch/distributed/nn/functional.py",
+)
+"""Files whose functions return when other ranks have come as far."""

@@ -33,19 +33,26 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
     skips = getattr(args, "scmoe_damaged_checkpoint", REFUSE) == SKIP and step is None
     # A tracker is empty if its writer was ended just then; the checkpoint was complete by then.
     skips |= step is None and locate.has_empty_tracker(folder)
+    skipped: list[tuple[int | None, InputError]] = []
     while True:
         try:
             path = locate.find_checkpoint(flag, folder, step, args.ckpt_format)
             if checked:
                 _check_bytes(flag, folder, path, step, all_ranks=skips)
-            return path
+            break
         except InputError as error:
             before = locate.complete_before(folder, step, args.ckpt_format) if skips else None
             if before is None:
                 raise
-            if is_first_rank():
-                _set_aside(folder, step, error, before)
+            skipped.append((step, error))
             step = before
+    if skipped:
+        rank_store.gather(f"found {path}", "")  # nobody looks at the others any more
+        if is_first_rank():
+            for step, error in skipped:
+                _set_aside(folder, step, error, path)
+        rank_store.gather(f"renamed before {path}", "")
+    return path
 
 
 def step_to_name(args: argparse.Namespace, path: Path) -> dict[str, int]:
@@ -79,12 +86,14 @@ def _check_bytes(flag: str, folder: str, path: Path, step, all_ranks: bool) -> N
     raise InputError(given, f"the checkpoint is not what was saved: {damage}", accepted)
 
 
-def _set_aside(folder: str, step: int | None, error: InputError, before: int) -> None:
-    """Rename a damaged checkpoint, and say so."""
+def _set_aside(folder: str, step: int | None, error: InputError, instead: Path) -> None:
+    """Rename a damaged checkpoint, or fill in an empty tracker, and say so."""
     damaged = locate.folder_of(folder, step)
     told = str(error).rpartition("; accepted: ")[0]
-    if damaged is not None and damaged.is_dir():
+    if damaged is None:
+        locate.write_tracker(folder, instead)  # Megatron ends at an empty one
+    elif damaged.is_dir():
         aside = damaged.with_name(f"{damaged.name}.damaged")
         told += f"; it is {aside.name} now"
         damaged.rename(aside)
-    print(f"WARNING: {told}; the run goes on from iteration {before}", flush=True)
+    print(f"WARNING: {told}; the run goes on from {instead.name}", flush=True)

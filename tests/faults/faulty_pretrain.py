@@ -103,7 +103,7 @@ def file_size_limited() -> None:
 
     def limit():
         say()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     in_the_step(limit)
 

@@ -143,7 +143,7 @@ def test_a_shard_is_damaged(act, told, job, whole, row):
 
     back = goes_on(job, whole, "--scmoe-damaged-checkpoint", "skip")
     assert (job.checkpoints / "iter_0000006.damaged").is_dir()
-    assert re.search(r"^WARNING: .*it is iter_0000006.damaged now; .*3$", back.screen.text, re.M)
+    assert re.search(r"^WARNING: .*it is iter_0000006.damaged now; .*0003$", back.screen.text, re.M)
     row(f"a shard: {act.__name__}", "3", None, back, end.screen.last_line)
 
 

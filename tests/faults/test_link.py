@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.jobs import TIMEOUT_S
 from tests.faults.test_faults import END_OF_OTHERS_S, goes_on
-from tests.faults.two_hosts import WHY_NOT, run_on_two_hosts, switch, wait_for_iteration
+from tests.faults.two_hosts import WHY_NOT, run_on_two_hosts, switch, wait_until
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
@@ -20,8 +20,7 @@ def joined():
 
 def test_a_cut_link(job, whole, joined, row):
     def cut(process, screen):
-        while not list(job.checkpoints.glob("iter_0000003/metadata.json")):
-            time.sleep(0.02)
+        wait_until(lambda: list(job.checkpoints.glob("iter_0000003/metadata.json")))
         time.sleep(0.1)
         joined.cut()
         screen.lines.append((time.monotonic(), "FAULT link cut"))
@@ -51,7 +50,12 @@ def test_a_flapping_link(job, whole, joined, row):
     over = threading.Event()
 
     def flap(process, screen):
-        wait_for_iteration(screen, 1)
+        wait_until(
+            lambda: (
+                " iteration        1/" in screen.text
+                or list((job.folder / "tensorboard").glob("*"))
+            )
+        )
         for _ in range(3):
             joined.cut()
             time.sleep(1)

@@ -102,10 +102,10 @@ def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list
     return outcomes
 
 
-def wait_for_iteration(screen, number: int) -> None:
-    """Until one host has logged it."""
-    end = time.monotonic() + 120
-    while f" iteration {number:8d}/" not in screen.text and time.monotonic() < end:
+def wait_until(condition, seconds: float = 90) -> None:
+    """Until it holds, or so long; a job that failed never fulfils it."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
 
 

@@ -9,12 +9,15 @@ import time
 import psutil
 
 RANK = """
-import os, time
+import multiprocessing, os, time
 from megatron_scmoe.platform.child_processes import end_with_parent
-if os.fork() == 0:
+
+def help():
     end_with_parent()
     print(os.getpid(), flush=True)
     time.sleep(60)
+
+multiprocessing.get_context("fork").Process(target=help).start()
 time.sleep(60)
 """
 

@@ -1,5 +1,6 @@
 """The process that writes asynchronously and its rank end together."""
 
+from multiprocessing import JoinableQueue
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,25 @@ def writer(monkeypatch):
 def test_work_is_given_to_a_living_writer_only(writer):
     given = []
     schedule = async_saves._with_a_living_writer(lambda self, request: given.append(request))
+
     schedule(None, "save 3")
     writer.exitcode = -9
     with pytest.raises(SaveError, match="of rank 0 has ended with status -9"):
         schedule(None, "save 6")
     assert given == ["save 3"]
+
+
+def test_a_writer_that_ends_while_it_copies_is_not_waited_for(writer):
+    copied = JoinableQueue()
+
+    def wait_for_the_copy(self, request):
+        copied.put(request)
+        writer.exitcode = -9
+        copied.join()
+
+    schedule = async_saves._with_a_living_writer(wait_for_the_copy)
+    with pytest.raises(SaveError, match="has ended with status -9"):
+        schedule(SimpleNamespace(_persistent_preload_q=copied), "save 3")
 
 
 def test_waiting_ends_with_the_writer(writer):

@@ -78,7 +78,7 @@ def test_damage_is_skipped_and_set_aside(folder, capsys):
     assert (folder / "iter_0000020").is_dir()  # nobody named it
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"WARNING: --load {folder}: the checkpoint is not what was saved: ")
-    assert line.endswith("; it is iter_0000030.damaged now; the run goes on from iteration 10")
+    assert line.endswith("; it is iter_0000030.damaged now; the run goes on from iter_0000010")
 
 
 def test_a_step_that_is_named_is_not_skipped(folder):
@@ -99,9 +99,8 @@ def test_an_empty_tracker_means_the_newest(folder, capsys):
     (folder / TRACKER).write_text("")
     path = find(folder)
     assert path.name == "iter_0000030"
-    assert capsys.readouterr().out.endswith("; the run goes on from iteration 30\n")
-    args = argparse.Namespace(ckpt_step=None)
-    assert whole_checkpoint.step_to_name(args, path) == {"ckpt_step": 30}
+    assert capsys.readouterr().out.endswith("; the run goes on from iter_0000030\n")
+    assert (folder / TRACKER).read_text() == "30"  # Megatron ends at an empty one
 
 
 def test_megatron_is_told_the_step_only_if_its_tracker_names_another(folder):

@@ -91,11 +91,12 @@ _WRITERS = (
 def _own_reason(error: CheckpointException, reasons: list[str]) -> tuple[int, str] | None:
     """This rank's number and what failed on it; None if nothing did."""
     rank = torch.distributed.get_rank()
-    if reasons:
-        return rank, reasons[0]
-    if rank in error.failures:
-        return rank, str(error.failures[rank][0]).strip()
-    return None
+    if not reasons and rank not in error.failures:
+        return None
+    reason = reasons[0] if reasons else str(error.failures[rank][0]).strip()
+    if "unexpected pos" in reason:  # PyTorch's archives do not say why
+        reason = "a write was cut short, as by a full disk, a quota or a limit on the size of files"
+    return rank, reason
 
 
 def _first(own: tuple[int, str] | None) -> tuple[int, str]:

@@ -102,8 +102,12 @@ def file_size_limited() -> None:
     """A disk that takes no more, for whoever may not mount one."""
 
     def limit():
+        from megatron.core.dist_checkpointing.strategies import async_utils
+
         say()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        writer = async_utils.PersistentAsyncCaller._persistent_process
+        for pid in (0, writer.pid) if writer else (0,):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
 
     in_the_step(limit)
 

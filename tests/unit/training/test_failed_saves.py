@@ -43,6 +43,13 @@ def test_the_cause_is_the_one_that_the_writer_logged(tmp_path):
     assert message.endswith(" GB are free there); there is no complete checkpoint yet")
 
 
+def test_what_pytorch_says_of_a_write_that_was_cut_short_is_put_in_words(tmp_path):
+    logged = "an error: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+    assert "(a write was cut short, as by a full disk, " in told(
+        tmp_path, raising(FAILED, f"x {logged}")
+    )
+
+
 def test_without_a_log_it_is_what_was_raised(tmp_path):
     assert "(Worker failure: <class 'OSError'>, " in told(tmp_path, raising(FAILED))
 

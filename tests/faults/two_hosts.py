@@ -4,9 +4,9 @@ import contextlib
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.faults.jobs import SCRIPT, Job, Outcome, run
 
@@ -84,22 +84,18 @@ def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list
     Args:
         during: is called with the first host's screen, while the job runs.
     """
-    outcomes: list[Outcome | None] = [None, None]
 
-    def host(number: int) -> None:
+    def host(number: int) -> Outcome:
         words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=fault"]
         words += ["--rdzv-endpoint=10.88.0.1:29400", f"--local-addr=10.88.0.{number + 1}"]
+        words += [f"--rdzv-conf=is_host={int(number == 0)}"]  # their names are the same
         environment = {"GLOO_SOCKET_IFNAME": "eth0", "FAULT": "none"}
-        act = during if number == 0 else None
         words += [SCRIPT, *job.flags, *flags]
-        outcomes[number] = run(words, environment, act, joined.hosts[number])
+        act = during if number == 0 else None
+        return run(words, environment, act, joined.hosts[number])
 
-    threads = [threading.Thread(target=host, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(host, range(2)))
 
 
 def wait_until(condition, seconds: float = 90) -> None:

@@ -49,8 +49,8 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
     if skipped:
         rank_store.gather(f"found {path}", "")  # nobody looks at the others any more
         if is_first_rank():
-            for step, error in skipped:
-                _set_aside(folder, step, error, path)
+            for flawed, reason in skipped:
+                _set_aside(folder, flawed, reason, path)
         rank_store.gather(f"renamed before {path}", "")
     return path
 

@@ -88,7 +88,7 @@ def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list
     def host(number: int) -> Outcome:
         words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=fault"]
         words += ["--rdzv-endpoint=10.88.0.1:29400", f"--local-addr=10.88.0.{number + 1}"]
-        words += [f"--rdzv-conf=is_host={int(number == 0)}"]  # their names are the same
+        words += [f"--rdzv-conf=is_host={int(number == 0)},read_timeout=20"]  # their names are the same
         environment = {"GLOO_SOCKET_IFNAME": "eth0", "FAULT": "none"}
         words += [SCRIPT, *job.flags, *flags]
         act = during if number == 0 else None

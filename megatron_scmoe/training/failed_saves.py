@@ -40,7 +40,7 @@ def told_in_one_line(folder: str | None) -> Iterator[None]:
         except CheckpointException as error:
             if not _is_of_a_save(error):
                 raise
-            raise SaveError(_describe(folder, *_first(_own_reason(error, reasons)))) from error
+            raise SaveError(_describe(folder, *_first(_known_reason(error, reasons)))) from error
         except OSError as error:
             if not _is_of_the_disk(error, folder):
                 raise
@@ -88,23 +88,29 @@ _WRITERS = (
 )
 
 
-def _own_reason(error: CheckpointException, reasons: list[str]) -> tuple[int, str] | None:
-    """This rank's number and what failed on it; None if nothing did."""
+def _known_reason(error: CheckpointException, reasons: list[str]) -> tuple[int, str] | None:
+    """A rank and what failed on it, as far as this one knows; the first rank is told of all.
+
+    A process that writes asynchronously has logged its reason elsewhere.
+    """
     rank = torch.distributed.get_rank()
-    if not reasons and rank not in error.failures:
+    if not reasons and not error.failures:
         return None
+    if not reasons:
+        rank = min(error.failures)
     reason = reasons[0] if reasons else str(error.failures[rank][0]).strip()
     if "unexpected pos" in reason:  # PyTorch's archives do not say why
         reason = "a write was cut short, as by a full disk, a quota or a limit on the size of files"
     return rank, reason
 
 
-def _first(own: tuple[int, str] | None) -> tuple[int, str]:
-    """What the first rank says on which something failed. All ranks are here."""
-    found = [own] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    known = [each for each in found if each is not None]
-    return known[0] if known else (torch.distributed.get_rank(), "the log says why")
+def _first(known: tuple[int, str] | None) -> tuple[int, str]:
+    """The first rank on which something failed, in its own words if it has any. All ranks are here."""
+    found = [known] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, known)
+    told = [each for each in found if each is not None]
+    own = [each for rank, each in enumerate(found) if each is not None and each[0] == rank]
+    return (own or told or [(torch.distributed.get_rank(), "the log says why")])[0]
 
 
 def _describe(folder: str, rank: int, reason: str) -> str:

@@ -121,11 +121,18 @@ class Job:
         return losses
 
 
-def run(words: list[str], environment: dict[str, str], during=None, space: str = "") -> Outcome:
+def run(
+    words: list[str],
+    environment: dict[str, str],
+    during=None,
+    space: str = "",
+    is_lost: threading.Event | None = None,
+) -> Outcome:
     """Run torchrun, and note the time of each line; all of its processes have to end.
 
     Args:
         space: the network namespace to run in; empty for this one.
+        is_lost: when it is set, all processes are killed; the exit status is -9 then.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -141,7 +148,11 @@ def run(words: list[str], environment: dict[str, str], during=None, space: str =
         try:
             if during is not None:
                 during(process, screen)
-            process.join(max(0, began + END_S - time.monotonic()))
+            while process.exitcode is None and time.monotonic() < began + END_S:
+                process.join(0.1)
+                if is_lost is not None and is_lost.is_set():
+                    for pid in _outlive(folder, 0):
+                        os.kill(pid, signal.SIGKILL)
             ended = time.monotonic()
             assert process.exitcode is not None, f"it goes on\n{screen.text[-3000:]}"
             left = _outlive(folder, 15)

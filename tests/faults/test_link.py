@@ -1,5 +1,6 @@
 """The link between two hosts is cut, slowed, or comes and goes."""
 
+import re
 import threading
 import time
 
@@ -28,13 +29,15 @@ def test_a_cut_link(job, whole, joined, row):
     joined.slow("5mbit")  # so that there is time to cut it
     ends = run_on_two_hosts(job, joined, cut)
 
-    assert all(end.status != 0 for end in ends)
-    assert ends[0].to_end_s < TIMEOUT_S + END_OF_OTHERS_S + 60
-    lines = [end.screen.last_line for end in ends]
-    assert any("rank " in line and ("silent" in line or "does not reach" in line) for line in lines)
+    first = ends[0]  # which holds the rendezvous; the other's torchrun waits for it, and is killed
+    assert first.status == 1
+    assert first.to_end_s < TIMEOUT_S + END_OF_OTHERS_S
+    assert re.search(
+        r"error: rank \d on \S+ is silent, .* or the network to it", first.screen.last_line
+    )
     kept = int(job.tracker())
     back = goes_on(job, whole, saved=kept)
-    row("link between two hosts cut", str(kept), ends[0], back, " // ".join(lines))
+    row("link between two hosts cut", str(kept), first, back, first.screen.last_line)
 
 
 def test_a_slow_link(job, whole, joined, row):

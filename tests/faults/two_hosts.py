@@ -4,11 +4,14 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.faults.jobs import SCRIPT, Job, Outcome, run
+
+KILL_WAIT_S = 30
 
 MISSING = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
 WHY_NOT = (
@@ -81,18 +84,29 @@ def switch() -> Iterator[Switch]:
 def run_on_two_hosts(job: Job, joined: Switch, during=None, *flags: str) -> list[Outcome]:
     """Start a torchrun on each host, and wait for the end of both.
 
+    Where one fails, the other has half a minute and is killed: ``srun --kill-on-bad-exit``.
+
     Args:
         during: is called with the first host's screen, while the job runs.
     """
 
+    is_over = threading.Event()
+
     def host(number: int) -> Outcome:
         words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=fault"]
         words += ["--rdzv-endpoint=10.88.0.1:29400", f"--local-addr=10.88.0.{number + 1}"]
-        words += [f"--rdzv-conf=is_host={int(number == 0)},read_timeout=20"]  # their names are the same
+        words += [f"--rdzv-conf=is_host={int(number == 0)}"]  # their names are the same
         environment = {"GLOO_SOCKET_IFNAME": "eth0", "FAULT": "none"}
         words += [SCRIPT, *job.flags, *flags]
         act = during if number == 0 else None
-        return run(words, environment, act, joined.hosts[number])
+        try:
+            ended = run(words, environment, act, joined.hosts[number], is_over)
+        except BaseException:
+            is_over.set()
+            raise
+        if ended.status and not is_over.is_set():
+            threading.Timer(KILL_WAIT_S, is_over.set).start()
+        return ended
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(host, range(2)))

@@ -54,6 +54,13 @@ def test_without_a_log_it_is_what_was_raised(tmp_path):
     assert "(Worker failure: <class 'OSError'>, " in told(tmp_path, raising(FAILED))
 
 
+def test_the_first_rank_is_told_of_the_others(tmp_path):
+    failed = CheckpointException("write", {1: (RuntimeError("Worker failure"), None)})
+    assert "rank 1 could not write its part of a checkpoint (Worker failure, " in (
+        told(tmp_path, raising(failed))
+    )
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_an_error_of_the_disk(number, tmp_path):
     message = told(tmp_path, raising(OSError(number, os.strerror(number))))

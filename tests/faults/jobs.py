@@ -137,7 +137,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         output.touch()
-        environment = {"OMP_NUM_THREADS": "1", TAG: folder} | environment
+        environment = {"OMP_NUM_THREADS": "1"} | environment
         began = time.monotonic()
         process = _context.Process(target=_torchrun, args=(words, environment, str(output), space))
         process.start()
@@ -151,22 +151,18 @@ def run(
             while process.exitcode is None and time.monotonic() < began + END_S:
                 process.join(0.1)
                 if is_lost is not None and is_lost.is_set():
-                    for pid in _outlive(folder, 0):
+                    for pid in _who_holds(output):
                         os.kill(pid, signal.SIGKILL)
             ended = time.monotonic()
             assert process.exitcode is not None, f"it goes on\n{screen.text[-3000:]}"
-            left = _outlive(folder, 15)
+            left = _who_holds(output, 15)
             assert not left, f"{left} outlived the job\n{screen.text[-3000:]}"
         finally:
             done.set()
             reader.join()
-            for pid in _outlive(folder, 0):
+            for pid in _who_holds(output):
                 os.kill(pid, signal.SIGKILL)
         return Outcome(process.exitcode, screen, began, ended)
-
-
-TAG = "FAULTS_OF"
-"""A variable of the environment, by which the processes of a job are known."""
 
 
 def _torchrun(words: list[str], environment: dict[str, str], output: str, space: str) -> None:
@@ -189,15 +185,15 @@ def _read(output: Path, screen: Screen, done: threading.Event) -> None:
             time.sleep(0.01)
 
 
-def _outlive(tag: str, seconds: float) -> list[int]:
-    """Processes of a job that are there still after so many seconds."""
+def _who_holds(output: Path, seconds: float = 0) -> list[int]:
+    """Processes of a job that write to its output still, after so many seconds."""
     end = time.monotonic() + seconds
     while True:
         left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(TAG) == tag and process.status() != "zombie":
-                    left.append(process.pid)
+        for process in psutil.pids():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{process}/fd/1") == str(output):
+                    left.append(process)
         if not left or time.monotonic() > end:
             return left
         time.sleep(0.2)

@@ -127,8 +127,10 @@ def _place_of_main_thread() -> str | None:
     frame = innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None or innermost is None:
         return None
-    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
-    if ".wait(" in line or ".synchronize(" in line:
+    file = innermost.f_code.co_filename
+    line = linecache.getline(file, innermost.f_lineno)
+    is_of_python = "multiprocessing/" in file or file.endswith("threading.py")
+    if not is_of_python and (".wait(" in line or ".synchronize(" in line):
         return None
     while frame is not None:
         if frame.f_code.co_filename.endswith(_COLLECTIVES):

@@ -3,11 +3,15 @@
 #
 #     docker build -t megatron-scmoe .
 #     docker build -t megatron-scmoe --build-arg NGC_PYTORCH=nvcr.io/nvidia/pytorch:25.12-py3 .
+#     docker build -t megatron-scmoe --build-arg WITH_DEEP_EP=1 --build-arg IMAGE_USER=trainer .
+#     docker run --rm --gpus all --ipc host megatron-scmoe          # versions, and a smoke test
+#     docker run --rm -it megatron-scmoe make test PYTHON=python3    # nothing more is installed
 #
 # Needs BuildKit (Docker 23 or newer), and an image with Python 3.12: any release of 2025 or later.
 
 ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${NGC_PYTORCH}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # The image's own constraints hold every Python package at one version and leave no room for what is
 # needed beside torch. The next step writes narrower ones.
@@ -18,69 +22,35 @@ ENV PIP_CONSTRAINT="" \
 
 WORKDIR /workspace/megatron_scmoe
 COPY pyproject.toml ./
-
-# Sort what pyproject.toml asks for:
-#   /opt/scmoe/kept.txt    what came with the image and must not change, as pip constraints
-#   /opt/scmoe/needs.txt   small packages, which may bring others
-#   /opt/scmoe/alone.txt   Megatron-Core, installed without what it asks for: torch is there
-RUN mkdir -p /opt/scmoe && python3 - <<'END'
-import re
-import tomllib
-from importlib.metadata import distributions
-from pathlib import Path
-
-COMPILED = re.compile(
-    r"(torch|torchvision|torchaudio|torchao|triton|pytorch[-_]triton|transformer[-_]engine.*|apex"
-    r"|flash[-_]attn.*|deep[-_]ep|numpy|nvidia[-_].*|cuda[-_].*)",
-    re.IGNORECASE,
-)
-kept = {d.name: d.version for d in distributions() if d.name and COMPILED.fullmatch(d.name)}
-names = {re.sub("_", "-", name).lower() for name in kept}
-missing = {"torch", "transformer-engine"} - names
-if missing:
-    raise SystemExit(f"NGC_PYTORCH: the image has no {' and no '.join(sorted(missing))}")
-if "apex" not in names:
-    print("no Apex in this image: Transformer Engine fuses the accumulation of weight gradients")
-
-asked = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
-by_name = {re.match(r"[\w.-]+", line).group(): line for line in asked}
-del by_name["torch"]
-alone = by_name.pop("megatron-core")
-needs = [*by_name.values(), "packaging>=24.2", "transformers"]  # Megatron-Core's; its tokenizers'
-
-folder = Path("/opt/scmoe")
-(folder / "kept.txt").write_text("".join(f"{n}=={v}\n" for n, v in sorted(kept.items())))
-(folder / "needs.txt").write_text("\n".join(needs) + "\n")
-(folder / "alone.txt").write_text(alone + "\n")
-END
-RUN pip install --constraint /opt/scmoe/kept.txt --requirement /opt/scmoe/needs.txt \
+COPY docker/sort_requirements.py docker/
+RUN python3 docker/sort_requirements.py /opt/scmoe \
+    && pip install --constraint /opt/scmoe/kept.txt --requirement /opt/scmoe/needs.txt \
     && pip install --no-deps --requirement /opt/scmoe/alone.txt
 
+# --moe-token-dispatcher-type flex needs it. It is compiled here, for Hopper: minutes, and NVSHMEM.
+ARG WITH_DEEP_EP=0
+ARG DEEP_EP_COMMIT=e3908bf5bd0cc6265bcb225d15cd8c996d4759ef
+ARG TORCH_CUDA_ARCH_LIST=9.0
+RUN if [ "$WITH_DEEP_EP" = 1 ]; then \
+        pip install --no-deps --no-build-isolation \
+            "deep_ep @ git+https://github.com/deepseek-ai/DeepEP.git@${DEEP_EP_COMMIT}"; \
+    fi
+
 COPY . .
-RUN pip install --no-deps .
 
-# The image is of use only if this holds. A build has no driver, and some releases of Transformer
+# The image is of use only if the check holds. A build has no driver, and some releases of Transformer
 # Engine do not load without its library: CUDA's stub stands in for it in this step alone.
-RUN stub=$(mktemp -d) && ln -s /usr/local/cuda/lib64/stubs/libcuda.so "$stub/libcuda.so.1" \
-    && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$stub" python3 - <<'END'
-from importlib.metadata import version
-from pathlib import Path
+# Whoever runs the container may write here: the demo and the tests do.
+RUN pip install --no-deps . \
+    && stub=$(mktemp -d) && ln -s /usr/local/cuda/lib64/stubs/libcuda.so "$stub/libcuda.so.1" \
+    && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$stub" python3 docker/check_image.py /opt/scmoe \
+    && rm -r "$stub" \
+    && useradd --create-home trainer \
+    && chmod -R a+rwX /workspace/megatron_scmoe
 
-import megatron.core
-import torch
-import transformer_engine.pytorch
-
-import megatron_scmoe.spec
-import megatron_scmoe.training.pretrain
-
-kept = dict(line.split("==") for line in Path("/opt/scmoe/kept.txt").read_text().splitlines())
-changed = {name: version(name) for name in kept if version(name) != kept[name]}
-if changed:
-    raise SystemExit(f"these came with the image and were changed: {changed}")
-if torch.version.cuda is None:
-    raise SystemExit(f"torch {torch.__version__} is built without CUDA")
-print(
-    f"Megatron-Core {megatron.core.__version__}; as they came: torch {torch.__version__},"
-    f" Transformer Engine {transformer_engine.__version__}"
-)
-END
+# root, or trainer. Any other works too (docker run --user 1234:1234), with a home that it may write.
+ARG IMAGE_USER=root
+ENV HF_HOME=/tmp/huggingface \
+    TRITON_CACHE_DIR=/tmp/triton
+USER ${IMAGE_USER}
+CMD ["docker/smoke_test.sh"]

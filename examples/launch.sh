@@ -130,7 +130,7 @@ read_shape() {
 # set_run_flags: set RUN_FLAGS, what this run reads, writes and logs.
 set_run_flags() {
     local data
-    : "${SAVE_INTERVAL:=1000}" "${EVAL_INTERVAL:=500}"
+    : "${SAVE_INTERVAL:=1000}" "${EVAL_INTERVAL:=500}" "${ASYNC_SAVE:=0}" "${SKIP_DAMAGED:=0}"
     if [[ ${MOCK_DATA:-} == 1 ]]; then
         RUN_FLAGS=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$VOCABULARY")
     else
@@ -160,6 +160,33 @@ set_run_flags() {
         --log-throughput
         --tensorboard-dir "${TENSORBOARD_DIR:-$CHECKPOINT_DIR/tensorboard}"
     )
+    [[ $ASYNC_SAVE =~ ^[01]$ ]] || fail "ASYNC_SAVE=$ASYNC_SAVE: accepted: 0, 1"
+    if [[ $ASYNC_SAVE == 1 && -z ${BASELINE:-} ]]; then
+        RUN_FLAGS+=(--async-save)
+    fi
+    [[ $SKIP_DAMAGED =~ ^[01]$ ]] || fail "SKIP_DAMAGED=$SKIP_DAMAGED: accepted: 0, 1"
+    if [[ $SKIP_DAMAGED == 1 && -z ${BASELINE:-} ]]; then
+        RUN_FLAGS+=(--scmoe-damaged-checkpoint skip)
+    fi
+}
+
+# set_launch_words: set LAUNCH_WORDS, the launcher of a node's ranks and what it always gets.
+set_launch_words() {
+    : "${LAUNCHER:=torchrun}" "${RESTARTS:=3}"
+    case $LAUNCHER in
+        torchrun) LAUNCH_WORDS=(torchrun) ;;
+        ft_launcher)  # of nvidia-resiliency-ext: ends ranks that hang, and starts all of them again
+            : "${FT_TIMEOUTS:=setup:1800,step:600,checkpointing:1800}"
+            LAUNCH_WORDS=(
+                ft_launcher
+                --max-restarts "$RESTARTS"
+                --ft-rank-section-timeouts "$FT_TIMEOUTS"
+                --ft-rank-out-of-section-timeout 1800
+            )
+            PRETRAIN_FLAGS+=(--enable-ft-package --calc-ft-timeouts)
+            ;;
+        *) fail "LAUNCHER=$LAUNCHER: accepted: torchrun, ft_launcher" ;;
+    esac
 }
 
 # run_here: train on all GPUs of this machine.
@@ -175,7 +202,8 @@ run_here() {
     fi
     prepare
     check_recipe "$GPUS_PER_NODE"
-    launcher=(torchrun --standalone --nproc-per-node "$GPUS_PER_NODE")
+    set_launch_words
+    launcher=("${LAUNCH_WORDS[@]}" --standalone --nproc-per-node "$GPUS_PER_NODE")
     if ((${#ENVIRONMENT[@]})); then
         launcher=(env "${ENVIRONMENT[@]}" "${launcher[@]}")
     fi

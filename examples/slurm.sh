@@ -32,7 +32,8 @@ run_under_slurm() {
 set_launcher() {
     # The nodes' folders of logs have their numbers, which only the nodes know.
     # shellcheck disable=SC2016
-    local extra=() torchrun='exec torchrun --log-dir "$0/node${SLURM_NODEID:-0}" "$@"'
+    local extra=() in_its_folder='exec "$1" --log-dir "$0/node${SLURM_NODEID:-0}" "${@:2}"'
+    set_launch_words
     [[ -z ${SRUN_FLAGS:-} ]] || read -r -a extra <<<"$SRUN_FLAGS"
     launcher=(
         srun --nodes="$1" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${extra[@]}"
@@ -59,7 +60,7 @@ set_launcher() {
         # Slurm signals every process of the step. torchrun has to live on until its ranks have saved.
         # It stands behind the container's runtime, which would set the signals anew.
         env --ignore-signal=USR1 "${ENVIRONMENT[@]}"
-        bash -c "$torchrun" "$LOG_DIR"
+        bash -c "$in_its_folder" "$LOG_DIR" "${LAUNCH_WORDS[@]}"
         --redirects 3
         --tee 3
         --nnodes "$1"
@@ -113,7 +114,9 @@ show_errors() {
     local log line
     find "$LOG_DIR" \( -name error.json -o -name stderr.log \) -size +0 | sort |
         while read -r log; do
-            line=$(last_error "$log") && printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
+            # What a rank leaves in advance, lest it be killed, says nothing of who was.
+            line=$(last_error "$log") && [[ $line != *"signal and said nothing"* ]] &&
+                printf '%s\t%s\n' "$line" "${log#"$LOG_DIR/"}"
         done | sort --field-separator=$'\t' --key=1,1 --unique | head -n 5 |
         while IFS=$'\t' read -r line log; do
             echo "$PROGRAM: $log: $line"

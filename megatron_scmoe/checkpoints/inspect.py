@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.checkpoints.checksums import find_damage
 from megatron_scmoe.checkpoints.formats.registry import NAMES, find_format
 from megatron_scmoe.checkpoints.identify import ACCEPTED, what_is
 from megatron_scmoe.checkpoints.lazy_tensor import Tensors, total_bytes
@@ -14,7 +15,7 @@ from megatron_scmoe.checkpoints.model_arguments import built_by_spec
 from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
 from megatron_scmoe.checkpoints.stock_checkpoint import with_defaults
-from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError
 
@@ -25,12 +26,13 @@ BUFFERS = (
 )
 
 
-def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
+def describe(path: str | os.PathLike, keys: bool = False, verify: bool = False) -> list[str]:
     """Architecture, sizes, layout and parameter counts of a Megatron checkpoint or a model folder.
 
     Args:
         path: either of the two.
         keys: list every tensor too.
+        verify: compare the bytes of a Megatron checkpoint with their checksums.
 
     Raises:
         ConversionError: if it is neither, or damaged.
@@ -40,6 +42,8 @@ def describe(path: str | os.PathLike, keys: bool = False) -> list[str]:
         rows, tensors = _describe_folder(path)
     elif (path / TRACKER).is_file() or (path / "metadata.json").is_file():
         rows, tensors = _describe_megatron(path)
+        if verify:
+            rows.append(("checksums", _verified(find_iteration(path))))
     else:
         raise ConversionError(f"{path}: {what_is(path)}; accepted: {ACCEPTED}")
     width = max(len(name) for name, _ in rows)
@@ -115,6 +119,13 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
         ("tokenizer", f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip()),
     ]
     return rows, tensors
+
+
+def _verified(folder: Path) -> str:
+    damage = find_damage(folder)
+    if damage is not None:
+        raise ConversionError(damage)
+    return "those of every tensor hold"
 
 
 def _describe_folder(path: Path) -> tuple[list[tuple[str, str]], Tensors]:

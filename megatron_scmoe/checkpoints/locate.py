@@ -9,6 +9,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import InputError
+from megatron_scmoe.platform.atomic_write import atomic_write
 
 
 def find_checkpoint(
@@ -75,14 +76,61 @@ def check_iteration(flag: str, folder: str) -> Path:
     return Path(folder)
 
 
+def last_complete(folder: str) -> int | None:
+    """The newest complete torch_dist checkpoint in ``folder``, whatever the tracker says."""
+    return _nearest_complete(folder, float("inf"), "torch_dist")
+
+
+def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> int | None:
+    """The newest complete checkpoint before ``step``; before the one of the tracker if it is None.
+
+    Args:
+        step: its iteration, or the name of its folder.
+    """
+    if isinstance(step, str):
+        step = int(step[5:]) if step.startswith("iter_") else None
+    if step is None:
+        word = _tracker_says(folder)
+        step = int(word) if word.isascii() and word.isdigit() else None
+    found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+    earlier = sorted((s for s in found if step is None or s < step), reverse=True)
+    complete = (s for s in earlier if not _find_flaw(_step_folder(folder, s), ckpt_format))
+    return next(complete, None)
+
+
+def has_empty_tracker(folder: str) -> bool:
+    """Whether the file that names the last iteration is there, and says nothing."""
+    return _has_tracker(folder) and not _tracker_says(folder)
+
+
+def write_tracker(folder: str, iteration: Path) -> None:
+    """Name the last iteration, by its folder."""
+    with atomic_write(Path(get_checkpoint_tracker_filename(folder))) as [file]:
+        file.write_text(str(int(iteration.name.removeprefix("iter_"))))
+
+
+def folder_of(folder: str, step: int | None) -> Path | None:
+    """The folder of an iteration, or of the one that the tracker names; None if it names none."""
+    if step is None:
+        word = _tracker_says(folder)
+        if not (word.isascii() and word.isdigit()):
+            return None
+        step = int(word)
+    return _step_folder(folder, step)
+
+
 def _has_tracker(folder: str) -> bool:
     return os.path.isfile(get_checkpoint_tracker_filename(folder))
+
+
+def _tracker_says(folder: str) -> str:
+    return Path(get_checkpoint_tracker_filename(folder)).read_text(errors="replace").strip()
 
 
 def _read_tracker(flag: str, folder: str) -> int | str:
     """The iteration of the last complete checkpoint, or "release"."""
     file = get_checkpoint_tracker_filename(folder)
-    word = Path(file).read_text(errors="replace").strip()
+    word = _tracker_says(folder)
     if word == "release" or (word.isascii() and word.isdigit()):
         return word if word == "release" else int(word)
     nearest = _nearest_complete(folder, float("inf"), "torch_dist")

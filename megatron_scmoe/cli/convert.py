@@ -154,13 +154,17 @@ def add_inspect(commands: _SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help="say what a checkpoint or a model folder is")
     parser.add_argument("path", type=Path, metavar="CKPT_OR_DIR", help="what is looked into")
     parser.add_argument("--keys", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="read all of a Megatron checkpoint, and compare its tensors with their checksums",
+    )  # fmt: skip
     parser.set_defaults(run=run_inspect)
 
 
 def run_inspect(args: Namespace) -> list[str]:
     from megatron_scmoe.checkpoints.inspect import describe
 
-    return describe(args.path, args.keys)
+    return describe(args.path, args.keys, args.verify)
 
 
 def add_save(parser: OneLineParser) -> None:

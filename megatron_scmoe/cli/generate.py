@@ -193,7 +193,7 @@ def generate(args: Namespace, prompts: list[str]) -> None:
     """Generate on every rank; the first one writes."""
     import torch
 
-    from megatron_scmoe.inference.exported import as_megatron, is_model_folder
+    from megatron_scmoe.inference.exported import as_megatron
 
     offload = expert_offload(args)
     is_mine = initialise_ranks()

@@ -6,9 +6,12 @@ only where nobody would read the file.
 """
 
 import argparse
+import atexit
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -76,6 +79,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Errors of this package are one line. Everything else is a bug, and keeps its traceback.
     """
+    _leave_a_word_for_a_violent_end()
     try:
         main()
     except ScMoEError as error:
@@ -86,7 +90,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if not _launcher_will_say():
             raise
-        if _was_left_by_another_rank(error):
+        if was_left_by_another_rank(error):
             _wait_for_the_end(LAST_WORD_S)
         elif not is_first_rank():
             _wait_for_the_end(LAST_WORD_S / 5)  # all may fail alike
@@ -103,6 +107,12 @@ def asks_for_help() -> bool:
 def is_first_rank() -> bool:
     """By the launcher's environment, before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def was_left_by_another_rank(error: BaseException) -> bool:
+    """Whether the error may be no more than the end of a rank that it was connected to."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or "gloo" in str(error) or "Connection" in str(error)
 
 
 def end(message: str, status: int) -> NoReturn:
@@ -178,6 +188,56 @@ def _launcher_will_say() -> bool:
     return _ERROR_FILE in os.environ and len(set(restarts)) == 1
 
 
+def _leave_a_word_for_a_violent_end() -> None:
+    """Write the error file in advance: a rank that is killed cannot, and torchrun names no rank then.
+
+    It goes when the process ends by itself, and gives way to what that has to say. torchrun shows the
+    file with the earliest time, and of equal ones the first that it finds. So all of a host have the
+    same time, that of the folder, and the rank that ended first is shown.
+    """
+    if not _launcher_will_say() or "RANK" not in os.environ:
+        return
+    file = Path(os.environ[_ERROR_FILE])
+    with contextlib.suppress(OSError):
+        if not all(map(_is_word_in_advance, _files_of_others(file))):
+            return  # another rank of this host has failed before this one began
+        when = int(file.parents[1].stat().st_ctime)
+        _write(file, _VIOLENT_END.format(rank=os.environ["RANK"], host=socket.gethostname()), when)
+        atexit.register(_forget_word, file, os.getpid())
+
+
+_VIOLENT_END = (
+    "rank {rank} on {host} was ended by a signal and said nothing; exitcode (above) -9: a kill, as "
+    "by a kernel without memory; -15: the launcher, after another rank; -6, -11: a crash"
+)
+"""What torchrun shows of a rank that was killed."""
+
+
+def _is_word_in_advance(file: Path) -> bool:
+    return "was ended by a signal and said nothing" in file.read_text()
+
+
+def _files_of_others(file: Path) -> list[Path]:
+    """Error files of other ranks of this host."""
+    return [other for other in file.parents[1].glob(f"*/{file.name}") if other != file]
+
+
+def _forget_word(file: Path, writer: int) -> None:
+    if os.getpid() != writer:  # a child that was forked
+        return
+    with contextlib.suppress(OSError):
+        if _is_word_in_advance(file):
+            file.unlink()
+
+
+def _write(file: Path, message: str, when: int) -> None:
+    content = {"py_callstack": f"\n{message}", "timestamp": str(when)}
+    data = {"message": {"message": message, "extraInfo": content}}
+    unfinished = file.with_suffix(".unfinished")  # the others of this host look into it
+    unfinished.write_text(json.dumps(data))
+    unfinished.replace(file)
+
+
 _END_COMES_S = 60
 """How long the launcher may take to end a rank, once another has said what is wrong and exits."""
 
@@ -191,24 +251,19 @@ def _write_error_file(message: str) -> None:
     """
     sys.stdout.flush()
     file = Path(os.environ[_ERROR_FILE])
-    if any(other != file for other in file.parents[1].glob(f"*/{file.name}")):
+    others = _files_of_others(file)
+    if not all(map(_is_word_in_advance, others)):
         _wait_for_the_end(_END_COMES_S)  # another rank of this host has said what is wrong
         return
-    content = {"py_callstack": f"\n{message}", "timestamp": str(int(time.time()))}
-    data = {"message": {"message": message, "extraInfo": content}}
-    file.write_text(json.dumps(data))
+    _write(file, message, int(time.time()))
+    for other in others:  # theirs are earlier, and the launcher is about to end them
+        other.unlink(missing_ok=True)
 
 
 def _with_rank(error: BaseException) -> str:
     """The traceback; its last part, which is the last on the screen, names the rank."""
     *trace, last = traceback.format_exception(error)
     return "".join([*trace, f"rank {os.environ.get('RANK')}: {last}"]).rstrip()
-
-
-def _was_left_by_another_rank(error: BaseException) -> bool:
-    """Whether the error may be no more than the end of a rank that it was connected to."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or "gloo" in str(error) or "Connection" in str(error)
 
 
 def _wait_for_the_end(seconds: float) -> None:

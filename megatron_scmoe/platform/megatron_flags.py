@@ -63,6 +63,20 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "whose script has a loop of its own",
     )
     group.add_argument(
+        "--no-scmoe-verify-checkpoint",
+        dest="scmoe_verify_checkpoint",
+        action="store_false",
+        help="load a checkpoint without comparing its tensors with their checksums first, for which "
+        "each rank reads a share of it",
+    )
+    group.add_argument(
+        "--scmoe-damaged-checkpoint",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what happens where the last checkpoint is damaged or not complete. refuse: the run stops "
+        "and names the one before it; skip: it goes on from that one by itself, and renames the other",
+    )
+    group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         dest="dist_ckpt_optim_fully_reshardable",
         action="store_false",

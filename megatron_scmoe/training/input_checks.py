@@ -42,6 +42,15 @@ INDEX_SAMPLE = 1_000_000
 """Sequences whose entries in the index are looked at."""
 
 
+def prefixes(args) -> list[str]:
+    """The local datasets that the flags name.
+
+    Raises:
+        InputError: if the flags cannot be understood.
+    """
+    return [dataset.prefix for dataset in _datasets(args)]
+
+
 def check_files(args) -> None:
     """Check what the flags name; to be called before Megatron acts on ``args``.
 
@@ -57,6 +66,7 @@ def check_files(args) -> None:
             to_split.append((dataset, starts))
         if args.data_cache_path is None:
             _check_cache_beside(dataset)
+        _remove_cut_indices(args.data_cache_path or f"{dataset.prefix}/cache")
     _check_split("969, 30, 1" if args.split is None else args.split, to_split)  # Megatron's default
     if not args.use_checkpoint_args:  # they name another tokenizer
         _check_tokenizer(args)
@@ -310,6 +320,16 @@ def _check_cache_beside(dataset: _Dataset) -> None:
             f"cannot write the order of the samples into {dataset.prefix}/cache",
             "--data-cache-path FOLDER with a writable folder",
         )
+
+
+def _remove_cut_indices(folder: str) -> None:
+    """Megatron takes every index that is there. Those that a run left half-written are built anew."""
+    for file in Path(folder).glob("*.npy"):
+        try:
+            np.load(file, mmap_mode="r")
+        except (ValueError, EOFError):
+            file.unlink()
+            print(f"WARNING: {file} is cut off; it is built anew", flush=True)
 
 
 def _given_tokenizer(args) -> str:

@@ -236,6 +236,7 @@ def build_model(
     checkpoint: Checkpoint,
     layout: Layout,
     dtype: torch.dtype | None = None,
+    *,
     local_attention: bool = False,
     elsewhere: ExpertsElsewhere | None = None,
 ):

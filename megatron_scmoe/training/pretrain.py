@@ -33,6 +33,9 @@ from megatron_scmoe.model.layer_spec import describe, stage_spec
 from megatron_scmoe.platform import command_line, launch, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.training import (
+    async_saves,
+    data_identity,
+    failed_saves,
     finite_checks,
     input_checks,
     optimizer_state,
@@ -42,7 +45,9 @@ from megatron_scmoe.training import (
     saved_run,
     schedule_trial,
     speed_choices,
+    whole_checkpoint,
 )
+from megatron_scmoe.training.heartbeats import Heartbeats
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.overlap_monitor import OverlapMonitor
 from megatron_scmoe.training.parameter_gathers import ParameterGathers
@@ -98,7 +103,15 @@ def main() -> None:
     model_config.post_wrap_hooks += once_wrapped
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
-    with finite_checks.told_in_one_line():
+    if args.async_save and args.async_strategy == "mcore":
+        async_saves.install()
+    heartbeats = Heartbeats()
+    iterations.listeners.append(heartbeats.iteration_begins)
+    with (
+        finite_checks.told_in_one_line(),
+        failed_saves.told_in_one_line(args.save),
+        heartbeats.name_who_is_lost(),
+    ):
         pretrain(
             settings,
             datasets_provider,
@@ -147,6 +160,7 @@ def parse_settings():
     saved = saved_run.find(given)
     if saved is not None:
         resuming.refuse_stock(saved)
+        chosen |= whole_checkpoint.step_to_name(given, saved.path)
     add_args, chosen = resuming.adding_args(given, chosen, saved)
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():
@@ -158,6 +172,8 @@ def parse_settings():
         validate(scmoe, given)
     _refuse_foreign_settings(given)
     input_checks.check_files(given)
+    if saved is not None and given.rank == 0:
+        data_identity.check(given, saved, input_checks.prefixes(given))
     if complete:
         fast = speed_choices.choose(given, words, saved)
         add_args, _ = resuming.adding_args(given, chosen | fast.values, saved)
@@ -345,6 +361,7 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
         context_parallel_size=args.context_parallel_size,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
+    data_identity.keep(args, input_checks.prefixes(args))
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(
         kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config

@@ -69,7 +69,7 @@ def adding_args(
 
 def changed(args: argparse.Namespace) -> set[str]:
     """What ``--scmoe-changed`` names, by the arguments' names."""
-    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model"}
+    accepted = {*COMPARED, *FREE, "tokenizer_type", "tokenizer_model", "data_path"}
     names = set()
     for word in args.scmoe_changed or ():
         name = name_of_flag(word)

@@ -300,6 +300,12 @@ def _check_packages(args) -> None:
                 f"the Python package {package} is not installed",
                 "install it, or leave the flag out",
             )
+    if args.enable_ft_package and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
+        raise RunError(
+            "--enable-ft-package",
+            "nobody watches the ranks: ft_launcher did not start them",
+            "ft_launcher in place of torchrun, or leave the flag out",
+        )
     if args.wandb_project and not args.wandb_exp_name:
         raise RunError(
             f"--wandb-project {args.wandb_project}",

@@ -25,6 +25,8 @@ OPEN = (
     "eval_iters",
     "save_interval",
     "max_position_embeddings",
+    "use_persistent_ckpt_worker",
+    "async_strategy",
 )
 """Names of the flags that a run may choose."""
 
@@ -59,6 +61,10 @@ def choose(given: argparse.Namespace) -> dict:
         wanted |= {"masked_softmax_fusion": False}
     if given.save is not None:
         wanted["save_interval"] = INTERVAL
+    if given.async_save:
+        wanted["use_persistent_ckpt_worker"] = True
+        if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+            wanted["async_strategy"] = "mcore"
     if given.seq_length is not None:
         wanted["max_position_embeddings"] = given.seq_length
     if not has_validation_data(given):

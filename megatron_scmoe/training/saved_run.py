@@ -14,6 +14,7 @@ from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.errors import ConversionError, InputError, in_words
+from megatron_scmoe.training import whole_checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def find(args: argparse.Namespace) -> SavedRun | None:
         return None
     flag, folder = named
     try:
-        path = locate.find_checkpoint(flag, folder, args.ckpt_step or None, args.ckpt_format)
+        path = whole_checkpoint.find(flag, folder, args)
     except InputError:
         if args.non_persistent_ckpt_type is not None:
             return None  # there may be a newer one, which only Megatron finds

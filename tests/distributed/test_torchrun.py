@@ -57,6 +57,23 @@ def test_crash(how, rank):
     assert not any("Connection closed" in line for line in lines)
 
 
+def test_a_rank_that_is_killed_is_named():
+    """It cannot say anything itself; torchrun's own words would be "Signal 9 received by PID"."""
+    status, lines = torchrun("-m", "tests.scripts.ranks", "one is killed")
+    assert status != 0
+    assert last_words(lines).startswith("rank 1 on ")
+    assert "was ended by a signal and said nothing; exitcode (above) -9: a kill" in last_words(
+        lines
+    )
+
+
+def test_a_rank_that_ends_without_a_word_is_not_said_to_be_killed():
+    status, lines = torchrun("-m", "tests.scripts.ranks", "one ends itself")
+    assert status != 0
+    assert not any("rank 1 on" in line for line in lines)
+    assert any(line.split()[:3] == ["exitcode", ":", "3"] for line in lines)
+
+
 def test_crash_before_a_restart_is_on_the_screen_too():
     _, lines = torchrun("-m", "tests.scripts.ranks", "all crash", restarts=1, ranks=1)
     assert sum("ValueError: a bug" in line for line in lines) == 2

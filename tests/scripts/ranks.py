@@ -1,6 +1,7 @@
 """A command line for torchrun whose ranks fail in a given way: `ranks.py HOW`."""
 
 import os
+import signal
 import sys
 import time
 
@@ -25,6 +26,10 @@ def main() -> None:
             time.sleep(0.5)
             raise ValueError("a bug")
         raise Lost("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    if how == "one is killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "one ends itself" and rank == 1:
+        sys.exit(3)
     if how != "none":
         time.sleep(60)
 

@@ -418,6 +418,37 @@ def test_a_copy_that_cannot_find_the_example_says_so(tmp_path):
     assert "error: no /nowhere/examples/gpt2_moe_medium/config.sh" in finished.stderr
 
 
+def test_the_launcher_of_nvidia_is_told_how_long_a_rank_may_take():
+    for script in (EXAMPLE / "train.sh", SBATCH):
+        command = dry_run(script, DATA | {"LAUNCHER": "ft_launcher", "FT_TIMEOUTS": "step:60"})
+        assert "torchrun" not in command
+        launcher = command[command.index("ft_launcher") :]
+        assert value(launcher, "--ft-rank-section-timeouts") == "step:60"
+        assert value(launcher, "--max-restarts") == "3"
+        assert launcher.index("--nproc-per-node") < launcher.index("--enable-ft-package")
+
+
+def test_other_launchers_are_refused():
+    finished = launch(SBATCH, DATA | {"LAUNCHER": "mpirun"}, "--dry-run")
+    assert finished.returncode == 2
+    assert "error: LAUNCHER=mpirun: accepted: torchrun, ft_launcher" in finished.stderr
+
+
+def test_asynchronous_saves_are_on_where_they_were_tried():
+    cpu = EXAMPLES / "cpu" / "train.sh"
+    on_cpu = dry_run(cpu, DATA | {"GPUS_PER_NODE": "2"})
+    assert "--async-save" in on_cpu
+    assert "--async-save" not in dry_run(cpu, DATA | {"GPUS_PER_NODE": "2", "ASYNC_SAVE": "0"})
+    assert "--async-save" not in dry_run(EXAMPLE / "train.sh", DATA)
+    assert "--async-save" in dry_run(EXAMPLE / "train.sh", DATA | {"ASYNC_SAVE": "1"})
+
+
+def test_a_damaged_checkpoint_is_skipped_by_choice():
+    command = dry_run(SBATCH, DATA | {"SKIP_DAMAGED": "1"})
+    assert value(command, "--scmoe-damaged-checkpoint") == "skip"
+    assert "--scmoe-damaged-checkpoint" not in dry_run(SBATCH, DATA)
+
+
 def test_the_container_is_named_before_the_command():
     command = dry_run(
         SBATCH, DATA | {"CONTAINER_IMAGE": "/i/scmoe.sqsh", "CONTAINER_MOUNTS": "/d:/d,/run:/run"}

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -47,6 +48,7 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
+        *(PersistentAsyncCaller,),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
         *(Attention, FusedScaleMaskSoftmax),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),

@@ -107,6 +107,26 @@ def test_the_queue_has_a_server_process():
     assert "Manager().Queue()" in source(name)
 
 
+@row("PersistentAsyncCaller.async_loop")
+def test_the_writer_divides_by_the_number_of_gpus_and_is_not_ended():
+    loop = source("PersistentAsyncCaller.async_loop")
+    assert "torch.cuda.set_device(rank % torch.cuda.device_count())" in loop
+    assert "item = queue.get()" in loop
+    assert "prctl" not in loop
+
+
+@row("PersistentAsyncCaller.schedule_async_call")
+def test_a_dead_writer_is_given_work():
+    assert "is_alive" not in source("PersistentAsyncCaller.schedule_async_call")
+
+
+@row("PersistentAsyncCaller.is_current_async_call_done")
+def test_a_dead_writer_is_waited_for():
+    method = source("PersistentAsyncCaller.is_current_async_call_done")
+    assert "while self.cur_item is None" in method
+    assert "_persistent_process" not in method
+
+
 @row("argparse.ArgumentParser.error")
 def test_an_error_shows_the_usage():
     assert "print_usage" in inspect.getsource(argparse.ArgumentParser.error)

@@ -149,6 +149,15 @@ def test_what_needs_a_gpu(words):
         check(parse(*FLAGS, *words.split()))
 
 
+def test_nobody_watches_ranks_that_torchrun_started(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.delenv("FT_RANK_MONITOR_IPC_SOCKET", raising=False)
+    with pytest.raises(run_checks.RunError, match="accepted: ft_launcher in place of torchrun"):
+        check(parse(*FLAGS, "--enable-ft-package", "--save", "x"))
+    monkeypatch.setenv("FT_RANK_MONITOR_IPC_SOCKET", "socket")
+    check(parse(*FLAGS, "--enable-ft-package", "--save", "x"))
+
+
 @pytest.mark.parametrize(
     ("words", "package"),
     [

@@ -1,0 +1,99 @@
+"""The checkpoint to load, held against what was saved, and what happens if it is damaged."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_scmoe.checkpoints import locate
+from megatron_scmoe.checkpoints.checksums import find_damage
+from megatron_scmoe.errors import InputError
+from megatron_scmoe.platform import rank_store
+from megatron_scmoe.platform.command_line import is_first_rank
+
+REFUSE, SKIP = "refuse", "skip"
+"""Values of ``--scmoe-damaged-checkpoint``."""
+
+
+def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
+    """The folder of the iteration to load.
+
+    Each rank reads a share of its bytes. With ``--scmoe-damaged-checkpoint skip`` the ranks agree on
+    the newest checkpoint that is whole; the first one renames those that are not, so that training
+    does not write over them.
+
+    Args:
+        flag: what names the folder.
+        args: with ``ckpt_step`` that checkpoint and no other is meant.
+
+    Raises:
+        InputError: if it is not whole, and may not be skipped.
+    """
+    step = args.ckpt_step or None
+    checked = getattr(args, "scmoe_verify_checkpoint", False)
+    skips = getattr(args, "scmoe_damaged_checkpoint", REFUSE) == SKIP and step is None
+    # A tracker is empty if its writer was ended just then; the checkpoint was complete by then.
+    skips |= step is None and locate.has_empty_tracker(folder)
+    skipped: list[tuple[int | None, InputError]] = []
+    while True:
+        try:
+            path = locate.find_checkpoint(flag, folder, step, args.ckpt_format)
+            if checked:
+                _check_bytes(flag, folder, path, step, all_ranks=skips)
+            break
+        except InputError as error:
+            before = locate.complete_before(folder, step, args.ckpt_format) if skips else None
+            if before is None:
+                raise
+            skipped.append((step, error))
+            step = before
+    if skipped:
+        rank_store.gather(f"found {path}", "")  # nobody looks at the others any more
+        if is_first_rank():
+            for flawed, reason in skipped:
+                _set_aside(folder, flawed, reason, path)
+        rank_store.gather(f"renamed before {path}", "")
+    return path
+
+
+def step_to_name(args: argparse.Namespace, path: Path) -> dict[str, int]:
+    """``ckpt_step``, by which Megatron loads ``path`` where its tracker names another."""
+    number = path.name.removeprefix("iter_")
+    if args.ckpt_step or not number.isdigit():
+        return {}
+    named = locate.folder_of(str(path.parent), None)
+    return {} if named == path else {"ckpt_step": int(number)}
+
+
+def _check_bytes(flag: str, folder: str, path: Path, step, all_ranks: bool) -> None:
+    """Read this rank's share.
+
+    Raises:
+        InputError: if it is damaged; with ``all_ranks`` on all of them, if the share of any is.
+    """
+    if not (path / ".metadata").is_file():
+        return  # Megatron's format "torch"
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    damage = find_damage(path, rank, ranks) or ""
+    if all_ranks:
+        damage = next(filter(None, rank_store.gather(f"damage of {path}", damage)), "")
+    if not damage:
+        return
+    before = locate.complete_before(folder, step or path.name, "torch_dist")
+    accepted = "another folder"
+    if before is not None:
+        accepted = f"--ckpt-step {before}, the complete checkpoint before it"
+    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+    raise InputError(given, f"the checkpoint is not what was saved: {damage}", accepted)
+
+
+def _set_aside(folder: str, step: int | None, error: InputError, instead: Path) -> None:
+    """Rename a damaged checkpoint, or fill in an empty tracker, and say so."""
+    damaged = locate.folder_of(folder, step)
+    told = str(error).rpartition("; accepted: ")[0]
+    if damaged is None:
+        locate.write_tracker(folder, instead)  # Megatron ends at an empty one
+    elif damaged.is_dir():
+        aside = damaged.with_name(f"{damaged.name}.damaged")
+        told += f"; it is {aside.name} now"
+        damaged.rename(aside)
+    print(f"WARNING: {told}; the run goes on from {instead.name}", flush=True)

@@ -1,0 +1,62 @@
+"""Data that was made anew under its old name is not gone on with."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_scmoe.errors import InputError
+from megatron_scmoe.training import data_identity
+from megatron_scmoe.training.saved_run import SavedRun
+
+
+def write(prefix: Path, seed: int, documents: int = 40) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in np.random.default_rng(seed).integers(0, 128, (documents, 50)):
+        builder.add_document(document, [document.size])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture
+def prefix(tmp_path) -> str:
+    return write(tmp_path / "text", seed=1)
+
+
+@pytest.fixture
+def saved(prefix, tmp_path) -> SavedRun:
+    args = argparse.Namespace(scmoe_tap="pos2")
+    data_identity.keep(args, [prefix])
+    return SavedRun("--load run", tmp_path / "iter_0000003", {"args": args}, True)
+
+
+def run(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"finetune": False, "scmoe_changed": None} | changes)
+
+
+def test_the_same_data_goes_on(prefix, saved):
+    data_identity.check(run(), saved, [prefix])
+
+
+@pytest.mark.parametrize("documents", [40, 41])
+def test_data_made_anew_is_refused(documents, prefix, saved):
+    write(Path(prefix), seed=2, documents=documents)
+    with pytest.raises(InputError, match=f"^the data {prefix}: its files are not those that "):
+        data_identity.check(run(), saved, [prefix])
+
+
+def test_another_name_is_other_data_on_purpose(saved, tmp_path):
+    data_identity.check(run(), saved, [write(tmp_path / "other", seed=2)])
+
+
+@pytest.mark.parametrize("changes", [{"finetune": True}, {"scmoe_changed": ["data-path"]}], ids=str)
+def test_what_begins_anew_may_have_any(changes, prefix, saved):
+    write(Path(prefix), seed=2)
+    data_identity.check(run(**changes), saved, [prefix])
+
+
+def test_checkpoints_of_older_versions_say_nothing(prefix, saved):
+    del saved.state["args"].scmoe_data_identity
+    data_identity.check(run(), saved, [prefix])

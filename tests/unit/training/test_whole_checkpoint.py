@@ -1,0 +1,110 @@
+"""A run loads what was saved: damage is refused, or set aside where that is asked for."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_scmoe.errors import InputError
+from megatron_scmoe.training import whole_checkpoint
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    for step in (10, 20, 30):
+        (folder / f"iter_{step:07d}").mkdir()
+        tensor = ShardedTensor.from_rank_offsets("weight", torch.arange(1000.0) + step)
+        dist_checkpointing.save({"weight": tensor}, str(folder / f"iter_{step:07d}"))
+    (folder / TRACKER).write_text("30")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def find(folder: Path, **changes) -> Path:
+    args = argparse.Namespace(
+        ckpt_step=None,
+        ckpt_format="torch_dist",
+        scmoe_verify_checkpoint=True,
+        scmoe_damaged_checkpoint="refuse",
+    )
+    vars(args).update(changes)
+    return whole_checkpoint.find("--load", str(folder), args)
+
+
+def flip(folder: Path, step: int) -> None:
+    file = folder / f"iter_{step:07d}" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_last_one_is_found(folder):
+    assert find(folder).name == "iter_0000030"
+    assert find(folder, ckpt_step=20).name == "iter_0000020"
+
+
+def test_a_flipped_bit_is_refused(folder):
+    flip(folder, 30)
+    with pytest.raises(InputError) as caught:
+        find(folder)
+    assert str(caught.value) == (
+        f"--load {folder}: the checkpoint is not what was saved: {folder}/iter_0000030/__0_0.distcp "
+        "is damaged: weight has another checksum than it was saved with; accepted: --ckpt-step 20, "
+        "the complete checkpoint before it"
+    )
+
+
+def test_without_the_check_it_is_loaded(folder):
+    flip(folder, 30)
+    assert find(folder, scmoe_verify_checkpoint=False).name == "iter_0000030"
+
+
+def test_damage_is_skipped_and_set_aside(folder, capsys):
+    flip(folder, 30)
+    (folder / "iter_0000020" / "__0_0.distcp").write_bytes(b"half")
+    assert find(folder, scmoe_damaged_checkpoint="skip").name == "iter_0000010"
+    assert (folder / "iter_0000030.damaged").is_dir()
+    assert (folder / "iter_0000020").is_dir()  # nobody named it
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"WARNING: --load {folder}: the checkpoint is not what was saved: ")
+    assert line.endswith("; it is iter_0000030.damaged now; the run goes on from iter_0000010")
+
+
+def test_a_step_that_is_named_is_not_skipped(folder):
+    flip(folder, 30)
+    with pytest.raises(InputError):
+        find(folder, ckpt_step=30, scmoe_damaged_checkpoint="skip")
+
+
+def test_where_none_is_whole_it_is_refused(folder):
+    for step in (10, 20, 30):
+        (folder / f"iter_{step:07d}" / ".metadata").unlink()
+    with pytest.raises(InputError, match="no checkpoint in this one is complete"):
+        find(folder, scmoe_damaged_checkpoint="skip")
+
+
+def test_an_empty_tracker_means_the_newest(folder, capsys):
+    """Its writer was ended, or the disk full; the checkpoint was complete by then."""
+    (folder / TRACKER).write_text("")
+    path = find(folder)
+    assert path.name == "iter_0000030"
+    assert capsys.readouterr().out.endswith("; the run goes on from iter_0000030\n")
+    assert (folder / TRACKER).read_text() == "30"  # Megatron ends at an empty one
+
+
+def test_megatron_is_told_the_step_only_if_its_tracker_names_another(folder):
+    args = argparse.Namespace(ckpt_step=None)
+    assert whole_checkpoint.step_to_name(args, folder / "iter_0000030") == {}
+    assert whole_checkpoint.step_to_name(args, folder / "iter_0000020") == {"ckpt_step": 20}
+    assert whole_checkpoint.step_to_name(args, folder / "release") == {}

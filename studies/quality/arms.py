@@ -46,7 +46,7 @@ SIZES = {
     "10m": Size(8, 256, 4, learning_rate=2e-3, tokens=100_000_000),
     "30m": Size(12, 384, 6, learning_rate=1.5e-3, tokens=100_000_000),
     "90m": Size(12, 640, 10, learning_rate=1e-3, tokens=100_000_000),
-    "tiny": Size(2, 64, 2, 2e-3, tokens=20_000, batch=4, sequence=64, vocabulary=512),
+    "tiny": Size(2, 64, 2, 2e-3, tokens=20_000, batch=4, sequence=64),
 }
 """By active parameters, embeddings left out; ``tiny`` tries the programs out."""
 
@@ -72,6 +72,10 @@ class Arm:
     expert_width: int = 1
     shared: bool = True
     stock: bool = False
+
+    def dense_width(self, size: Size) -> int:
+        """Width of a dense MLP."""
+        return size.ffn if self.experts else size.ffn * 3 // 2
 
 
 def _scmoe(question: str, flags: str, **other) -> Arm:
@@ -130,10 +134,9 @@ ARMS = {
 
 def model_flags(arm: Arm, size: Size, on_cpu: bool) -> list[str]:
     """The words that say what the model is."""
-    ffn = size.ffn if arm.experts else size.ffn * 3 // 2
     words = (
         f"--num-layers {size.blocks} --hidden-size {size.hidden} "
-        f"--num-attention-heads {size.heads} --ffn-hidden-size {ffn} "
+        f"--num-attention-heads {size.heads} --ffn-hidden-size {arm.dense_width(size)} "
         f"--seq-length {size.sequence} --max-position-embeddings {size.sequence} "
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 "
@@ -167,6 +170,12 @@ def iterations(size: Size, tokens: int) -> int:
     return -(-tokens // (size.batch * size.sequence))
 
 
+def flag(arm: Arm, name: str, default):
+    """The value of a flag of an arm, of the default's type."""
+    words = arm.flags.split()
+    return type(default)(words[words.index(name) + 1]) if name in words else default
+
+
 def active_parameters(arm: Arm, size: Size) -> int:
     """Parameters that a token passes, embedding and output layer (tied) left out.
 
@@ -186,20 +195,14 @@ def _parameters(arm: Arm, size: Size, experts: int) -> int:
     if not arm.experts:
         return common + size.blocks * mlp * 3 // 2
     pair = mlp + mlp * arm.expert_width * (experts + arm.shared)
-    pair += h * (arm.experts + _flag(arm, "--scmoe-zero-experts", 0))  # router
+    pair += h * (arm.experts + flag(arm, "--scmoe-zero-experts", 0))  # router
     if not arm.stock:
-        combine = _flag(arm, "--scmoe-combine", "cg1")
+        combine = flag(arm, "--scmoe-combine", "cg1")
         pair += {"add": 0, "cg1": h, "cg2": 2 * h}[combine]
         pair += h * ("--scmoe-router-norm shared" not in arm.flags)
         pair += h * ("--scmoe-post-norm" in arm.flags)
     pair += h * ("--moe-shared-expert-gate" in arm.flags)
     return common + size.pairs * pair
-
-
-def _flag(arm: Arm, name: str, default):
-    """The value of a flag of an arm, of the default's type."""
-    words = arm.flags.split()
-    return type(default)(words[words.index(name) + 1]) if name in words else default
 
 
 def _kernels(arm: Arm, on_cpu: bool) -> str:

@@ -169,6 +169,21 @@ def work(left: list[Run], args, deadline: float) -> list[str]:
     return failed
 
 
+def command(module: str, result: Path, tokens: Path, arm: str, flags: list[str]) -> list[str]:
+    """Of a module that trains an arm and writes a result, as train.py does."""
+    kind = "stock" if ARMS[arm].stock else "scmoe"
+    words = [sys.executable, "-W", "ignore", "-m", module, str(result), str(tokens.absolute())]
+    return [*words, kind, *flags]
+
+
+def environment(gpu: int | None) -> dict[str, str]:
+    """Of such a process: on one GPU, or on the CPU (None)."""
+    where = {"SCMOE_CPU": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
+    return os.environ | where | others
+
+
 class _Process:
     """A run on its way, in a folder of its own that goes with it."""
 
@@ -179,18 +194,13 @@ class _Process:
         self._facts = Path(self._folder.name) / "facts.json"
         self._log = (args.log or Path(self._folder.name)) / f"{run.name}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        where = {"SCMOE_CPU": "1"} if args.gpus == 0 else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
-        kind = "stock" if ARMS[run.arm].stock else "scmoe"
-        words = [sys.executable, "-W", "ignore", "-m", TRAIN, str(self._facts)]
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                [*words, str(args.tokens.absolute()), kind, *self._flags],
+                command(TRAIN, self._facts, args.tokens, run.arm, self._flags),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder.name,
-                env=os.environ | where | others,
+                env=environment(None if args.gpus == 0 else gpu),
             )
         print(f"begins: {run.name}", flush=True)
 

@@ -35,9 +35,25 @@ WARM_UP = 10
 
 def main(facts: Path, tokens: Path, kind: str) -> None:
     """Train as the flags in ``sys.argv`` say, evaluate, write the facts."""
-    cpu_backend.choose()  # before anything of Megatron is imported
-    log_filters.install()
+    prepare()
     run = _Run(tokens)
+    start(tokens, kind)
+    facts.write_text(json.dumps(run.facts))
+
+
+def prepare() -> None:
+    """Before anything of Megatron is imported."""
+    cpu_backend.choose()
+    log_filters.install()
+
+
+def start(tokens: Path, kind: str) -> None:
+    """Run the pretraining script on the training text, as the flags in ``sys.argv`` say.
+
+    Args:
+        tokens: the folder that data.py has packed.
+        kind: ``scmoe``, or ``stock`` for Megatron's own model.
+    """
     with (
         tempfile.TemporaryDirectory() as cache
     ):  # indices of the data: runs beside this one have theirs
@@ -47,7 +63,6 @@ def main(facts: Path, tokens: Path, kind: str) -> None:
         else:
             from megatron_scmoe.training import stock as loop  # type: ignore[no-redef]
         loop.main()
-    facts.write_text(json.dumps(run.facts))
 
 
 class _Run:

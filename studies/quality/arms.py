@@ -63,6 +63,9 @@ class Arm:
         expert_width: of an expert, in F.
         shared: whether there is a shared expert.
         stock: whether it is Megatron's own model.
+        dense_share: width of a dense MLP, in F.
+        after: the arm whose trained weights it starts from; without, it starts from nothing.
+        conversion: flags of ``tools/convert.py upcycle`` that make it of those.
     """
 
     question: str
@@ -72,18 +75,23 @@ class Arm:
     expert_width: int = 1
     shared: bool = True
     stock: bool = False
+    dense_share: float = 1.0
+    after: str = ""
+    conversion: str = ""
 
     def dense_width(self, size: Size) -> int:
         """Width of a dense MLP."""
-        return size.ffn if self.experts else size.ffn * 3 // 2
+        return int(size.ffn * self.dense_share)
 
 
 def _scmoe(question: str, flags: str, **other) -> Arm:
     return Arm(question, f"{_SHARED} {flags}", **other)
 
 
+_DENSE = {"experts": 0, "chosen": 0, "shared": False, "stock": True}
+
 ARMS = {
-    "dense": Arm("what experts give", experts=0, chosen=0, shared=False, stock=True),
+    "dense": Arm("what experts give", **_DENSE, dense_share=1.5),
     "top1": Arm(
         "one wide expert",
         "--moe-router-topk 1 --moe-router-pre-softmax",
@@ -129,7 +137,38 @@ ARMS = {
         "seven routed experts: as many parameters in all as top-2", "--scmoe-tap pos2", experts=7
     ),
 }
-"""All arms by name. Later flags of an arm win over earlier ones."""
+"""The arms that start from nothing. Later flags of an arm win over earlier ones."""
+
+ARMS |= {
+    "narrow": Arm("a dense model to convert, its MLPs as wide as an expert", **_DENSE),
+    "narrow-continued": Arm("it goes on as it is", **_DENSE, after="narrow"),
+    "from-dense": _scmoe(
+        "it goes on as pos2",
+        "--scmoe-tap pos2",
+        after="narrow",
+        conversion="--num-experts 8 --topk 1 --init drop",
+    ),
+    "top2-continued": Arm(
+        "top-2 goes on as it is",
+        "--moe-router-topk 2",
+        chosen=2,
+        shared=False,
+        stock=True,
+        after="top2",
+    ),
+    "from-top2": Arm(
+        "top-2 goes on with its experts behind a tap; it has no shared expert",
+        "--moe-router-topk 2 --scmoe-tap pos2 --scmoe-combine add",
+        chosen=2,
+        shared=False,
+        after="top2",
+        conversion="--tap pos2",
+    ),
+}
+"""And two models with what becomes of them: continued, and converted into ScMoE."""
+
+CONTINUED = {"from-dense": "narrow-continued", "from-top2": "top2-continued"}
+"""What a converted model is compared with: both see the same tokens."""
 
 
 def model_flags(arm: Arm, size: Size, on_cpu: bool) -> list[str]:
@@ -193,7 +232,7 @@ def _parameters(arm: Arm, size: Size, experts: int) -> int:
     h, mlp = size.hidden, 3 * size.hidden * size.ffn
     common = size.blocks * (4 * h * h + 2 * h) + h  # attentions, norms, the last norm
     if not arm.experts:
-        return common + size.blocks * mlp * 3 // 2
+        return common + int(size.blocks * mlp * arm.dense_share)
     pair = mlp + mlp * arm.expert_width * (experts + arm.shared)
     pair += h * (arm.experts + flag(arm, "--scmoe-zero-experts", 0))  # router
     if not arm.stock:
@@ -201,6 +240,7 @@ def _parameters(arm: Arm, size: Size, experts: int) -> int:
         pair += {"add": 0, "cg1": h, "cg2": 2 * h}[combine]
         pair += h * ("--scmoe-router-norm shared" not in arm.flags)
         pair += h * ("--scmoe-post-norm" in arm.flags)
+        pair -= h * (not arm.shared)  # nothing reads the norm behind the second attention
     pair += h * ("--moe-shared-expert-gate" in arm.flags)
     return common + size.pairs * pair
 

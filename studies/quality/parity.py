@@ -69,9 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         "arms": {},
     }
     for name in args.arms:
-        run = Run(
-            name, args.size, args.seed, args.steps * size.batch * size.sequence, size.learning_rate
-        )
+        run = Run(name, args.size, args.seed, tokens, size.learning_rate)
         record = recorded(run, args.tokens, args.bf16)
         curves = {"run": record["losses"]}
         for label, precision in (("plain", "fp32"), ("rounded", "bf16" if args.bf16 else "fp64")):
@@ -86,8 +84,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def comparable() -> list[str]:
-    """The arms that the plain optimizer can train: all but those whose router has a bias that moves."""
-    return [name for name, arm in ARMS.items() if "--scmoe-expert-bias" not in arm.flags]
+    """The arms that the plain optimizer can train: from nothing, and without a bias that moves."""
+    return [
+        name
+        for name, arm in ARMS.items()
+        if not arm.after and "--scmoe-expert-bias" not in arm.flags
+    ]
 
 
 def recorded(run: Run, tokens: Path, on_gpu: bool) -> dict:

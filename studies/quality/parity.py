@@ -21,6 +21,7 @@ import torch
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
 from studies.quality.arms import ARMS, SIZES, Size, flag
+from studies.quality.report_parity import differences
 from studies.quality.run import Run, command, environment, versions
 from tests.reference import ReferenceConfig, ReferenceScMoE, load_megatron_state
 
@@ -190,11 +191,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
         return peak * step / warm_up
     share = (step - warm_up) / (steps - warm_up)
     return peak / 10 + (peak - peak / 10) * (1 + math.cos(math.pi * share)) / 2
-
-
-def differences(curve: list[float], other: list[float]) -> list[float]:
-    """Relative, step by step."""
-    return [abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True)]
 
 
 def _rounded(losses: list[float]) -> list[float]:

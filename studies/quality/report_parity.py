@@ -65,5 +65,5 @@ def draw(results: list[dict], path: Path) -> None:
             axis.set_xlabel("step")
             axis.legend(fontsize="small")
     with atomic_write(path) as (file,):
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=80)
     pyplot.close(figure)

@@ -168,8 +168,12 @@ def runs(args) -> list[Run]:
 
 def with_bases(left: list[Run], checkpoints: Path) -> list[Run]:
     """The runs, with those before them whose weights they start from and that are not there."""
-    bases = [run.base for run in left if run.base and not has_weights(run.base, checkpoints)]
-    return list(dict.fromkeys([*bases, *left]))
+    found: list[Run] = []
+    for run in left:
+        if run.base and not has_weights(run.base, checkpoints):
+            found.append(run.base)
+        found.append(run)
+    return list(dict.fromkeys(found))
 
 
 def has_weights(run: Run, checkpoints: Path) -> bool:

@@ -106,7 +106,7 @@ def draw(results: list[dict], path: Path) -> None:
 
 def _key(result: dict, arm: str) -> tuple:
     same = ("size", "seed", "base_tokens", "tokens_asked", "learning_rate")
-    return (arm, *(result[name] for name in same))
+    return (arm, *(result.get(name) for name in same))
 
 
 def _groups(results: list[dict]) -> dict[tuple, list[tuple[dict, dict]]]:

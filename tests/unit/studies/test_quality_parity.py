@@ -22,7 +22,8 @@ def tokens(tmp_path):
 
 
 def test_the_projects_training_is_that_of_a_plain_model(tokens, tmp_path, monkeypatch):
-    """Six steps in fp32, warm-up and clipping in them: losses are equal to some roundings."""
+    """Six steps in fp32: equal to three roundings. Gradients not clipped, or norms that decay, give
+    a difference of 2e-6 or more; no auxiliary loss 1e-5; another learning rate 1e-2."""
     processes = SimpleNamespace(run=forked.run, PIPE=None, STDOUT=None)
     monkeypatch.setattr(parity, "subprocess", processes)
     parity.main(f"--tokens {tokens} --steps 6 --out {tmp_path / 'parity.json'}".split())
@@ -30,8 +31,8 @@ def test_the_projects_training_is_that_of_a_plain_model(tokens, tmp_path, monkey
     assert set(result["arms"]) == {"pos2", "top2"}
     for curves in result["arms"].values():
         assert len(curves["run"]) == 6
-        assert curves["run"][-1] < curves["run"][0] - 0.05
-        assert curves["run"] == pytest.approx(curves["plain"], rel=1e-6)
+        assert curves["run"][-1] < curves["run"][0]
+        assert curves["run"] == pytest.approx(curves["plain"], rel=3e-7)
         assert curves["plain"] == pytest.approx(curves["rounded"], rel=1e-5)
 
 

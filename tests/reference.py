@@ -197,6 +197,7 @@ class ReferenceScMoE(nn.Module):
 
         h = self.final_norm(h)
         logits = h @ self.word_embedding.weight.T if self.head is None else self.head(h)
+        logits = logits.to(self.word_embedding.weight.dtype)  # autocast has another
         log_probabilities = torch.log_softmax(logits, dim=-1)
         of_labels = log_probabilities.gather(-1, labels.unsqueeze(-1))
         return Evaluation(
@@ -312,7 +313,7 @@ class MoE(nn.Module):
         for i, expert in enumerate([*self.experts, *zero_experts]):
             token, choice = (routing.chosen == i).nonzero(as_tuple=True)
             weighted = routing.weights[token, choice].unsqueeze(-1) * expert(t[token])
-            total = total.index_add(0, token, weighted)
+            total = total.index_add(0, token, weighted.to(total.dtype))  # autocast has another
         return total
 
 

@@ -46,7 +46,7 @@ SIZES = {
     "10m": Size(8, 256, 4, learning_rate=2e-3, tokens=100_000_000),
     "30m": Size(12, 384, 6, learning_rate=1.5e-3, tokens=100_000_000),
     "90m": Size(12, 640, 10, learning_rate=1e-3, tokens=100_000_000),
-    "tiny": Size(2, 64, 2, 2e-3, tokens=20_000, batch=4, sequence=64, vocabulary=512),
+    "tiny": Size(2, 64, 2, 2e-3, tokens=20_000, batch=4, sequence=64),
 }
 """By active parameters, embeddings left out; ``tiny`` tries the programs out."""
 
@@ -63,6 +63,9 @@ class Arm:
         expert_width: of an expert, in F.
         shared: whether there is a shared expert.
         stock: whether it is Megatron's own model.
+        dense_share: width of a dense MLP, in F.
+        after: the arm whose trained weights it starts from; without, it starts from nothing.
+        conversion: flags of ``tools/convert.py upcycle`` that make it of those.
     """
 
     question: str
@@ -72,14 +75,23 @@ class Arm:
     expert_width: int = 1
     shared: bool = True
     stock: bool = False
+    dense_share: float = 1.0
+    after: str = ""
+    conversion: str = ""
+
+    def dense_width(self, size: Size) -> int:
+        """Width of a dense MLP."""
+        return int(size.ffn * self.dense_share)
 
 
 def _scmoe(question: str, flags: str, **other) -> Arm:
     return Arm(question, f"{_SHARED} {flags}", **other)
 
 
+_DENSE = {"experts": 0, "chosen": 0, "shared": False, "stock": True}
+
 ARMS = {
-    "dense": Arm("what experts give", experts=0, chosen=0, shared=False, stock=True),
+    "dense": Arm("what experts give", **_DENSE, dense_share=1.5),
     "top1": Arm(
         "one wide expert",
         "--moe-router-topk 1 --moe-router-pre-softmax",
@@ -125,15 +137,45 @@ ARMS = {
         "seven routed experts: as many parameters in all as top-2", "--scmoe-tap pos2", experts=7
     ),
 }
-"""All arms by name. Later flags of an arm win over earlier ones."""
+"""The arms that start from nothing. Later flags of an arm win over earlier ones."""
+
+ARMS |= {
+    "narrow": Arm("a dense model to convert, its MLPs as wide as an expert", **_DENSE),
+    "narrow-continued": Arm("it goes on as it is", **_DENSE, after="narrow"),
+    "from-dense": _scmoe(
+        "it goes on as pos2",
+        "--scmoe-tap pos2",
+        after="narrow",
+        conversion="--num-experts 8 --topk 1 --init drop",
+    ),
+    "top2-continued": Arm(
+        "top-2 goes on as it is",
+        "--moe-router-topk 2",
+        chosen=2,
+        shared=False,
+        stock=True,
+        after="top2",
+    ),
+    "from-top2": Arm(
+        "top-2 goes on with its experts behind a tap; it has no shared expert",
+        "--moe-router-topk 2 --scmoe-tap pos2 --scmoe-combine add",
+        chosen=2,
+        shared=False,
+        after="top2",
+        conversion="--tap pos2",
+    ),
+}
+"""And two models with what becomes of them: continued, and converted into ScMoE."""
+
+CONTINUED = {"from-dense": "narrow-continued", "from-top2": "top2-continued"}
+"""What a converted model is compared with: both see the same tokens."""
 
 
 def model_flags(arm: Arm, size: Size, on_cpu: bool) -> list[str]:
     """The words that say what the model is."""
-    ffn = size.ffn if arm.experts else size.ffn * 3 // 2
     words = (
         f"--num-layers {size.blocks} --hidden-size {size.hidden} "
-        f"--num-attention-heads {size.heads} --ffn-hidden-size {ffn} "
+        f"--num-attention-heads {size.heads} --ffn-hidden-size {arm.dense_width(size)} "
         f"--seq-length {size.sequence} --max-position-embeddings {size.sequence} "
         "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
         "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 "
@@ -167,6 +209,12 @@ def iterations(size: Size, tokens: int) -> int:
     return -(-tokens // (size.batch * size.sequence))
 
 
+def flag(arm: Arm, name: str, default):
+    """The value of a flag of an arm, of the default's type."""
+    words = arm.flags.split()
+    return type(default)(words[words.index(name) + 1]) if name in words else default
+
+
 def active_parameters(arm: Arm, size: Size) -> int:
     """Parameters that a token passes, embedding and output layer (tied) left out.
 
@@ -184,22 +232,17 @@ def _parameters(arm: Arm, size: Size, experts: int) -> int:
     h, mlp = size.hidden, 3 * size.hidden * size.ffn
     common = size.blocks * (4 * h * h + 2 * h) + h  # attentions, norms, the last norm
     if not arm.experts:
-        return common + size.blocks * mlp * 3 // 2
+        return common + int(size.blocks * mlp * arm.dense_share)
     pair = mlp + mlp * arm.expert_width * (experts + arm.shared)
-    pair += h * (arm.experts + _flag(arm, "--scmoe-zero-experts", 0))  # router
+    pair += h * (arm.experts + flag(arm, "--scmoe-zero-experts", 0))  # router
     if not arm.stock:
-        combine = _flag(arm, "--scmoe-combine", "cg1")
+        combine = flag(arm, "--scmoe-combine", "cg1")
         pair += {"add": 0, "cg1": h, "cg2": 2 * h}[combine]
         pair += h * ("--scmoe-router-norm shared" not in arm.flags)
         pair += h * ("--scmoe-post-norm" in arm.flags)
+        pair -= h * (not arm.shared)  # nothing reads the norm behind the second attention
     pair += h * ("--moe-shared-expert-gate" in arm.flags)
     return common + size.pairs * pair
-
-
-def _flag(arm: Arm, name: str, default):
-    """The value of a flag of an arm, of the default's type."""
-    words = arm.flags.split()
-    return type(default)(words[words.index(name) + 1]) if name in words else default
 
 
 def _kernels(arm: Arm, on_cpu: bool) -> str:

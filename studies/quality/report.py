@@ -2,7 +2,8 @@
 
     python -m studies.quality.report
 
-reads results/*.json beside this file and writes RESULTS.md and results.png there.
+reads results/*.json and results/parity/*.json beside this file and writes RESULTS.md, results.png,
+conversion.png and parity.png there.
 """
 
 import json
@@ -14,6 +15,7 @@ from statistics import mean, stdev
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
+from studies.quality import report_conversion, report_parity
 from studies.quality.arms import ARMS, SIZES
 
 HERE = Path(__file__).parent
@@ -30,18 +32,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md", help="written")
     parser.add_argument("--picture", type=Path, default=HERE / "results.png", help="written")
     args = parser.parse_args(argv)
-    results = read(args.results)
-    if not results:
+    results, parity = read(args.results), read(args.results / "parity")
+    if not results and not parity:
         raise UsageError(f"--results {args.results}: it has no results")
+    conversion, of_parity = (args.picture.with_stem(name) for name in ("conversion", "parity"))
+    parts = [
+        page(from_nothing(results), args.picture.name),
+        report_conversion.section(results, conversion.name),
+        report_parity.section(parity, of_parity.name),
+    ]
     with atomic_write(args.page) as (file,):
-        file.write_text(page(results, args.picture.name))
-    draw(results, args.picture)
-    print(f"wrote {args.page} and {args.picture}")
+        file.write_text("\n\n".join(part.rstrip("\n") for part in parts if part) + "\n")
+    _draw_all(results, parity, args.picture, conversion, of_parity)
+    print(f"wrote {args.page} and its pictures")
 
 
 def read(folder: Path) -> list[dict]:
     """The results in a folder, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def from_nothing(results: list[dict]) -> list[dict]:
+    """Those that start from no other run's weights."""
+    return [result for result in results if not result.get("after")]
 
 
 def loss(result: dict, source: str | None = None) -> float:
@@ -79,8 +92,9 @@ def page(results: list[dict], picture: str) -> str:
         "a token on text that no model has seen, the mean of the sources. *Difference* is to "
         f"`{BASELINE}` with the same seed, so the same data order; behind it half the 95 % confidence "
         "interval over seeds. Negative is better.",
-        f"![Loss by arm, and its way there]({picture})",
     ]
+    if results:
+        parts.append(f"![Loss by arm, and its way there]({picture})")
     for (size, tokens), group in sorted(_by_size(results).items(), key=_in_order):
         title = f"## {size}, {tokens / 1e6:g} million tokens"
         parts += [title, _table(_at_the_usual_rate(group, size)), _by_source(group, size)]
@@ -90,9 +104,6 @@ def page(results: list[dict], picture: str) -> str:
 
 def draw(results: list[dict], path: Path) -> None:
     """Left: difference to the baseline by arm, a dot a seed. Right: loss against tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     groups = sorted(_by_size(results).items(), key=_in_order)
@@ -123,6 +134,20 @@ def draw(results: list[dict], path: Path) -> None:
     with atomic_write(path) as (file,):
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def _draw_all(
+    results: list[dict], parity: list[dict], path: Path, of_conversion: Path, of_parity: Path
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if from_nothing(results):
+        draw(from_nothing(results), path)
+    if report_conversion.pairs(results):
+        report_conversion.draw(results, of_conversion)
+    if parity:
+        report_parity.draw(parity, of_parity)
 
 
 def _by_size(results: list[dict]) -> dict[tuple[str, int], list[dict]]:

@@ -6,6 +6,9 @@
 A run whose result is in RESULTS, or in the repository's results, is not done again: give the same
 command until nothing is left. What the limit cuts off leaves nothing. With --gpus 0 runs are on the
 CPU.
+
+Arms that continue or convert another one's weights have it trained first, and its weights kept in
+--checkpoints until you remove them.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +36,12 @@ RESULTS = HERE / "results"
 TRAIN = "studies.quality.train"
 """The module that does one run."""
 
+CONVERT = str(HERE.parents[1] / "tools" / "convert.py")
+"""The script that makes one model of another."""
+
+OTHER_ORDER = 1000
+"""Added to the seed of a run that starts from another one's weights: a new order of the text."""
+
 POLL_S = 0.2
 LAST_WORDS = 15
 """Lines of the log of a run that failed which are shown."""
@@ -46,19 +56,31 @@ class Run:
     seed: int
     tokens: int
     learning_rate: float
+    base_tokens: int = 0
+    """Of the run whose weights it starts from."""
 
     @property
     def name(self) -> str:
         """Of its result; two runs with one name are the same."""
         millions = f"{self.tokens / 1e6:g}M"
+        if self.base_tokens:
+            millions += f"-after-{self.base_tokens / 1e6:g}M"
         return f"{self.size}-{self.arm}-{millions}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def base(self) -> "Run | None":
+        """The run whose weights it starts from."""
+        if not ARMS[self.arm].after:
+            return None
+        rate = SIZES[self.size].learning_rate
+        return Run(ARMS[self.arm].after, self.size, self.seed, self.base_tokens, rate)
 
     def flags(self, on_cpu: bool) -> list[str]:
         """Of the pretraining script, without the data."""
-        size = SIZES[self.size]
+        size, seed = SIZES[self.size], self.seed + OTHER_ORDER * (self.base_tokens > 0)
         return [
             *model_flags(ARMS[self.arm], size, on_cpu),
-            *flags_of_training(size, self.seed, self.tokens, self.learning_rate),
+            *flags_of_training(size, seed, self.tokens, self.learning_rate),
         ]
 
     def describe(self) -> dict:
@@ -70,6 +92,8 @@ class Run:
             "seed": self.seed,
             "learning_rate": self.learning_rate,
             "tokens_asked": self.tokens,
+            "after": ARMS[self.arm].after,
+            "base_tokens": self.base_tokens,
             "active_parameters": active_parameters(arm, size),
             "total_parameters": total_parameters(arm, size),
             "embedding_parameters": size.vocabulary * size.hidden,
@@ -85,9 +109,25 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", nargs="+", type=int, default=[1], help="of weights and data order"
     )
     parser.add_argument("--size", nargs="+", default=["10m"], choices=list(SIZES), help="sizes")
-    parser.add_argument("--train-tokens", type=positive, metavar="N", help="default: of the size")
+    parser.add_argument(
+        "--train-tokens",
+        type=positive,
+        metavar="N",
+        help="default: of the size; half of it if continued or converted",
+    )
+    parser.add_argument(
+        "--base-tokens",
+        type=positive,
+        metavar="N",
+        help="of the runs that continued and converted arms start from (default: of the size)",
+    )
     parser.add_argument("--lr", nargs="+", type=float, metavar="RATE", help="default: of the size")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        help="folder of the weights that others start from (default: checkpoints in --out)",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="0 for the CPU")
     parser.add_argument("--jobs-per-gpu", type=positive, default=1, metavar="N", help="at once")
     parser.add_argument("--time-limit", type=float, default=1e9, metavar="S", help="for all runs")
@@ -98,12 +138,13 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.tokens / "train_text_document.idx").is_file():
         raise UsageError(f"--tokens {args.tokens}: it has no train_text_document.idx of data.py")
     args.out.mkdir(parents=True, exist_ok=True)
-    left = [run for run in runs(args) if not is_done(run, args.out)]
+    args.checkpoints = (args.checkpoints or args.out / "checkpoints").absolute()
+    left = with_bases([run for run in runs(args) if not is_done(run, args.out)], args.checkpoints)
     if args.dry_run:
         print("\n".join([run.name for run in left] or ["nothing is left to do"]))
         return
     failed = work(left, args, time.monotonic() + args.time_limit)
-    undone = [run.name for run in left if not is_done(run, args.out)]
+    undone = with_bases([run for run in left if not is_done(run, args.out)], args.checkpoints)
     print(
         f"done: {len(left) - len(undone)}, failed: {len(failed)}, left: {len(undone)}", flush=True
     )
@@ -117,9 +158,27 @@ def runs(args) -> list[Run]:
     for size, seed, rate, arm in itertools.product(
         args.size, args.seeds, args.lr or [None], args.arms
     ):
-        tokens = args.train_tokens or SIZES[size].tokens
-        found.append(Run(arm, size, seed, tokens, rate or SIZES[size].learning_rate))
+        usual, base_tokens = SIZES[size].tokens, 0
+        if ARMS[arm].after:
+            usual, base_tokens = usual // 2, args.base_tokens or usual
+        tokens = args.train_tokens or usual
+        found.append(Run(arm, size, seed, tokens, rate or SIZES[size].learning_rate, base_tokens))
     return found
+
+
+def with_bases(left: list[Run], checkpoints: Path) -> list[Run]:
+    """The runs, with those before them whose weights they start from and that are not there."""
+    found: list[Run] = []
+    for run in left:
+        if run.base and not has_weights(run.base, checkpoints):
+            found.append(run.base)
+        found.append(run)
+    return list(dict.fromkeys(found))
+
+
+def has_weights(run: Run, checkpoints: Path) -> bool:
+    """Whether its weights were kept."""
+    return (checkpoints / run.name).is_dir()
 
 
 def is_done(run: Run, out: Path) -> bool:
@@ -134,6 +193,7 @@ def work(left: list[Run], args, deadline: float) -> list[str]:
         Names of the runs that failed.
     """
     slots = max(1, args.gpus) * args.jobs_per_gpu
+    bases = {run.base for run in left if run.base and not has_weights(run.base, args.checkpoints)}
     queue, failed = list(left), []
     busy: dict[int, _Process] = {}
     took: dict[tuple[str, int], float] = {}  # the longest of a size and length
@@ -142,11 +202,15 @@ def work(left: list[Run], args, deadline: float) -> list[str]:
             now = time.monotonic()
             for slot in [slot for slot in range(slots) if slot not in busy]:
                 fits = [
-                    run for run in queue if now + took.get((run.size, run.tokens), 0.0) < deadline
+                    run
+                    for run in queue
+                    if now + took.get((run.size, run.tokens), 0.0) < deadline
+                    and (run.base is None or has_weights(run.base, args.checkpoints))
                 ]
                 if fits:
-                    queue.remove(fits[0])
-                    busy[slot] = _Process(fits[0], slot % max(1, args.gpus), args)
+                    run, gpu = fits[0], slot % max(1, args.gpus)
+                    queue.remove(run)
+                    busy[slot] = _Process(run, gpu, args, keep=run in bases)
             if not busy or now >= deadline:
                 break
             for slot, process in list(busy.items()):
@@ -169,30 +233,66 @@ def work(left: list[Run], args, deadline: float) -> list[str]:
     return failed
 
 
+def command(module: str, result: Path, tokens: Path, arm: str, flags: list[str]) -> list[str]:
+    """Of a module that trains an arm and writes a result, as train.py does."""
+    kind = "stock" if ARMS[arm].stock else "scmoe"
+    words = [sys.executable, "-W", "ignore", "-m", module, str(result), str(tokens.absolute())]
+    return [*words, kind, *flags]
+
+
+def environment(gpu: int | None) -> dict[str, str]:
+    """Of such a process: on one GPU, or on the CPU (None)."""
+    where = {"SCMOE_CPU": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
+    return os.environ | where | others
+
+
 class _Process:
     """A run on its way, in a folder of its own that goes with it."""
 
-    def __init__(self, run: Run, gpu: int, args):
+    def __init__(self, run: Run, gpu: int, args, keep: bool):
         self.run, self._begin = run, time.monotonic()
         self._flags = run.flags(on_cpu=args.gpus == 0)
         self._folder = tempfile.TemporaryDirectory(prefix="quality-")
         self._facts = Path(self._folder.name) / "facts.json"
         self._log = (args.log or Path(self._folder.name)) / f"{run.name}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        where = {"SCMOE_CPU": "1"} if args.gpus == 0 else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-        path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-        others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
-        kind = "stock" if ARMS[run.arm].stock else "scmoe"
-        words = [sys.executable, "-W", "ignore", "-m", TRAIN, str(self._facts)]
-        with open(self._log, "w") as log:
-            self._process = subprocess.Popen(
-                [*words, str(args.tokens.absolute()), kind, *self._flags],
+        self._log.write_text("")
+        self._environment = environment(None if args.gpus == 0 else gpu)
+        self._checkpoint = args.checkpoints / run.name if keep else None
+        flags, self._commands = list(self._flags), []
+        if run.base is not None:
+            load = args.checkpoints / run.base.name
+            if words := ARMS[run.arm].conversion.split():
+                converted = Path(self._folder.name) / "converted"
+                words += ["--seed", str(run.seed), "--input", str(load), "--save", str(converted)]
+                self._commands.append([sys.executable, "-W", "ignore", CONVERT, "upcycle", *words])
+                load = converted
+            flags += ["--load", str(load), "--finetune"]
+        if self._checkpoint is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            flags += f"--save {self._partial} --save-interval 1000000 --no-save-optim".split()
+        self._commands.append(command(TRAIN, self._facts, args.tokens, run.arm, flags))
+        self._process = self._next()
+        print(f"begins: {run.name}", flush=True)
+
+    @property
+    def _partial(self) -> Path:
+        """Where weights are until they are all there."""
+        assert self._checkpoint is not None
+        return self._checkpoint.with_suffix(self._checkpoint.suffix + ".partial")
+
+    def _next(self) -> subprocess.Popen:
+        """Start the next of its commands."""
+        with open(self._log, "a") as log:
+            return subprocess.Popen(
+                self._commands.pop(0),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder.name,
-                env=os.environ | where | others,
+                env=self._environment,
             )
-        print(f"begins: {run.name}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -201,10 +301,14 @@ class _Process:
 
     def poll(self) -> int | None:
         """Its exit status, None while it runs."""
+        if self._process.poll() == 0 and self._commands:
+            self._process = self._next()
         return self._process.poll()
 
     def store(self, out: Path) -> None:
-        """Write the result, whole or not at all."""
+        """Write the result, whole or not at all; and the weights, if others start from them."""
+        if self._checkpoint is not None:
+            os.replace(self._partial, self._checkpoint)
         facts = json.loads(self._facts.read_text())
         about = self.run.describe() | {
             "flags": self._flags,
@@ -240,7 +344,9 @@ class _Process:
         self.close()
 
     def close(self) -> None:
-        """Remove its folder."""
+        """Remove its folder, and weights that are not all there."""
+        if self._checkpoint is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
         self._folder.cleanup()
 
 

@@ -3,7 +3,8 @@
     python -m studies.quality.train FACTS TOKENS scmoe|stock FLAGS ...
 
 TOKENS is the folder that data.py has packed. FLAGS are of the pretraining script; ``--data-path`` is
-added here. Into FACTS goes what was found, as JSON. Nothing else is written: there are no checkpoints.
+added here. Into FACTS goes what was found, as JSON. Without ``--save``
+nothing else is written.
 """
 
 import json
@@ -21,10 +22,11 @@ EVERY = 10
 """Iterations that one entry of the stored curves is of."""
 
 CURVE_POINTS = 10
-"""How often a part of the held-out text is evaluated on the way."""
+"""How often a part of the held-out text is evaluated on the way; twice as often with ``--load``, and
+at the start."""
 
 CURVE_ROWS = 128
-"""Rows of each source of that part."""
+"""Rows of each source of that part. On a CPU, where runs are tries, the end has no more either."""
 
 EVALUATED_ROWS = 32
 """Rows evaluated at once."""
@@ -35,9 +37,25 @@ WARM_UP = 10
 
 def main(facts: Path, tokens: Path, kind: str) -> None:
     """Train as the flags in ``sys.argv`` say, evaluate, write the facts."""
-    cpu_backend.choose()  # before anything of Megatron is imported
-    log_filters.install()
+    prepare()
     run = _Run(tokens)
+    start(tokens, kind)
+    facts.write_text(json.dumps(run.facts))
+
+
+def prepare() -> None:
+    """Before anything of Megatron is imported."""
+    cpu_backend.choose()
+    log_filters.install()
+
+
+def start(tokens: Path, kind: str) -> None:
+    """Run the pretraining script on the training text, as the flags in ``sys.argv`` say.
+
+    Args:
+        tokens: the folder that data.py has packed.
+        kind: ``scmoe``, or ``stock`` for Megatron's own model.
+    """
     with (
         tempfile.TemporaryDirectory() as cache
     ):  # indices of the data: runs beside this one have theirs
@@ -47,7 +65,6 @@ def main(facts: Path, tokens: Path, kind: str) -> None:
         else:
             from megatron_scmoe.training import stock as loop  # type: ignore[no-redef]
         loop.main()
-    facts.write_text(json.dumps(run.facts))
 
 
 class _Run:
@@ -71,6 +88,8 @@ class _Run:
         from megatron.training import get_args
 
         self._model = model[0].module  # without the wrapper that reduces gradients
+        if get_args().load:
+            self._add_to_curve(0)
         done = self._train(forward_step, model, *args, **kwargs)
         self._collect(get_args())
         return done
@@ -82,14 +101,19 @@ class _Run:
         self._times.append(time.perf_counter())
         self._losses.append(losses["lm loss"].detach().clone())
         self._norms.append(float(norm))
-        last, step = get_args().train_iters, max(1, get_args().train_iters // CURVE_POINTS)
-        if iteration % step == 0 and iteration < last:
-            found = self._evaluate(get_args(), CURVE_ROWS)
-            mean = float(np.mean([source["loss"] for source in found.values()]))
-            self._curve.append((iteration, round(mean, 5)))
+        last, points = get_args().train_iters, CURVE_POINTS * (2 if get_args().load else 1)
+        if iteration % max(1, last // points) == 0 and iteration < last:
+            self._add_to_curve(iteration)
         return self._log(
             losses, total, rate, iteration, scale, memory, skipped, norm, *rest, **more
         )
+
+    def _add_to_curve(self, iteration: int) -> None:
+        from megatron.training import get_args
+
+        found = self._evaluate(get_args(), CURVE_ROWS)
+        mean = float(np.mean([source["loss"] for source in found.values()]))
+        self._curve.append((iteration, round(mean, 5)))
 
     def _evaluate(self, args, rows: int | None = None) -> dict[str, dict]:
         """Loss in nats a token, and tokens, by source; of the first ``rows`` rows of each."""
@@ -120,7 +144,7 @@ class _Run:
         losses = [float(loss) for loss in self._losses]
         vocabulary = self._tokens / "tokenizer.vocab"
         with Watch(self._model) as watch, Guesses(self._model, vocabulary) as guesses:
-            validation = self._evaluate(args)
+            validation = self._evaluate(args, CURVE_ROWS if cpu_backend.is_enabled() else None)
         mean = float(np.mean([source["loss"] for source in validation.values()]))
         self._curve.append((len(losses), round(mean, 5)))
         steps = np.diff(self._times)[min(WARM_UP, max(0, len(self._times) - 2)) :]

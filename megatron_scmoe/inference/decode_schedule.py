@@ -63,8 +63,8 @@ class Decode:
         Args:
             texts: how many texts of all ranks have one; the same number on every rank.
         """
-        trial = self._trials.setdefault(texts.bit_length(), _Trial())
-        name = self._wanted if self._wanted != AUTO else trial.kept or trial.left[0]
+        tried = self._trials.setdefault(texts.bit_length(), _Trial())
+        name = self._wanted if self._wanted != AUTO else tried.kept or tried.left[0]
         self._set(name)
         began = clock()
         try:
@@ -72,17 +72,17 @@ class Decode:
             took = clock() - began
         finally:
             self._set(OVERLAPPED)
-        if self._wanted == AUTO and trial.kept is None:
-            trial.took[trial.left.pop(0)].append(took)
-            if not trial.left:
-                trial.kept = _faster(trial)
+        if self._wanted == AUTO and tried.kept is None:
+            tried.took[tried.left.pop(0)].append(took)
+            if not tried.left:
+                tried.kept = _faster(tried)
 
     def kept(self) -> dict[str, str]:
-        """What was kept, by the number of texts as one would say it: ``9 to 15``, ``1``."""
+        """What was kept, by the number of texts as one would say it: ``8 to 15``, ``1``."""
         return {
-            _texts(bits): trial.kept
-            for bits, trial in sorted(self._trials.items())
-            if trial.kept is not None
+            _texts(bits): tried.kept
+            for bits, tried in sorted(self._trials.items())
+            if tried.kept is not None
         }
 
     def _set(self, name: str) -> None:
@@ -90,10 +90,10 @@ class Decode:
             layer.path.schedule = schedule
 
 
-def _faster(trial: _Trial) -> str:
+def _faster(tried: _Trial) -> str:
     """The schedule whose tokens took less time on the slowest rank; the median of each counts."""
-    names = list(trial.took)
-    medians = [statistics.median(trial.took[name][1:]) for name in names]
+    names = list(tried.took)
+    medians = [statistics.median(tried.took[name][1:]) for name in names]
     slowest = torch.tensor(medians, dtype=torch.float64).cuda()
     torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
     return names[int(slowest.argmin())]

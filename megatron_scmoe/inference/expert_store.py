@@ -66,8 +66,8 @@ class Packing:
         Args:
             weights: those of all experts of a layer, by name, [experts, ...].
         """
-        for name, view in self.views(memory).items():
-            view.copy_(weights[name].index(expert).load())
+        for name, weight in self.views(memory).items():
+            weight.copy_(weights[name].index(expert).load())
 
     def _places(self) -> list[tuple[int, int]]:
         """Where each weight begins and ends."""

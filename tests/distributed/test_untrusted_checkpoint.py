@@ -57,7 +57,7 @@ def harm(folder: Path, part: str, file: Path) -> None:
 @pytest.mark.parametrize("part", ["common_state", "rng_state"])
 def test_training_executes_nothing_of_it(part, folder, tmp_path):
     harm(folder, part, tmp_path / "executed")
-    run = harness.run_pretrain([*FLAGS, "--load", str(folder)])
+    run = harness.run_pretrain([*FLAGS, "--load", str(folder), "--no-scmoe-verify-checkpoint"])
     assert not (tmp_path / "executed").exists()
     assert run.status != 0
     assert "posix.system" in run.output

@@ -146,9 +146,8 @@ def test_a_model_is_trained_on_them_and_evaluated_by_source(built):
     assert {name: found["tokens"] + 1 for name, found in result["validation"].items()} == {
         name: source["tokens"] for name, source in held_out.items()
     }
-    assert all(
-        8.5 < found["loss"] < 9.5 for found in result["validation"].values()
-    )  # log 8192 is 9.0
+    losses = [found["loss"] for found in result["validation"].values()]
+    assert all(7 < loss < 9.5 for loss in losses), losses  # log 8192 is 9.0
     assert result["parameters"] == result["total_parameters"] + result["embedding_parameters"]
     assert result["routers"]["1"]["experts_per_token"] == 1
     assert 0 < result["gates"]["1"][0] < 1

@@ -156,7 +156,7 @@ def run(
             ended = time.monotonic()
             assert process.exitcode is not None, f"it goes on\n{screen.text[-3000:]}"
             left = _who_holds(output, 15)
-            assert not left, f"{left} outlived the job\n{screen.text[-3000:]}"
+            assert not left, f"{_described(left)} outlived the job\n{screen.text[-3000:]}"
         finally:
             done.set()
             reader.join()
@@ -183,6 +183,15 @@ def _read(output: Path, screen: Screen, done: threading.Event) -> None:
             if is_last:
                 return
             time.sleep(0.01)
+
+
+def _described(pids: list[int]) -> list[str]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            found.append(f"{pid} of {process.ppid()} ({process.status()}): {process.cmdline()}")
+    return found
 
 
 def _who_holds(output: Path, seconds: float = 0) -> list[int]:

@@ -18,7 +18,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.expert_flags import (
@@ -26,8 +25,8 @@ from megatron_scmoe.cli.expert_flags import (
     check_expert_flags,
     expert_offload,
 )
+from megatron_scmoe.cli.model_flags import add_model_flags, check_model_flags, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
-from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
@@ -43,11 +42,7 @@ NO_TERMINATION = -1
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Text that a checkpoint's model writes behind prompts.")
-    parser.add_argument(
-        "--load", required=True, metavar="CKPT",
-        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
-        "Face, which is converted for the while",
-    )  # fmt: skip
+    add_model_flags(parser)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the texts begin with")
     texts.add_argument(
@@ -93,25 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         "--top-n-logprobs", type=int, default=0, metavar="N",
         help="the N likeliest tokens in each place, with their log-probabilities",
     )  # fmt: skip
-    parser.add_argument(
-        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
-        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
-        "tries both on the first tokens and keeps the faster one (default: auto)",
-    )  # fmt: skip
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="prompts at once")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
-    )
-    parser.add_argument(
-        "--tokenizer-model", metavar="MODEL",
-        help="the tokenizer of --load, where it is not (any more) where training had it",
-    )  # fmt: skip
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
     add_expert_flags(parser)
-    for kind in ("tensor", "pipeline", "expert"):
-        parser.add_argument(
-            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
-        )
     args = parser.parse_args(argv)
     check_flags(args)
     prompts = read_prompts(args)
@@ -122,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: Namespace) -> None:
     """Refuse what cannot work before seconds go into imports; settle --top_k."""
-    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
-    for name in ("num_tokens_to_generate", "micro_batch", *layout):
+    check_model_flags(args)
+    for name in ("num_tokens_to_generate", "micro_batch"):
         if getattr(args, name) < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: accepted is 1 or more"
@@ -237,13 +215,8 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
         return_log_probs=args.return_log_probs,
         top_n_logprobs=args.top_n_logprobs,
     )
-    layout = load_model.Layout(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.expert_model_parallel_size,
-    )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout, dtype, elsewhere=offload)
+    model = load_model.build_model(checkpoint, layout(args), dtype, elsewhere=offload)
     if offload is not None:
         offload.attach(model, checkpoint.path, min(args.micro_batch, len(prompts)))
     decode = Decode(model, args.decode_schedule)

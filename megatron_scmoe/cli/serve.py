@@ -15,12 +15,11 @@ import sys
 import threading
 from argparse import Namespace
 from pathlib import Path
-from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.generate import check_model
+from megatron_scmoe.cli.model_flags import add_model_flags, check_model_flags, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
-from megatron_scmoe.config import AUTO, DecodeSchedule
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
 READERS_GRACE_S = 5
@@ -29,11 +28,7 @@ READERS_GRACE_S = 5
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Serve a checkpoint's model over HTTP, as OpenAI's API.")
-    parser.add_argument(
-        "--load", required=True, metavar="CKPT",
-        help="a Megatron checkpoint: what was --save, or an iter_ folder; or a model folder of Hugging "
-        "Face, which is converted for the while",
-    )  # fmt: skip
+    add_model_flags(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
         help="address to listen at; 0.0.0.0 is all of this machine",
@@ -55,30 +50,13 @@ def main(argv: list[str] | None = None) -> None:
         help="texts that may wait; a request with more is answered with status 429",
     )  # fmt: skip
     parser.add_argument(
-        "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
-        help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
-        "tries both on the first tokens and keeps the faster one (default: auto)",
-    )  # fmt: skip
-    parser.add_argument(
         "--timeout-graceful-shutdown", type=float, default=20, metavar="SECONDS",
         help="how long texts may still be written when the server is to end",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
-    )
-    parser.add_argument(
-        "--tokenizer-model", metavar="MODEL",
-        help="the tokenizer of --load, where it is not (any more) where training had it",
     )  # fmt: skip
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE",
         help="Jinja template that makes a chat a text (default: the tokenizer's, if it has one)",
     )  # fmt: skip
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
-    for kind in ("tensor", "pipeline", "expert"):
-        parser.add_argument(
-            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
-        )
     args = parser.parse_args(argv)
     check_flags(args)
     if not is_first_rank():
@@ -92,9 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: Namespace) -> None:
     """Refuse what cannot work before seconds go into imports."""
-    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    check_model_flags(args)
     for name, least in (
-        *((name, 1) for name in ("inference_max_requests", *layout)),
+        ("inference_max_requests", 1),
         ("inference_max_seq_length", 2),
         ("max_queue", 0),
         ("timeout_graceful_shutdown", 0),
@@ -165,13 +143,8 @@ def load_slots(args: Namespace, load: str):
     vocab_size = count_tokens(
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
     )
-    layout = load_model.Layout(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.expert_model_parallel_size,
-    )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout, dtype, local_attention=True)
+    model = load_model.build_model(checkpoint, layout(args), dtype, local_attention=True)
     size = args.inference_max_requests
     slots = Slots(model, vocab_size, size, length, args.decode_schedule)
     name = args.served_model_name or checkpoint.name

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 
 _PR_SET_PDEATHSIG = 1
 
@@ -16,5 +17,16 @@ def end_with_parent() -> None:
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it has ended before this call
+    if parent is None:
+        return
+    if not parent.is_alive():  # it has ended before this call
         os.kill(os.getpid(), signal.SIGKILL)
+    if (
+        parent.pid != os.getppid()
+    ):  # a fork server has started this process, and lives as long as it
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

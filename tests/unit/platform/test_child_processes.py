@@ -7,9 +7,10 @@ import sys
 import time
 
 import psutil
+import pytest
 
 RANK = """
-import multiprocessing, os, time
+import multiprocessing, os, sys, time
 from megatron_scmoe.platform.child_processes import end_with_parent
 
 def help():
@@ -17,13 +18,18 @@ def help():
     print(os.getpid(), flush=True)
     time.sleep(60)
 
-multiprocessing.get_context("fork").Process(target=help).start()
-time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context(sys.argv[1]).Process(target=help).start()
+    time.sleep(60)
 """
 
 
-def test_a_helper_of_a_killed_process_ends():
-    rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_helper_of_a_killed_process_ends(method, tmp_path):
+    """A fork server stands between them, and would live as long as the helper does."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    rank = subprocess.Popen([sys.executable, script, method], stdout=subprocess.PIPE, text=True)
     helper = psutil.Process(int(rank.stdout.readline()))
     os.kill(rank.pid, signal.SIGKILL)
     rank.wait()

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -26,13 +26,13 @@ SMALL += ["--batch-sizes", "1", "3", "--tokens", "2", "--context", "4"]
 )
 def test_what_cannot_be_measured_is_refused(words, message):
     with pytest.raises(UsageError, match=message):
-        benchmark("inference").parse(["--shape", "cpu", *words])
+        benchmark("inference_options").parse(["--shape", "cpu", *words])
 
 
 def test_experts_are_shared_by_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="3 ranks cannot share 8 experts"):
-        benchmark("inference").parse(["--shape", "cpu"])
+        benchmark("inference_options").parse(["--shape", "cpu"])
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def _measure() -> tuple[dict, bool]:
     models.init_parallel(2, ep=2)
     inference = benchmark("inference")
     options = inference.parse(SMALL)
-    options.sizes = inference.replace(options.sizes, hidden=64, sequence=8, vocab=64)
+    options.sizes = replace(options.sizes, hidden=64, sequence=8, vocab=64)
     scmoe = inference.ScMoEConfig(tap="pos2", combine="add")
     built = inference.build_all(options.systems, options.sizes, scmoe)
     with torch.no_grad(), InferenceMode.active():
@@ -96,7 +96,7 @@ def test_the_table_and_the_page_compare_with_each_other_system(tmp_path):
 def test_its_command_measures_the_same():
     words = shlex.split(benchmark("inference_page").command(result()).replace("\\\n", ""))
     given = words[words.index("benchmarks/inference.py") + 1 :]
-    options = benchmark("inference").parse(given)
+    options = benchmark("inference_options").parse(given)
     for name in ("shape", "batch_sizes", "context", "tokens", "rounds", "warmup", "tap", "slot"):
         assert getattr(options, name) == result()[name], name
     assert asdict(options.sizes) == result()["sizes"]

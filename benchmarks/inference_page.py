@@ -67,25 +67,18 @@ def command(result: dict) -> str:
 
 
 def _rows(result: dict) -> Iterator[str]:
-    systems = result["systems"]
+    systems, topk = result["systems"], result["sizes"]["topk"]
+    others = [other for other in OTHERS if {other, "scmoe"} <= systems.keys()]
+    heads = [system_name(system, topk, None) for system in systems]
+    heads += [f"over {system_name(other, topk, None)}" for other in others]
     names = {"prefill": "prefill_ms"}
     names |= {f"decode, {batch}": decode_key(batch) for batch in result["batch_sizes"]}
     rows = []
     for what, key in names.items():
         times = [f"{row[key]:.2f}" for row in systems.values()]
-        over = [
-            f"{systems[other][key] / systems['scmoe'][key]:.3f}x"
-            for other in OTHERS
-            if {other, "scmoe"} <= systems.keys()
-        ]
+        over = [f"{systems[other][key] / systems['scmoe'][key]:.3f}x" for other in others]
         rows.append([what, *times, *over])
-    heads = [system_name(system, result["sizes"]["topk"], None) for system in systems]
-    over = [
-        f"over {system_name(other, result['sizes']['topk'], None)}"
-        for other in OTHERS
-        if {other, "scmoe"} <= systems.keys()
-    ]
-    yield from table(["", *heads, *over], rows)
+    yield from table(["", *heads], rows)
 
 
 def _parts(result: dict) -> Iterator[str]:

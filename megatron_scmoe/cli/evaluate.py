@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.model_flags import LAYOUT, add_checkpoint_flags, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -57,21 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--limit", type=int, metavar="N", help="evaluate the first N sequences only"
     )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as stored)"
-    )
-    parser.add_argument(
-        "--tokenizer-model", metavar="MODEL",
-        help="the tokenizer of --load, where it is not (any more) where training had it",
-    )  # fmt: skip
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the last)")
+    add_checkpoint_flags(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code in the folder of --hf"
     )
-    for kind in ("tensor", "pipeline", "expert"):
-        parser.add_argument(
-            f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun"
-        )
     args = parser.parse_args(argv)
     check_flags(args, parser)
 
@@ -83,12 +73,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: Namespace, parser: OneLineParser) -> None:
     """Refuse what cannot work before seconds go into imports."""
-    layout = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
-    for name in ("sequence_length", "micro_batch", "limit", *layout):
+    for name in ("sequence_length", "micro_batch", "limit", *LAYOUT):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is 1 or more")
-    of_load = ("tokenizer_model", "ckpt_step", *layout)
+    of_load = ("tokenizer_model", "ckpt_step", *LAYOUT)
     of_hf = ("trust_remote_code",)
     for name in of_load if args.hf else of_hf:
         if getattr(args, name) != parser.get_default(name):
@@ -136,15 +125,11 @@ def evaluate_checkpoint(args: Namespace):
         args.sequence_length or checkpoint.args.seq_length,
     )
     sequences.check(data_flag(args), vocab_size)
-    layout = load_model.Layout(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.expert_model_parallel_size,
-    )
-    checkpoint.check_length(sequences.tokens.shape[1], layout)
+    ranks = layout(args)
+    checkpoint.check_length(sequences.tokens.shape[1], ranks)
     is_mine = initialise_ranks()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout, dtype)
+    model = load_model.build_model(checkpoint, ranks, dtype)
     report = perplexity.evaluate(model, sequences, vocab_size, args.micro_batch, args.logits_out)
     if is_mine:
         torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from megatron_scmoe.cli.expert_flags import (
     check_expert_flags,
     expert_offload,
 )
-from megatron_scmoe.cli.model_flags import add_model_flags, check_model_flags, layout
+from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -42,7 +42,7 @@ NO_TERMINATION = -1
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Text that a checkpoint's model writes behind prompts.")
-    add_model_flags(parser)
+    add_text_flags(parser)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the texts begin with")
     texts.add_argument(
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: Namespace) -> None:
     """Refuse what cannot work before seconds go into imports; settle --top_k."""
-    check_model_flags(args)
+    check_layout(args)
     for name in ("num_tokens_to_generate", "micro_batch"):
         if getattr(args, name) < 1:
             raise UsageError(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.generate import check_model
-from megatron_scmoe.cli.model_flags import add_model_flags, check_model_flags, layout
+from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
@@ -28,7 +28,7 @@ READERS_GRACE_S = 5
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Serve a checkpoint's model over HTTP, as OpenAI's API.")
-    add_model_flags(parser)
+    add_text_flags(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS",
         help="address to listen at; 0.0.0.0 is all of this machine",
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(args: Namespace) -> None:
     """Refuse what cannot work before seconds go into imports."""
-    check_model_flags(args)
+    check_layout(args)
     for name, least in (
         ("inference_max_requests", 1),
         ("inference_max_seq_length", 2),

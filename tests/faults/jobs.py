@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import tensorboard
 from tests.faults import torchrun
 from tests.harness import _context
 from tests.tools import REPOSITORY
@@ -111,14 +111,7 @@ class Job:
 
     def losses(self) -> dict[int, set[float]]:
         """By iteration; more than one where a start has repeated it with another loss."""
-        losses: dict[int, set[float]] = {}
-        for file in sorted((self.folder / "tensorboard").iterdir()):
-            events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-            events.Reload()
-            if "lm loss" in events.Tags()["scalars"]:
-                for event in events.Scalars("lm loss"):
-                    losses.setdefault(event.step, set()).add(event.value)
-        return losses
+        return tensorboard.losses(self.folder / "tensorboard")
 
 
 def run(

@@ -153,7 +153,7 @@ def test_a_rank_does_not_go_on(fault, job, whole, row):
     end = job.run(fault)
 
     assert end.status == 1
-    assert end.screen.last_line.startswith("pretrain" if False else "faulty_pretrain.py: error: ")
+    assert end.screen.last_line.startswith("faulty_pretrain.py: error: ")
     assert "rank 1 on " in end.screen.last_line
     assert ("hangs in iteration 6, at " if fault == "hung" else "silent") in end.screen.last_line
     assert end.to_end_s < TIMEOUT_S + END_OF_OTHERS_S

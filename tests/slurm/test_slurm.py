@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests import tensorboard
 
 REPOSITORY = Path(__file__).parents[2]
 SBATCH = "examples/cpu/train.sbatch"
@@ -68,14 +68,7 @@ class Job:
 
     def losses(self) -> dict[int, set[float]]:
         """By iteration; more than one where a start has repeated it with another loss."""
-        losses: dict[int, set[float]] = {}
-        for file in sorted((self.folder / "run" / "tensorboard").iterdir()):
-            events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-            events.Reload()
-            if "lm loss" in events.Tags()["scalars"]:
-                for event in events.Scalars("lm loss"):
-                    losses.setdefault(event.step, set()).add(event.value)
-        return losses
+        return tensorboard.losses(self.folder / "run" / "tensorboard")
 
 
 def wait(job: Job, condition) -> None:

@@ -102,7 +102,14 @@ def test_make_builds_an_environment_with_one_that_has_not(tmp_path):
 
 
 def make(*words: str) -> str:
+    # Under `make test` this would be a make within a make, with its flags and its announcements.
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     shown = subprocess.run(
-        ["make", "--dry-run", *words], cwd=REPOSITORY, check=True, capture_output=True, text=True
+        ["make", "--dry-run", *words],
+        cwd=REPOSITORY,
+        env=outside,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return shown.stdout

@@ -80,7 +80,7 @@ def enable() -> None:
     _enabled = True
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile on two cores costs more than it gives
     torch._dynamo.config.disable = True
-    _hide_gpu_packages()
+    hide_gpu_packages()
     _map_cuda_module()
     _map_factories()
     _map_tensor_methods()
@@ -88,11 +88,12 @@ def enable() -> None:
     _map_uneven_collectives()
 
 
-def _hide_gpu_packages() -> None:
+def hide_gpu_packages() -> None:
     """Let their import fail as if they were not installed.
 
     Megatron would take their optimizers, which have no CPU kernels. Without a driver some do not even
-    load, with an OSError, for which Megatron is not prepared.
+    load, with an OSError, for which Megatron is not prepared. :func:`enable` calls it; alone it is for
+    a process that needs no device. Call it before anything of ``megatron`` is imported.
     """
     for name in GPU_PACKAGES:
         sys.modules[name] = None

@@ -19,7 +19,9 @@ install "torch==$1" "numpy==$2" packaging
 export NVTE_BUILD_USE_NVIDIA_WHEELS=1
 install "transformer-engine[core-cu13,pytorch]==$3" "torch==$1" "numpy==$2"
 
-# As in NVIDIA's image: every package is held at its version, and pip finds itself not in charge.
+# As in NVIDIA's image: the loader finds CUDA's libraries, every package is held at its version, and pip finds itself not in charge.
+ls -d /usr/local/lib/python3.12/site-packages/nvidia/*/lib >/etc/ld.so.conf.d/cuda.conf
+ldconfig
 mkdir -p /etc/pip
 pip list --format freeze >/etc/pip/constraint.txt
 echo "[externally-managed]" >/usr/local/lib/python3.12/EXTERNALLY-MANAGED

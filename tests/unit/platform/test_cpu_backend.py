@@ -82,7 +82,7 @@ def test_packages_for_gpus_are_as_if_not_installed(name, monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"libcuda\.so\.1"):
         importlib.import_module(name)
 
-    cpu_backend._hide_gpu_packages()
+    cpu_backend.hide_gpu_packages()
 
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(name)

@@ -20,7 +20,8 @@ TRAIN = """
     python3 pretrain_gpt_scmoe.py --num-layers 2 --moe-layer-freq '[0,1]*1' --hidden-size 64
     --num-attention-heads 4 --seq-length 64 --swiglu --disable-bias-linear --num-experts 4
     --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64 --micro-batch-size 2
-    --train-iters 3 --lr 1e-3 --eval-iters 0 --tokenizer-type SentencePieceTokenizer --split 100,0,0
+    --train-iters 3 --log-interval 1 --lr 1e-3 --eval-iters 0 --split 100,0,0
+    --tokenizer-type SentencePieceTokenizer
 """
 
 
@@ -110,7 +111,7 @@ def test_data_and_checkpoints_lie_in_a_mounted_folder(tmp_path):
     with Container(IMAGE, "1234:1234", tmp_path) as made:
         made.run(
             "scmoe train-tokenizer --input /data/text.jsonl --output-prefix /data/tok"
-            " --vocab-size 300"
+            " --vocab-size 400"
         )
         made.run(
             "scmoe preprocess-data --input /data/text.jsonl --tokenizer-model /data/tok.model"

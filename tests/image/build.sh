@@ -50,7 +50,7 @@ export CONTAINERS_STORAGE_CONF=$folder/storage.conf BUILDAH_ISOLATION=chroot
 clean() {
     buildah rm --all >/dev/null
     [[ -z ${KEEP:-} ]] || return 0
-    umount "$folder/store/overlay" || true  # buildah mounts it on itself
+    umount "$folder/store/overlay" 2>/dev/null || true  # buildah mounts it on itself
     rm -rf "$folder/store" "$folder/run"
 }
 trap clean EXIT

@@ -230,7 +230,8 @@ def test_a_signal_twice(flags, number, job, whole, row):
                     helper.send_signal(getattr(signal, number))
             time.sleep(0.05)
 
-    end = job.run("none", "--exit-signal-handler", "--exit-signal", number, *flags, during=twice)
+    words = ("--exit-signal-handler", "--exit-signal", number, "--num-workers", "2", *flags)
+    end = job.run("none", *words, during=twice)
 
     assert end.status == 0, end.screen.text[-3000:]
     assert "resource_tracker" not in end.screen.text

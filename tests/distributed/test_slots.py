@@ -7,10 +7,13 @@ import pytest
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_scmoe.inference import generation
+from megatron_scmoe.inference.offloading import ExpertOffload, OffloadSettings
 from megatron_scmoe.inference.slots import Slots, Text
 from megatron_scmoe.training import load_model
 from tests import longcat, text_models
 from tests.harness import run_distributed
+
+SLOTS = 4
 
 TOKENS = 9
 """Written behind each prompt; those of odd number end sooner."""
@@ -81,6 +84,25 @@ def _on_two_ranks(load: str, layout: load_model.Layout) -> list[tuple]:
     return found
 
 
+@pytest.mark.parametrize("layout", [{}, {"expert": 2}], ids=["one rank", "EP2"])
+def test_nor_do_offloaded_experts_change_a_bit(checkpoints, tmp_path, layout):
+    load = checkpoints / text_models.TAPS_INPUT
+    ranks = layout.get("expert", 1)
+    for resident, offloaded in run_distributed(_offloaded, ranks, load, tmp_path, layout):
+        assert offloaded == resident
+
+
+def _offloaded(load: Path, folder: Path, layout: dict) -> tuple[list, list]:
+    """What a batch writes with experts in memory, and with room for those of one layer."""
+    layout = load_model.Layout(**layout)
+    resident, _ = _join_and_leave(*_model(str(load), layout))
+    offload = ExpertOffload(OffloadSettings(folder=folder))
+    model, args = _model(str(load), layout, offload)
+    offload.attach(model, load_model.Checkpoint(str(load)).path, SLOTS)
+    offloaded, _ = _join_and_leave(model, args)
+    return resident, offloaded
+
+
 def assert_same(found: list[tuple], expected: list[tuple]) -> None:
     for index, ((tokens, log_probs), (whole, whole_log_probs)) in enumerate(zip(found, expected)):
         count = _count(index)
@@ -92,9 +114,10 @@ def _count(index: int) -> int:
     return TOKENS - 4 * (index % 2)
 
 
-def _model(load: str, layout: load_model.Layout):
+def _model(load: str, layout: load_model.Layout, offload: ExpertOffload | None = None):
     checkpoint = load_model.Checkpoint(load)
-    return load_model.build_model(checkpoint, layout, local_attention=True), checkpoint.args
+    model = load_model.build_model(checkpoint, layout, local_attention=True, elsewhere=offload)
+    return model, checkpoint.args
 
 
 def _vocabulary(args) -> int:
@@ -119,7 +142,7 @@ def _sampling(index: int) -> dict:
 
 def _join_and_leave(model, args) -> tuple[list[tuple], set[str]]:
     """Tokens and log-probabilities, and in what company texts have joined."""
-    slots = Slots(model, _vocabulary(args), 4, 32)
+    slots = Slots(model, _vocabulary(args), SLOTS, 32)
     texts = [
         Text(index, prompt, **{"temperature": 1.0, **_sampling(index)}, seed=index, log_probs=True)
         for index, prompt in enumerate(PROMPTS)

@@ -23,7 +23,12 @@ from megatron_scmoe.cli.expert_flags import (
     expert_offload,
 )
 from megatron_scmoe.cli.generate import check_model
-from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
+from megatron_scmoe.cli.model_flags import (
+    add_text_flags,
+    check_layout,
+    chunk_of_prompts,
+    layout,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
@@ -89,6 +94,7 @@ def check_flags(args: Namespace) -> None:
     if args.chat_template is not None and not args.chat_template.is_file():
         raise UsageError(f"--chat-template {args.chat_template}: there is no such file")
     check_expert_flags(args)
+    chunk_of_prompts(args, 1, "--inference-max-requests")
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: accepted is 0 to {(1 << 16) - 1}")
 
@@ -137,8 +143,8 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
 
 
 def load_slots(args: Namespace, load: str, offload):
-    """The batch of the checkpoint ``load``, whose experts ``offload`` may have; what is served of it."""
-    from megatron.core import parallel_state
+    """The batch of the checkpoint ``load``, and what is served of it; ``offload`` has its experts."""
+    import torch
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
@@ -154,14 +160,17 @@ def load_slots(args: Namespace, load: str, offload):
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
+    size = args.inference_max_requests
+    ranks = torch.distributed.get_world_size()
+    dense = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    texts = -(-size // max(1, ranks // dense))  # of each data-parallel rank
+    chunk = chunk_of_prompts(args, texts, "--inference-max-requests")
     model = load_model.build_model(
         checkpoint, layout(args), dtype, local_attention=True, elsewhere=offload
     )
-    size = args.inference_max_requests
     if offload is not None:
-        texts = -(-size // parallel_state.get_data_parallel_world_size())
         offload.attach(model, checkpoint.path, texts, "--inference-max-requests")
-    slots = Slots(model, vocab_size, size, length, args.decode_schedule)
+    slots = Slots(model, vocab_size, size, length, args.decode_schedule, chunk)
     name = args.served_model_name or checkpoint.name
     return slots, ServedModel(name, tokenizer, vocab_size, length)
 

@@ -114,23 +114,18 @@ class Engine:
         An error of the model fails the texts that are being written. On one rank the loop goes on; on
         several it ends with the error, as the ranks may not be in step any more.
         """
-        has_joined = False
         while True:
             self._receive()
             if self._ends_at is not None:
                 self._wind_up(self._ends_at)
             is_done = self.is_closing and not self._running
-            # Those that run write a token before others join again.
-            joining = [] if is_done or has_joined else self._admit()
-            has_joined = bool(joining)
+            joining = [] if is_done else self._admit()
             leaving, self._leaving = self._leaving, set()
             _tell_ranks((is_done, leaving, [job.text for job in joining]))
             if is_done:
                 return
             try:
-                written = _step(
-                    self._slots, self.experts, leaving, [job.text for job in joining]
-                )
+                written = _step(self._slots, self.experts, leaving, [job.text for job in joining])
             except Exception:
                 self._fail(self._running.values(), BROKEN)
                 self._running.clear()

@@ -271,9 +271,7 @@ class ExpertOffload:
         layers = self.settings.layers
         return FLAG if layers is None else f"--cpu-moe-layers {layers}"
 
-    def _slots(
-        self, experts: OffloadedExperts, tokens: int, tokens_flag: str, most: int
-    ) -> int:
+    def _slots(self, experts: OffloadedExperts, tokens: int, tokens_flag: str, most: int) -> int:
         """For how many experts there is memory on the device."""
         config = experts.config
         at_once = tokens * config.expert_model_parallel_size * config.moe_router_topk

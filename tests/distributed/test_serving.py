@@ -429,9 +429,10 @@ def experts(tmp_path_factory) -> Path:
 def test_with_offloaded_experts_the_texts_are_the_same_whoever_comes_and_goes(
     load, greedy, experts
 ):
-    """Three slots for thirty requests of unequal length; and a cache for all experts but a few."""
+    """Three slots for thirty requests, prompts in chunks, and a cache for all experts but a few."""
     flags = ["--offload-experts", "--expert-folder", experts, "--expert-cache-gb", 9e-5]
     words = ["--load", load, "--served-model-name", NAME, "--inference-max-requests", 3]
+    words += ["--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 4]
     tokenizer = load_model.tokenizer_of(load_model.Checkpoint(str(load)))
     with Server(*words, *flags) as server:
         answers = ask_at_once(server, 30)
@@ -480,7 +481,19 @@ def test_refusals_at_the_start(load):
         (("--load", "absent"), "--load absent"),
         (("--chat-template", "absent"), "--chat-template absent: there is no such file"),
         (("--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        (
+            ("--inference-dynamic-batching-max-tokens", 9),
+            "--inference-dynamic-batching-max-tokens 9: accepted with --enable-chunked-prefill",
+        ),
+        (
+            ("--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 9),
+            "a step reads a token of each of 16 texts at once; accepted is 16 or more, or a smaller "
+            "--inference-max-requests",
+        ),
         (("--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
-        (("--offload-experts",), "experts are mapped from files; accepted with --expert-folder DIR"),
+        (
+            ("--offload-experts",),
+            "experts are mapped from files; accepted with --expert-folder DIR",
+        ),
     ):
         assert words in told("--port", 0, *flags), flags

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import get_args
 
-from megatron_scmoe.config import AUTO, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError
 
 MAX_TOKENS = 16384
@@ -25,6 +25,11 @@ def add_text_flags(parser: OneLineParser) -> None:
         "--decode-schedule", choices=get_args(DecodeSchedule), default=AUTO,
         help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
         "tries both on the first tokens and keeps the faster one (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-padding", choices=get_args(DecodePadding), default=AUTO,
+        help="send tokens behind the prompts to every expert, so that no rank waits for their numbers; "
+        "auto does for a few texts at once (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--enable-chunked-prefill", action="store_true",

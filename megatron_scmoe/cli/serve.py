@@ -170,7 +170,7 @@ def load_slots(args: Namespace, load: str, offload):
     )
     if offload is not None:
         offload.attach(model, checkpoint.path, texts, "--inference-max-requests")
-    slots = Slots(model, vocab_size, size, length, args.decode_schedule, chunk)
+    slots = Slots(model, vocab_size, size, length, args.decode_schedule, args.decode_padding, chunk)
     name = args.served_model_name or checkpoint.name
     return slots, ServedModel(name, tokenizer, vocab_size, length)
 

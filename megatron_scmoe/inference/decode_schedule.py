@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_scmoe.config import AUTO, OFF, OVERLAPPED, SERIAL, DecodePadding, DecodeSchedule
+from megatron_scmoe.config import AUTO, OVERLAPPED, SERIAL, DecodePadding, DecodeSchedule
 from megatron_scmoe.inference.expert_padding import ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
@@ -49,7 +49,7 @@ class Decode:
         self,
         model: torch.nn.Module,
         wanted: DecodeSchedule = AUTO,
-        padding: DecodePadding = OFF,
+        padding: DecodePadding = AUTO,
     ):
         layers = [module for module in model.modules() if isinstance(module, ScMoELayer)]
         self._layers = [layer for layer in layers if layer.scmoe.overlap]
@@ -65,17 +65,18 @@ class Decode:
         self._padding = ExpertPadding(model, padding)
 
     @contextmanager
-    def token(self, texts: int, rows: int) -> Iterator[None]:
+    def token(self, texts: int, rows: int | None) -> Iterator[None]:
         """Give the model the schedule of one token, and its own one back.
 
         Args:
             texts: how many texts of all ranks have one; the same number on every rank.
-            rows: how many tokens a rank reads at once; the same number on every rank.
+            rows: how many tokens each rank reads at once; None if one reads more than another, which
+                cannot be padded.
         """
         tried = self._trials.setdefault(texts.bit_length(), _Trial())
         name = self._wanted if self._wanted != AUTO else tried.kept or tried.left[0]
         self._set(name)
-        self._padding.set(self._padding.applies(rows))
+        self._padding.set(rows is not None and self._padding.applies(rows))
         began = clock()
         try:
             yield

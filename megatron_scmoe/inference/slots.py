@@ -30,7 +30,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_scmoe.config import AUTO, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
 from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
@@ -99,6 +99,7 @@ class Slots:
         size: int,
         length: int,
         schedule: DecodeSchedule = AUTO,
+        padding: DecodePadding = AUTO,
         chunk: int | None = None,
     ):
         self._group = parallel_state.get_data_parallel_group()
@@ -116,7 +117,7 @@ class Slots:
         self._column = 0
         """Where the next token of those that run goes."""
         self._chunk = chunk
-        self._decode = Decode(model, schedule)
+        self._decode = Decode(model, schedule, padding)
         self._model = CachedModel(model, self._per_rank + 1, length, self._decode)
         self._may_move = not self._model.module.config.multi_latent_attention
         with torch.inference_mode(), InferenceMode.active():
@@ -133,6 +134,11 @@ class Slots:
     def _running(self) -> int:
         """Texts whose prompts have been read, on all ranks."""
         return sum(map(len, self._rows))
+
+    @property
+    def _are_alike(self) -> bool:
+        """Whether all ranks read as many rows for a token; one without texts reads the spare one."""
+        return len({max(1, len(rows)) for rows in self._rows}) == 1
 
     def decode_schedules(self) -> dict[str, str]:
         """What was measured to be faster, by the number of texts (:meth:`Decode.kept`)."""
@@ -337,6 +343,7 @@ class Slots:
             self._running,
             torch.tensor([[row.last] for row in rows]),
             lengths[:, None],
+            alike=self._are_alike,
             column=self._column,
             mask=mask[:, None, None],
         )
@@ -346,7 +353,7 @@ class Slots:
         """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if beside:
-            self._model.decode(beside, zero, zero, row=self._per_rank)
+            self._model.decode(beside, zero, zero, alike=self._are_alike, row=self._per_rank)
         else:
             self._model.read(zero, zero, row=self._per_rank)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.validation.rule import rule
-from megatron_scmoe.validation.settings import Settings, as_list
+from megatron_scmoe.validation.settings import Settings, as_list, kinds_with_own_choice
 
 
 @rule("--moe-router-topk", "--moe-router-pre-softmax")
@@ -15,7 +15,7 @@ def one_expert_has_a_gradient(scmoe: ScMoEConfig, settings: Settings) -> None:
         settings.moe_router_topk == 1
         and settings.moe_router_score_function == "softmax"
         and not settings.moe_router_pre_softmax
-        and settings.moe_router_load_balancing_type != "sinkhorn"
+        and "sinkhorn" not in as_list(settings.moe_router_load_balancing_type)
     ):
         raise ScMoEConfigError(
             "--moe-router-topk 1 without --moe-router-pre-softmax",
@@ -112,7 +112,7 @@ NOT_WITH_OWN_ROUTER = (
         "moe_router_load_balancing_type",
         "--moe-router-load-balancing-type",
         "aux_loss, seq_aux_loss, global_aux_loss or none",
-        lambda value: {"sinkhorn", "quantile_balancing"}.intersection(as_list(value)),
+        kinds_with_own_choice,
     ),
     _NotKnown(
         "moe_expert_capacity_factor",

@@ -37,8 +37,7 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
         InputError: if a dataset has the name of one of then, and other contents.
     """
     before = getattr(saved.args, ARGUMENT, None) or {}
-    begins_anew = args.finetune or saved.is_release or saved.given.startswith("--pretrained")
-    if begins_anew or "data_path" in changed(args):
+    if saved.begins_anew(args) or "data_path" in changed(args):
         return
     for prefix, word in identity(prefixes).items():
         if before.get(prefix, word) != word:

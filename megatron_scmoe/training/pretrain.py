@@ -231,8 +231,9 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
 def _say_what_is_finished(saved: SavedRun, args) -> None:
     """If nothing is left to train, say so, and do not write the last checkpoint anew in its place."""
     done = saved.state.get("iteration", 0)
-    goes_on = not (saved.is_release or args.finetune or saved.given.startswith("--pretrained"))
-    if not (goes_on and args.train_iters and done >= args.train_iters) or args.skip_train:
+    if saved.begins_anew(args) or args.skip_train:
+        return
+    if not args.train_iters or done < args.train_iters:
         return
     print_rank_0(
         f"> nothing is left to train: {saved.path} has {done} iterations, and --train-iters is "

@@ -100,6 +100,11 @@ def in_words(error: BaseException, lines: int | None = None) -> str:
     return words or _asserted(error) or type(error).__name__
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or parsed, without its name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def _asserted(error: BaseException) -> str | None:
     """The expression of the ``assert`` that raised the error; None if no such statement did."""
     if not isinstance(error, AssertionError) or error.__traceback__ is None:

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.errors import ScMoEError, reason_of
 from megatron_scmoe.overlap.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
 from megatron_scmoe.platform.atomic_write import atomic_write
 
@@ -53,10 +53,8 @@ class OperatorTimes:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise OperatorTimesError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise OperatorTimesError(f"{path}: {error}") from None
+        except (OSError, ValueError) as error:
+            raise OperatorTimesError(f"{path}: {reason_of(error)}") from None
         if isinstance(found, dict) and "systems" in found:
             found = found.get("operators")
         for direction in ("forward", "backward"):

@@ -330,11 +330,11 @@ def _settings(
     if dtype is not None:
         args.params_dtype = dtype
         args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    _check_layout(checkpoint, layout, args)
+    _check_layout(layout, args)
     return args
 
 
-def _check_layout(checkpoint: Checkpoint, layout: Layout, args) -> None:
+def _check_layout(layout: Layout, args) -> None:
     """Refuse a layout that the model cannot be spread over."""
     world = args.world_size
     sizes = (

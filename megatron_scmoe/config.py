@@ -18,6 +18,8 @@ SPEC = ("megatron_scmoe.spec", "scmoe_spec")
 """What ``--spec`` takes for a model of ScMoE; a checkpoint trained so has it as its argument."""
 
 AUTO, OVERLAPPED, SERIAL = get_args(DecodeSchedule)
+DecodePadding = Literal["auto", "on", "off"]
+_, ON, OFF = get_args(DecodePadding)
 
 
 def slot_or_auto(text: str) -> int | str:

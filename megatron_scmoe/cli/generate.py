@@ -25,7 +25,12 @@ from megatron_scmoe.cli.expert_flags import (
     check_expert_flags,
     expert_offload,
 )
-from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
+from megatron_scmoe.cli.model_flags import (
+    add_text_flags,
+    check_layout,
+    chunk_of_prompts,
+    layout,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -93,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(args)
     prompts = read_prompts(args)
+    chunk_of_prompts(args, min(args.micro_batch, len(prompts)), "--micro-batch")
 
     quiet_imports()
     generate(args, prompts)
@@ -216,9 +222,17 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
         top_n_logprobs=args.top_n_logprobs,
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout(args), dtype, elsewhere=offload)
+    at_once = min(args.micro_batch, len(prompts))
+    chunk = chunk_of_prompts(args, at_once, "--micro-batch")
+    model = load_model.build_model(
+        checkpoint,
+        layout(args),
+        dtype,
+        local_attention=chunk is not None,
+        elsewhere=offload,
+    )
     if offload is not None:
-        offload.attach(model, checkpoint.path, min(args.micro_batch, len(prompts)))
+        offload.attach(model, checkpoint.path, at_once)
     decode = Decode(model, args.decode_schedule)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
@@ -242,6 +256,7 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
             on_token=lambda prompt, tokens: show(texts[prompt].new_text(tokens)),
             shows_progress=not streams and is_first_rank(),
             decode=decode,
+            chunk=chunk,
         )
         show(texts[0].new_text(completions[0].tokens, is_last=True) + "\n")
         if not streams and is_first_rank():

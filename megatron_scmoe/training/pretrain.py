@@ -91,7 +91,7 @@ def main() -> None:
     model_config.post_wrap_hooks += once_wrapped
     print_rank_0(describe(scmoe))
     if args.async_save and args.async_strategy == "mcore":
-        async_saves.install()
+        async_saves.install(args.exit_signal)
     heartbeats = Heartbeats()
     iterations.listeners.append(heartbeats.iteration_begins)
     with (

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from pathlib import Path
@@ -358,18 +359,27 @@ def test_a_full_queue_is_told_of_at_once(client, server):
 def test_of_200_requests_at_once_none_is_lost(load, server, greedy):
     """More than twenty wait for each slot; lengths differ, so that they join at all tokens."""
     tokenizer = load_model.tokenizer_of(load_model.Checkpoint(str(load)))
+    answers = ask_at_once(server, 200)
+    assert len(answers) == 200
+    assert_right(answers, greedy, tokenizer)
+
+
+def ask_at_once(server, count: int) -> list:
+    """Answers to that many requests; each asks for another length than the one before."""
 
     async def ask_all():
         async with openai.AsyncOpenAI(base_url=server.url, api_key="none") as client:
             return await asyncio.gather(
                 *(
                     complete(client, PROMPTS[i % len(PROMPTS)], max_tokens=1 + i % TOKENS)
-                    for i in range(200)
+                    for i in range(count)
                 )
             )
 
-    answers = asyncio.run(ask_all())
-    assert len(answers) == 200
+    return asyncio.run(ask_all())
+
+
+def assert_right(answers: list, greedy: list[dict], tokenizer) -> None:
     for i, answer in enumerate(answers):
         line = greedy[i % len(PROMPTS)]
         words = Continuation(tokenizer, line["prompt_tokens"])
@@ -410,6 +420,48 @@ def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, g
         assert server.end() == [0, 0], server.output
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """A folder for files of experts."""
+    return tmp_path_factory.mktemp("experts")
+
+
+def test_with_offloaded_experts_the_texts_are_the_same_whoever_comes_and_goes(
+    load, greedy, experts
+):
+    """Three slots for thirty requests, prompts in chunks, and a cache for all experts but a few."""
+    flags = ["--offload-experts", "--expert-folder", experts, "--expert-cache-gb", 9e-5]
+    words = ["--load", load, "--served-model-name", NAME, "--inference-max-requests", 3]
+    words += ["--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 4]
+    tokenizer = load_model.tokenizer_of(load_model.Checkpoint(str(load)))
+    with Server(*words, *flags) as server:
+        answers = ask_at_once(server, 30)
+        found = {
+            name: metric(server, f"scmoe_expert_{name}_total")
+            for name in ("uses", "hits", "copied_bytes", "wait_seconds")
+        }
+        held = float(re.search(r"that of experts (\S+) MiB", server.output)[1])
+    assert_right(answers, greedy, tokenizer)
+    assert found["uses"] > found["hits"] > 0
+    assert found["copied_bytes"] > held * 2**20 > 0
+    assert found["wait_seconds"] > 0
+
+
+def test_a_cache_that_is_too_small_for_the_texts_at_once_is_refused(load, experts):
+    words = ["--load", load, "--port", 0, "--offload-experts", "--expert-folder", experts]
+    (told,) = run_distributed(_told, 1, *words, "--expert-cache-gb", 2e-5)
+    assert told == (
+        "--expert-cache-gb 2e-05: a layer may need 4 experts at once, of 16384 bytes each; accepted: "
+        "0.001 or more, or a smaller --inference-max-requests"
+    )
+
+
+def _told(*words) -> str:
+    with pytest.raises(ScMoEError) as refused:
+        run_tool("serve", *words)
+    return str(refused.value)
+
+
 def test_refusals_at_the_start(load):
     def told(*flags) -> str:
         with pytest.raises(ScMoEError) as refused:
@@ -429,5 +481,19 @@ def test_refusals_at_the_start(load):
         (("--load", "absent"), "--load absent"),
         (("--chat-template", "absent"), "--chat-template absent: there is no such file"),
         (("--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        (
+            ("--inference-dynamic-batching-max-tokens", 9),
+            "--inference-dynamic-batching-max-tokens 9: accepted with --enable-chunked-prefill",
+        ),
+        (
+            ("--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 9),
+            "a step reads a token of each of 16 texts at once; accepted is 16 or more, or a smaller "
+            "--inference-max-requests",
+        ),
+        (("--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
+        (
+            ("--offload-experts",),
+            "experts are mapped from files; accepted with --expert-folder DIR",
+        ),
     ):
         assert words in told("--port", 0, *flags), flags

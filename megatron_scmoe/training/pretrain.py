@@ -14,6 +14,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_scmoe.analysis import slot_tuner
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
+from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError, judged_by_megatron
@@ -76,7 +77,7 @@ def main() -> None:
     model_config.transformer_layer_spec = partial(
         stage_spec,
         scmoe=scmoe,
-        local_norm_keys=megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step),
+        local_norm_keys=has_local_norm_keys(args.load, args.ckpt_step),
     )
     if scmoe.expert_slot == "auto":
         model_config.pre_wrap_hooks.append(

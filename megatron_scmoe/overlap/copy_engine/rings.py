@@ -231,7 +231,12 @@ class CopyEngines:
         finally:
             if self.rank == 0:
                 os.unlink(path)  # nothing is left behind, however the ranks end
-        return self._together(lambda: _pin(self._memory.data_ptr(), size))
+        return self._together(lambda: self._pin(self._memory.data_ptr(), size))
+
+    def _pin(self, address: int, size: int) -> int:
+        """The address by which the GPU knows memory of the host, pinned from now on."""
+        _call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
+        return int(_call(driver.cuMemHostGetDevicePointer(address, 0)))
 
     def _share_device_memory(self, size: int) -> list[int]:
         """Memory of every rank, ``size`` bytes each, as addresses on this one."""
@@ -276,12 +281,6 @@ def _write(stream, address: int, value: int) -> None:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pin(address: int, size: int) -> int:
-    """The address by which the GPU knows memory of the host, pinned from now on."""
-    _call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
-    return int(_call(driver.cuMemHostGetDevicePointer(address, 0)))
 
 
 def _open(handle: bytes) -> int:

@@ -11,7 +11,6 @@ choice of the next. The systems take turns, so that drift of the machine hits al
 the rounds are reported, of the slowest rank.
 """
 
-import os
 from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
@@ -19,8 +18,9 @@ from itertools import product
 
 from inference_options import parse
 from inference_page import BENCHMARK, decode_key, inference_table
+from launched import check_launched
 
-from megatron_scmoe.platform.command_line import UsageError, asks_for_help, run_tool
+from megatron_scmoe.platform.command_line import asks_for_help, run_tool
 
 if __name__ == "__main__" and asks_for_help():
     parse()  # shows it and ends, before the seconds that the imports below take
@@ -43,11 +43,7 @@ from megatron_scmoe.inference.expert_padding import ExpertPadding
 def main() -> None:
     """Build the systems, measure them in turn, report."""
     options = parse()
-    if "RANK" not in os.environ:
-        raise UsageError(
-            "started alone; accepted: torchrun --nproc-per-node N benchmarks/inference.py ..., or "
-            "benchmarks/two_hosts.sh"
-        )
+    check_launched()
     scmoe = ScMoEConfig(tap=options.tap, combine="add", expert_slot=options.slot)
     machine.initialise(None, False)
     models = build_all(options.systems, options.sizes, scmoe)

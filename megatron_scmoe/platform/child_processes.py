@@ -24,9 +24,8 @@ def end_with_parent() -> None:
         return
     if not parent.is_alive():  # it has ended before this call
         os.kill(os.getpid(), signal.SIGKILL)
-    if (
-        parent.pid != os.getppid()
-    ):  # a fork server has started this process, and lives as long as it
+    # A fork server may have started this process, and lives as long as it.
+    if parent.pid != os.getppid():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 

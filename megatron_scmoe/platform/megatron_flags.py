@@ -42,17 +42,23 @@ def prepare_parser(
     return parser
 
 
-def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ``pretrain_gpt_scmoe.py``: ``--scmoe-*``, of the model and of the run."""
+def add_flags_for_spec(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that ``megatron_scmoe.run`` takes for another script: of the model, and the CPU."""
     from megatron_scmoe.arguments import add_scmoe_args
 
     parser = add_scmoe_args(parser)
-    group = parser.add_argument_group("scmoe, the run")
-    group.add_argument(
+    parser.add_argument_group("scmoe, the device").add_argument(
         cpu_backend.FLAG,
         action="store_true",
         help=f"train on the CPU, even where there is a GPU (${cpu_backend.VARIABLE}=1)",
     )
+    return parser
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of ``pretrain_gpt_scmoe.py``: ``--scmoe-*``, of the model and of the run."""
+    parser = add_flags_for_spec(parser)
+    group = parser.add_argument_group("scmoe, the run")
     group.add_argument(
         "--scmoe-log-overlap-interval",
         type=int,
@@ -102,8 +108,12 @@ def tune_file(args: argparse.Namespace) -> str | None:
     return None if given in (TUNE_OFF, TUNE_AT_STARTUP) else given
 
 
-def show_help(prog: str, description: str) -> None:
-    """Print every flag of a run: those of ScMoE first, then Megatron's."""
+def show_help(prog: str, description: str, own: AddArguments | None = add_run_args) -> None:
+    """Print every flag of a run, Megatron's last.
+
+    Args:
+        own: adds those that go before Megatron's; None for a run of Megatron's own model.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import_lightly()
@@ -115,7 +125,8 @@ def show_help(prog: str, description: str) -> None:
         usage=f"torchrun ... {prog} FLAGS",
         allow_abbrev=False,
     )
-    add_run_args(parser)
+    if own is not None:
+        own(parser)
     prepare_parser(add_megatron_arguments, parser).print_help()
 
 

@@ -37,9 +37,8 @@ _FRESH = "--no-load-optim, which begins with a fresh optimizer"
 
 def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
     """Whether the run goes on with the state of the checkpoint's optimizer and schedule."""
-    pretrained = saved.given.startswith("--pretrained-checkpoint")
-    omitted = args.finetune or args.no_load_optim or getattr(saved.args, "no_save_optim", False)
-    return not (saved.is_release or pretrained or omitted)
+    omitted = args.no_load_optim or getattr(saved.args, "no_save_optim", False)
+    return not (saved.begins_anew(args) or omitted)
 
 
 def check(args: argparse.Namespace, saved: SavedRun) -> None:

@@ -188,13 +188,13 @@ def test_half_a_folder_and_stale_locks_are_written_over(job, whole, row):
 
 
 def test_the_data_is_replaced(job, whole, tmp_path, row):
-    from tests.faults.conftest import make_dataset
+    from tests.small_run import write_dataset
 
-    own = make_dataset(tmp_path / "own")
+    own = write_dataset(tmp_path / "own")
     job = Job(tmp_path, own)
     assert job.run("none", "--exit-interval", str(INTERVAL)).status == 0
     kept = shutil.copytree(tmp_path, tmp_path.with_name("kept"))
-    make_dataset(own, seed=2)
+    write_dataset(own, seed=2)
 
     end = job.run()
     assert end.status == 1

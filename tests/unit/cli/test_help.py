@@ -45,6 +45,9 @@ COMMANDS = {
     "benchmarks/train_run.py": ("--flags RUN=FLAGS", "(default: 2)"),
 }
 
+WITHOUT_SCMOE = {"examples/pretrain_baseline.py"}
+"""Commands that take no flag of ScMoE, and show none."""
+
 STARTED_BY_OTHERS = {"benchmarks/train_rank.py"}
 """Programs that no user starts: they take no flags of their own."""
 
@@ -62,6 +65,8 @@ def test_help(command):
     assert run.stdout.startswith("usage: ")
     for words in COMMANDS[command]:
         assert words in run.stdout
+    if command in WITHOUT_SCMOE:
+        assert "--scmoe-" not in run.stdout
     imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
     assert not imported & {"torch._dynamo", "sympy"}
     said = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]

@@ -23,14 +23,14 @@ def main(finalize=None) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_scmoe.platform import megatron_workarounds
-    from megatron_scmoe.training.pretrain import datasets_provider, forward_step
+    from megatron_scmoe.training.datasets import datasets_provider
+    from megatron_scmoe.training.pretrain import forward_step
 
     args = parse_and_validate_args()
     megatron_workarounds.apply(args)  # what Megatron needs on a CPU
     config = core_transformer_config_from_args(args)
     config.finalize_model_grads_func = finalize
     model = gpt_config_from_args(args, config=config)
-    datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets_provider,

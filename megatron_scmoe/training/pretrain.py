@@ -9,11 +9,10 @@ from functools import partial
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
+    StragglerDetector,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -21,7 +20,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_scmoe.analysis import slot_tuner
@@ -47,6 +46,7 @@ from megatron_scmoe.training import (
     speed_choices,
     whole_checkpoint,
 )
+from megatron_scmoe.training.datasets import datasets_provider
 from megatron_scmoe.training.heartbeats import Heartbeats
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.overlap_monitor import OverlapMonitor
@@ -55,6 +55,10 @@ from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+SPIKE = 10
+"""A loss is spiky (``--check-for-spiky-loss``) from so many times the largest one of the start on."""
+
+straggler_detector = StragglerDetector()  # Megatron's: one in a process
 
 
 @only_safe_types()  # a checkpoint's objects may be anyone's
@@ -102,7 +106,6 @@ def main() -> None:
     model_config.pre_wrap_hooks += before_wrapped
     model_config.post_wrap_hooks += once_wrapped
     print_rank_0(describe(scmoe))
-    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     if args.async_save and args.async_strategy == "mcore":
         async_saves.install()
     heartbeats = Heartbeats()
@@ -259,11 +262,13 @@ def forward_step(data_iterator, model, iterations: Iterations | None = None):
         iterations.micro_batch_begins(is_training=model.training)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
-    )
+    with straggler_detector(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
+            data_iterator, get_attr_wrapped_model(model, "vp_stage")
+        )
     timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    with straggler_detector:
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     # The last stage calls it, and has a mask.
     return output, partial(loss_function, loss_mask)  # type: ignore[arg-type]
 
@@ -322,55 +327,30 @@ def loss_function(loss_mask: Tensor, output: Tensor):
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-    if get_args().check_for_nan_in_loss_and_grad:
-        rerun = get_rerun_state_machine()
-        loss_for_checks = report[0]  # a copy: the schedule scales the loss in place
+    _check_loss(report[0])  # a copy: the schedule scales the loss in place
+    return loss, num_tokens, {"lm loss": report}
+
+
+def _check_loss(loss: Tensor) -> None:
+    """What ``--check-for-nan-in-loss-and-grad`` and ``--check-for-spiky-loss`` ask of it."""
+    args, rerun = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
         for reject, message in ((torch.isnan, "found NaN"), (torch.isinf, "found Inf")):
             rerun.validate_result(
-                result=loss_for_checks,
+                result=loss,
                 rejection_func=reject,
                 message=f"{message} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,
             )
-    return loss, num_tokens, {"lm loss": report}
-
-
-def datasets_provider(num_samples, vp_stage: int | None = None):
-    """Megatron's train, validation and test datasets with ``num_samples`` samples each."""
-    args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        data_parallel_size=args.data_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-    )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    data_identity.keep(args, input_checks.prefixes(args))
-    print_rank_0("> building train, validation, and test datasets for GPT ...")
-    return BlendedMegatronDatasetBuilder(
-        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
-    ).build()
-
-
-def _needs_data(vp_stage: int | None) -> bool:
-    """Whether this rank reads the datasets: the first TP rank of the first and last stage."""
-    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(rerun.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
 
 
 _FOREIGN = {

@@ -55,6 +55,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     _check_device(args)
     _check_saving(args)
     _check_logging(args)
+    if args.dataloader_defer_npy_index_mmap and args.data_cache_path is None:
+        raise RunError(
+            "--dataloader-defer-npy-index-mmap",
+            "it reads the indices that an earlier run has built",
+            "--data-cache-path FOLDER with it",
+        )
     if args.eval_iters and not (args.skip_train or has_validation_data(args)):
         raise RunError(
             f"--eval-iters {args.eval_iters}",

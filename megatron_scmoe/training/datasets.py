@@ -1,0 +1,60 @@
+"""Megatron's datasets of tokens for a run, as its flags say."""
+
+from functools import partial
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_scmoe.training import data_identity, input_checks
+
+
+def datasets_provider(num_samples, vp_stage: int | None = None):
+    """Megatron's train, validation and test datasets with ``num_samples`` samples each."""
+    args = get_args()
+    config = dataset_config(args, get_tokenizer())
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    data_identity.keep(args, input_checks.prefixes(args))
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    return BlendedMegatronDatasetBuilder(
+        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
+    ).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
+
+
+def dataset_config(args, tokenizer) -> GPTDatasetConfig:
+    """What Megatron's ``pretrain_gpt.py`` makes of the flags, but for those that are refused."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        data_parallel_size=args.data_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def _needs_data(vp_stage: int | None) -> bool:
+    """Whether this rank reads the datasets: the first TP rank of the first and last stage."""
+    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0

@@ -355,7 +355,6 @@ def _check_loss(loss: Tensor) -> None:
 
 _FOREIGN = {
     "spec": ("--spec", "this entry point builds the ScMoE spec itself"),
-    "yaml_cfg": ("--yaml-cfg", "settings come from flags"),
     "sft": ("--sft", "packed fine-tuning data is not wired"),
     "dataloader_inter_document_masking": (
         "--dataloader-inter-document-masking",

@@ -45,6 +45,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     Raises:
         RunError: at the first that would stop the run.
     """
+    if args.checkpoint_activations:  # Megatron ends with status 0
+        raise RunError(
+            "--checkpoint-activations",
+            "Megatron has other names for it",
+            "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
+        )
     _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
     if has_model:

@@ -333,6 +333,12 @@ def _check_device(args) -> None:
             "Transformer Engine is not installed",
             "--transformer-impl local, or leave the flag out",
         )
+    if args.moe_latent_size and not HAVE_TE:
+        raise RunError(
+            f"--moe-latent-size {args.moe_latent_size}",
+            "its projections are Transformer Engine's, which is not installed",
+            "leave the flag out",
+        )
     if not cpu_backend.is_enabled():
         return
     if args.distributed_backend != "gloo":

@@ -69,6 +69,12 @@ UNSUPPORTED = (
         "its layer specs are not wired",
         "leave the flag out",
     ),
+    Unsupported(  # while its file is not read yet
+        "heterogeneous_layers_config_path",
+        "--heterogeneous-layers-config-path",
+        "its layer specs are not wired",
+        "leave the flag out",
+    ),
     Unsupported(
         "is_hybrid_model",
         "--hybrid-layer-pattern",

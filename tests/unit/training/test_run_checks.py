@@ -143,6 +143,7 @@ def test_a_run_needs_its_length():
         "--profile",
         "--record-memory-history",
         "--optimizer-cuda-graph",
+        "--moe-latent-size 16",
     ],
 )
 def test_what_needs_a_gpu(words):

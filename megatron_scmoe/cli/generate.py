@@ -3,8 +3,8 @@
     scmoe generate --load checkpoints/ --prompts "Once upon a time"
     scmoe generate --load checkpoints/ --prompt-file prompts.jsonl --temperature 0.8 \
         --output-path texts.jsonl
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ --prompts "Once" \
-        --expert-model-parallel-size 2
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ \
+        --prompts "Once" --expert-model-parallel-size 2
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
 any. One prompt is shown with its text while it is written. Several, or log-probabilities, give one

@@ -148,6 +148,7 @@ _OPTIONAL_NUMBERS = (
     ("save_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
+    ("distributed_timeout_minutes", 1),
     ("num_workers", 0),
     ("lr_decay_iters", 1),
     ("lr_decay_samples", 1),

@@ -265,6 +265,11 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise UsageError(f"{flag}: prompt {number} is empty; accepted is a token or more")
+        if max(prompt) >= vocab_size:
+            raise UsageError(
+                f"{flag}: the tokenizer makes id {max(prompt)} of prompt {number}, and the model has "
+                f"{vocab_size} tokens; accepted is --tokenizer-model with the one it was trained with"
+            )
         if len(prompt) + args.num_tokens_to_generate > longest:
             room = longest - len(prompt)
             raise UsageError(

@@ -26,6 +26,7 @@ from megatron_scmoe.platform.command_line import (
     asks_for_help,
     is_first_rank,
     run_command,
+    with_nearest_flags,
 )
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
@@ -158,7 +159,7 @@ def _make_parsers_readable() -> None:
             return action.help
 
     def refuse(self: ArgumentParser, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(f"{with_nearest_flags(self, message)} (see --help)")
 
     # Parsers are made by the script that is run: the classes are changed.
     HelpFormatter._expand_help = expand_or_keep  # type: ignore[method-assign,assignment]

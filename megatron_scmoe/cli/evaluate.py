@@ -1,8 +1,8 @@
 """Loss and perplexity of a checkpoint on a text, and its logits.
 
     scmoe evaluate --load checkpoints/ --text held-out.txt
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli evaluate --load checkpoints/ --text held-out.txt \
-        --expert-model-parallel-size 2
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli evaluate --load checkpoints/ \
+        --text held-out.txt --expert-model-parallel-size 2
     scmoe evaluate --hf model/ --tokens ids.npy --logits-out logits.npy
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at

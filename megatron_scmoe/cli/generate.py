@@ -3,8 +3,8 @@
     scmoe generate --load checkpoints/ --prompts "Once upon a time"
     scmoe generate --load checkpoints/ --prompt-file prompts.jsonl --temperature 0.8 \
         --output-path texts.jsonl
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ --prompts "Once" \
-        --expert-model-parallel-size 2
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ \
+        --prompts "Once" --expert-model-parallel-size 2
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
 any. One prompt is shown with its text while it is written. Several, or log-probabilities, give one
@@ -280,6 +280,11 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise UsageError(f"{flag}: prompt {number} is empty; accepted is a token or more")
+        if max(prompt) >= vocab_size:
+            raise UsageError(
+                f"{flag}: the tokenizer makes id {max(prompt)} of prompt {number}, and the model has "
+                f"{vocab_size} tokens; accepted is --tokenizer-model with the one it was trained with"
+            )
         if len(prompt) + args.num_tokens_to_generate > longest:
             room = longest - len(prompt)
             raise UsageError(

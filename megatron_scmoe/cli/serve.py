@@ -1,7 +1,7 @@
 """Serve a checkpoint's model over HTTP, as OpenAI's API.
 
     scmoe serve --load checkpoints/ --port 8000
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli serve --load checkpoints/ \
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli serve --load checkpoints/ \
         --expert-model-parallel-size 2
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at

@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import torch
 
 from megatron_scmoe.platform import cpu_backend
-from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
+from megatron_scmoe.platform.command_line import HelpFormatter, UsageError, with_nearest_flags
 
 TUNE_FLAG, TUNE_OFF, TUNE_AT_STARTUP = "--scmoe-tune", "off", "startup"
 
@@ -30,9 +30,11 @@ def prepare_parser(
 ) -> argparse.ArgumentParser:
     """Add arguments to Megatron's parser, and make its help and its errors readable."""
     parser = add_arguments(parser)
-    parser.error = _refuse  # type: ignore[method-assign]  # the parser is Megatron's
+    parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]  # Megatron's
     parser.formatter_class = HelpFormatter
     for action in parser._actions:
+        if action.dest == "yaml_cfg":
+            action.type = _refuse_yaml
         action.help = _printable(action, parser)
         if action.choices is not None and any(isinstance(c, enum.Enum) for c in action.choices):
             names = ",".join(choice.name for choice in action.choices)
@@ -152,8 +154,13 @@ def _leave_alone(model: Callable | None = None, **kwargs) -> Callable:
     return model or (lambda function: function)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(f"{message} (see --help)")
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise UsageError(f"{with_nearest_flags(parser, message)} (see --help)")
+
+
+def _refuse_yaml(text: str) -> NoReturn:
+    """The ``type`` of ``--yaml-cfg``: Megatron's parser reads the file, in place of all flags."""
+    raise argparse.ArgumentTypeError(f"{text}: settings come from flags; accepted: none")
 
 
 def _printable(action: argparse.Action, parser: argparse.ArgumentParser) -> str | None:

@@ -14,8 +14,22 @@ from megatron_scmoe.training import data_identity, input_checks
 def datasets_provider(num_samples, vp_stage: int | None = None):
     """Megatron's train, validation and test datasets with ``num_samples`` samples each."""
     args = get_args()
+    config = dataset_config(args, get_tokenizer())
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    data_identity.keep(args, input_checks.prefixes(args))
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    return BlendedMegatronDatasetBuilder(
+        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
+    ).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
+
+
+def dataset_config(args, tokenizer) -> GPTDatasetConfig:
+    """What Megatron's ``pretrain_gpt.py`` makes of the flags, but for those that are refused."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -26,24 +40,19 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         data_parallel_size=args.data_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    data_identity.keep(args, input_checks.prefixes(args))
-    print_rank_0("> building train, validation, and test datasets for GPT ...")
-    return BlendedMegatronDatasetBuilder(
-        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
-    ).build()
-
-
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
 
 
 def _needs_data(vp_stage: int | None) -> bool:

@@ -6,6 +6,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
+    StragglerDetector,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -17,6 +18,10 @@ from torch import Tensor
 from megatron_scmoe.training.iterations import Iterations
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+SPIKE = 10
+"""A loss is spiky (``--check-for-spiky-loss``) from so many times the largest one of the start on."""
+
+straggler_detector = StragglerDetector()  # Megatron's: one in a process
 
 
 def forward_step(data_iterator, model, iterations: Iterations | None = None):
@@ -32,11 +37,13 @@ def forward_step(data_iterator, model, iterations: Iterations | None = None):
         iterations.micro_batch_begins(is_training=model.training)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
-    )
+    with straggler_detector(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
+            data_iterator, get_attr_wrapped_model(model, "vp_stage")
+        )
     timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    with straggler_detector:
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     # The last stage calls it, and has a mask.
     return output, partial(loss_function, loss_mask)  # type: ignore[arg-type]
 
@@ -95,15 +102,27 @@ def loss_function(loss_mask: Tensor, output: Tensor):
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-    if get_args().check_for_nan_in_loss_and_grad:
-        rerun = get_rerun_state_machine()
-        loss_for_checks = report[0]  # a copy: the schedule scales the loss in place
+    _check_loss(report[0])  # a copy: the schedule scales the loss in place
+    return loss, num_tokens, {"lm loss": report}
+
+
+def _check_loss(loss: Tensor) -> None:
+    """What ``--check-for-nan-in-loss-and-grad`` and ``--check-for-spiky-loss`` ask of it."""
+    args, rerun = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
         for reject, message in ((torch.isnan, "found NaN"), (torch.isinf, "found Inf")):
             rerun.validate_result(
-                result=loss_for_checks,
+                result=loss,
                 rejection_func=reject,
                 message=f"{message} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,
             )
-    return loss, num_tokens, {"lm loss": report}
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(rerun.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )

@@ -127,9 +127,15 @@ def _datasets(args) -> Iterator[IndexedDataset]:
     splits = ("", "train-", "valid-", "test-")
     for split, part in zip(splits, (blend, *(per_split or ()))):
         for prefix in part[0] if part else ():
+            flag = given if in_file else f"--{split}data-path {prefix}"
             if "://" not in prefix:  # object storage is left to its own library
-                flag = given if in_file else f"--{split}data-path {prefix}"
                 yield IndexedDataset(flag, prefix, is_split=part is blend)
+            elif args.object_storage_cache_path is None:
+                raise InputError(
+                    flag,
+                    "its index is copied here, and there is no folder for it",
+                    "--object-storage-cache-path FOLDER with it",
+                )
 
 
 _BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"

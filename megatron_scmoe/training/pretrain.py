@@ -237,7 +237,6 @@ def _say_what_is_finished(saved: SavedRun, args) -> None:
 
 _FOREIGN = {
     "spec": ("--spec", "this entry point builds the ScMoE spec itself"),
-    "yaml_cfg": ("--yaml-cfg", "settings come from flags"),
     "sft": ("--sft", "packed fine-tuning data is not wired"),
     "dataloader_inter_document_masking": (
         "--dataloader-inter-document-masking",

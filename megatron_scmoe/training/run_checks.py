@@ -37,6 +37,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     Raises:
         RunError: at the first that would stop the run.
     """
+    if args.checkpoint_activations:  # Megatron ends with status 0
+        raise RunError(
+            "--checkpoint-activations",
+            "Megatron has other names for it",
+            "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
+        )
     _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
     if has_model:
@@ -47,6 +53,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     _check_device(args)
     _check_saving(args)
     _check_logging(args)
+    if args.dataloader_defer_npy_index_mmap and args.data_cache_path is None:
+        raise RunError(
+            "--dataloader-defer-npy-index-mmap",
+            "it reads the indices that an earlier run has built",
+            "--data-cache-path FOLDER with it",
+        )
     if args.eval_iters and not (args.skip_train or has_validation_data(args)):
         raise RunError(
             f"--eval-iters {args.eval_iters}",
@@ -128,6 +140,7 @@ _OPTIONAL_NUMBERS = (
     ("save_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
+    ("distributed_timeout_minutes", 1),
     ("num_workers", 0),
     ("lr_decay_iters", 1),
     ("lr_decay_samples", 1),
@@ -310,6 +323,12 @@ def _check_device(args) -> None:
             "--transformer-impl transformer_engine",
             "Transformer Engine is not installed",
             "--transformer-impl local, or leave the flag out",
+        )
+    if args.moe_latent_size and not HAVE_TE:
+        raise RunError(
+            f"--moe-latent-size {args.moe_latent_size}",
+            "its projections are Transformer Engine's, which is not installed",
+            "leave the flag out",
         )
     if not cpu_backend.is_enabled():
         return

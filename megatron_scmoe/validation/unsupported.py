@@ -55,6 +55,12 @@ UNSUPPORTED = (
         "its layer specs are not wired",
         "leave the flag out",
     ),
+    Refused(  # while its file is not read yet
+        "heterogeneous_layers_config_path",
+        "--heterogeneous-layers-config-path",
+        "its layer specs are not wired",
+        "leave the flag out",
+    ),
     Refused(
         "is_hybrid_model",
         "--hybrid-layer-pattern",

@@ -124,5 +124,19 @@ class TestMegatronsParser:
         with pytest.raises(UsageError, match=r"^unrecognized arguments: --other \(see --help\)$"):
             self.parser().parse_args(["--other"])
 
+    @pytest.mark.parametrize("word", ["--flagg", "--flg=3"])
+    def test_an_unknown_flag_that_is_almost_a_flag(self, word):
+        told = f"^unrecognized arguments: {word}; the nearest: --flag \\(see --help\\)$"
+        with pytest.raises(UsageError, match=told):
+            self.parser().parse_args([word])
+
+    def test_a_file_of_settings_is_refused_before_it_is_read(self):
+        def add(parser):
+            parser.add_argument("--yaml-cfg")
+            return parser
+
+        with pytest.raises(UsageError, match=r"--yaml-cfg: none\.yaml: settings come from flags"):
+            prepare_parser(add, argparse.ArgumentParser()).parse_args(["--yaml-cfg", "none.yaml"])
+
     def test_formatter(self):
         assert self.parser().formatter_class is HelpFormatter

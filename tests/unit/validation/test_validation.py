@@ -320,7 +320,12 @@ def test_accepted(flags):
 
 PIPELINES = [
     (dict(pp=4), 12, "--pipeline-model-parallel-size 4", "accepted: 3"),
-    (dict(pp=2, vpp=2), 4, "--num-virtual-stages-per-pipeline-rank 2", "accepted: 1"),
+    (
+        dict(pp=2, vpp=2),
+        4,
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "accepted: 1, which is --num-layers-per-virtual-pipeline-stage 2",
+    ),
     (
         dict(pp=2, num_layers_in_first_pipeline_stage=3),
         8,

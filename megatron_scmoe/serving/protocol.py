@@ -169,11 +169,14 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
         ApiError: if it is none.
     """
     try:
-        fields = json.loads(body)
+        text = body.decode("utf-8-sig")
+        fields = json.loads(text)
     except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
         fields = None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body of the request is not a JSON object.")
+    if "\\ud" in text.lower():
+        _refuse_half_pairs(fields)
     given = {name: value for name, value in fields.items() if value is not None}
     for name, neutral in _NEUTRAL.items():
         if name in given and given.pop(name) not in neutral:
@@ -182,6 +185,19 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
         return kind.model_validate(given)
     except ValidationError as error:
         raise _in_one_line(error, given) from error
+
+
+def _refuse_half_pairs(fields: dict[str, Any]) -> None:
+    """Refuse text that is no Unicode: JSON can write half of a surrogate pair."""
+    for name, value in fields.items():
+        for part, param in ((name, None), (value, name)):
+            try:
+                json.dumps(part, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                what = f"'{param}'" if param else "argument"
+                raise ApiError(
+                    400, f"Invalid {what}: it is no text that UTF-8 can hold.", param
+                ) from error
 
 
 def _in_one_line(error: ValidationError, given: dict[str, Any]) -> ApiError:

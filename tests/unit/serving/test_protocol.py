@@ -91,6 +91,28 @@ def test_a_body_that_is_no_object(body):
 
 
 @pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"model": "\\udc80"', "model"),
+        ('"prompt": ["A", "\\uDC80"]', "prompt"),
+        ('"stop": "\\ud83d"', "stop"),
+        ('"\\udc80": 1', None),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_text(field, param):
+    """It would be part of the answer, which is UTF-8."""
+    with pytest.raises(ApiError, match="it is no text that UTF-8 can hold") as refused:
+        parse(CompletionRequest, f'{{"model": "m", "prompt": "A", {field}}}'.encode())
+    assert refused.value.param == param
+    json.dumps(refused.value.body(), ensure_ascii=False).encode()
+
+
+def test_a_whole_pair_is_text_and_so_is_what_looks_like_half_of_one():
+    body = rb'{"model": "m", "prompt": "\ud83d\ude00 \\udc80"}'
+    assert parse(CompletionRequest, body).prompts == ["\N{GRINNING FACE} \\udc80"]
+
+
+@pytest.mark.parametrize(
     ("status", "kind"),
     [(400, "invalid_request_error"), (404, "invalid_request_error"), (429, "rate_limit_error"),
      (500, "server_error"), (503, "server_error")],

@@ -26,6 +26,7 @@ from megatron_scmoe.serving.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
+    brief,
     parse,
 )
 from megatron_scmoe.serving.writer import Writer
@@ -148,7 +149,7 @@ class Service:
         if name != self._model.name:
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist; this server has '{self._model.name}'.",
+                f"The model '{brief(name)}' does not exist; this server has '{self._model.name}'.",
                 "model",
                 "model_not_found",
             )
@@ -316,7 +317,7 @@ async def _refuse(request: Request, error: ApiError) -> Response:
 
 
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {brief(request.url.path)}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
 

@@ -73,6 +73,12 @@ def test_what_the_server_does_anyway_may_be_asked_for():
         (dict(stop=["x"] * 17), "stop", "accepted are at most 16 strings"),
         (dict(top_k=3, top_p=0.5), "top_k", "'top_k' and 'top_p' exclude each other"),
         (dict(user="u" * 99, n="n" * 99), "n", "..."),
+        ({"x\n" * 999: 1}, "x " * 18 + "x...", "supplied: x x x"),
+        (
+            dict(stream_options={"usage": True}),
+            "stream_options",
+            "Unrecognized request argument supplied: stream_options.usage",
+        ),
     ],
 )
 def test_what_is_refused(fields, param, told):

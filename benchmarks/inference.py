@@ -15,6 +15,7 @@ import os
 from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 
 from inference_options import parse
 from inference_page import BENCHMARK, decode_key, inference_table
@@ -35,7 +36,8 @@ from megatron.core.inference.utils import InferenceMode
 from report import write
 from systems import build_all, switch
 
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ON, ScMoEConfig
+from megatron_scmoe.inference.expert_padding import ExpertPadding
 
 
 def main() -> None:
@@ -67,11 +69,14 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
     found = {}
     for name, model, counts in turns(models, options.rounds, options.warmup):
         switch(name, model, scmoe)
+        padding = ExpertPadding(model, ON)
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        for batch in options.batch_sizes:
-            took[decode_key(batch)] = _decode(model, batch, options)
+        for batch, pads in product(options.batch_sizes, (False, True)):
+            padding.set(pads)
+            took[decode_key(batch, pads)] = _decode(model, batch, options)
+        padding.set(False)
         for key, ms in took.items():
             if counts:
                 found.setdefault(name, {}).setdefault(key, []).append(ms)

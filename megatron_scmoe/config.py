@@ -15,6 +15,8 @@ AllToAllName = Literal["dispatch", "combine", "dispatch-backward", "combine-back
 ExpertBias = Literal["none", "sign", "proportional"]
 DecodeSchedule = Literal["auto", "overlapped", "serial"]
 AUTO, OVERLAPPED, SERIAL = get_args(DecodeSchedule)
+DecodePadding = Literal["auto", "on", "off"]
+_, ON, OFF = get_args(DecodePadding)
 
 
 def slot_or_auto(text: str) -> int | str:

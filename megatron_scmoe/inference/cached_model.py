@@ -30,8 +30,11 @@ class CachedModel:
         self._wrapper.prep_model_for_inference()
 
     def decode(self, texts: int, tokens: Tensor, positions: Tensor, **how) -> Tensor:
-        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together."""
-        with self._decode.token(texts):
+        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together.
+
+        All read as many rows.
+        """
+        with self._decode.token(texts, len(tokens)):
             return self.read(tokens, positions, **how)
 
     def read(

@@ -102,10 +102,10 @@ def generate(
     ):
         for start in range(0, len(prompts), size):
             indices = by_length[start : start + size]
-            own = [
-                _Row(index, list(prompts[index]), random_numbers(seed, index))
-                for index in indices[group.rank() :: group.size()] or indices[:1]
-            ]
+            mine = indices[group.rank() :: group.size()]
+            if len(mine) * group.size() < len(indices) or not mine:
+                mine = [*mine, indices[0]]  # all ranks have as many rows
+            own = [_Row(index, list(prompts[index]), random_numbers(seed, index)) for index in mine]
             lengths = [len(prompts[index]) for index in indices]
             end = max(lengths) + sampling.num_tokens_to_generate
             columns = _Columns(model, own, end, min(lengths), len(indices), decode)

@@ -101,7 +101,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in Megatron, whose dropless case takes it that every token has topk experts."""
         tokens_per_local_expert = super().preprocess(routing_map)
-        if self.choices_vary:
+        if self.choices_vary and not self.drop_and_pad:
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert

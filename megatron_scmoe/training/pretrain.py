@@ -104,7 +104,7 @@ def main() -> None:
     print_rank_0(describe(scmoe))
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     if args.async_save and args.async_strategy == "mcore":
-        async_saves.install()
+        async_saves.install(args.exit_signal)
     heartbeats = Heartbeats()
     iterations.listeners.append(heartbeats.iteration_begins)
     with (

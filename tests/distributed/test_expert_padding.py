@@ -1,0 +1,100 @@
+"""Padded experts in a decode: no sizes are exchanged, and the texts are those without padding."""
+
+import pytest
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.transformer.moe import token_dispatcher
+
+from megatron_scmoe.config import AUTO, OFF, ON, SERIAL
+from megatron_scmoe.inference import expert_padding, generation
+from megatron_scmoe.inference.decode_schedule import Decode
+from megatron_scmoe.inference.expert_padding import ExpertPadding
+from megatron_scmoe.training import load_model
+from tests import text_models
+from tests.harness import run_distributed
+
+TOKENS = 6
+PROMPTS = [(5, 9, 2, 7), (3, 4), (8, 8, 1)]
+"""Not as many on one rank as on the other."""
+
+KINDS = [
+    text_models.TAPS_INPUT,
+    "sigmoid, expert bias, groups",
+    "biases, no shared expert, no positions",
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, list[dict]]:
+    """What each rank has seen of each kind of model, by the number of ranks that share its experts."""
+    folder = tmp_path_factory.mktemp("models")
+    text_models.save(folder, text_models.train_tokenizer(folder), *KINDS)
+    return {ranks: run_distributed(_texts_of_all, ranks, str(folder)) for ranks in (1, 2)}
+
+
+def _texts_of_all(folder: str) -> dict:
+    found = {}
+    for kind in KINDS:
+        load = load_model.Checkpoint(f"{folder}/{kind}")
+        ranks = load_model.torch.distributed.get_world_size()
+        model = load_model.build_model(load, load_model.Layout(expert=ranks))
+        for padding in (OFF, ON, AUTO):
+            found[kind, padding] = _texts(model, padding)
+        found[kind, "exact again"] = _texts(model, OFF)
+        found[kind, "most"] = [ExpertPadding(model, AUTO).applies(n) for n in (1, 32, 33, 64, 65)]
+    return found
+
+
+def _texts(model, padding: str) -> tuple[list[list[int]], list[float], int]:
+    """Tokens, all log-probabilities, and how often sizes were exchanged."""
+    exchanged = 0
+    plain = token_dispatcher.gather_from_sequence_parallel_region
+
+    def counted(*args, **kwargs):
+        nonlocal exchanged
+        exchanged += 1
+        return plain(*args, **kwargs)
+
+    token_dispatcher.gather_from_sequence_parallel_region = counted
+    try:
+        sampling = SamplingParams(num_tokens_to_generate=TOKENS, top_k=1, return_log_probs=True)
+        texts = generation.generate(
+            model,
+            PROMPTS,
+            sampling,
+            text_models.VOCAB,
+            micro_batch=2,
+            decode=Decode(model, SERIAL, padding),
+        )
+    finally:
+        token_dispatcher.gather_from_sequence_parallel_region = plain
+    numbers = [number for text in texts for number in text.log_probs + text.prompt_log_probs]
+    return [text.tokens for text in texts], numbers, exchanged
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_padding_changes_roundings_at_most(found, ranks, kind):
+    for row in found[ranks]:
+        exact, padded, again = row[kind, OFF], row[kind, ON], row[kind, "exact again"]
+        assert padded[0] == exact[0] == again[0]
+        assert padded[1] == pytest.approx(exact[1], abs=1e-5)
+        assert again[1] == exact[1]
+
+
+def test_a_padded_decode_exchanges_no_sizes(found):
+    for row in found[2]:
+        for kind in KINDS:
+            _, _, in_prefill = row[kind, ON]
+            _, _, in_all = row[kind, OFF]
+            assert 0 < in_prefill < in_all
+            assert row[kind, AUTO] == row[kind, ON]
+
+
+def test_auto_pads_a_few_tokens_of_ranks_that_share_experts(found):
+    assert expert_padding.MOST_ROWS == 256
+    for row in found[2]:
+        assert row[text_models.TAPS_INPUT, "most"] == [True, True, True, True, False]  # 4 experts
+        assert row["sigmoid, expert bias, groups", "most"] == [True, True, False, False, False]
+    for row in found[1]:  # nobody to wait for
+        assert row[text_models.TAPS_INPUT, AUTO] == row[text_models.TAPS_INPUT, OFF]
+        assert not any(row[text_models.TAPS_INPUT, "most"])

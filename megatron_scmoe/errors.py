@@ -115,3 +115,8 @@ def _asserted(error: BaseException) -> str | None:
         if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or 0):
             return f"{BARE_ASSERTION} {ast.unparse(node.test)}"
     return None
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch raised it because memory has run out, a GPU's or the host's."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

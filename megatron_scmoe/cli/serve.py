@@ -148,13 +148,14 @@ def load_slots(args: Namespace, load: str, offload):
 
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
+    from megatron_scmoe.errors import lacks_memory
     from megatron_scmoe.inference.slots import Slots
     from megatron_scmoe.serving.app import ServedModel
     from megatron_scmoe.training import load_model
 
     checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     length = check_checkpoint(args, checkpoint)
-    template = args.chat_template.read_text() if args.chat_template else None
+    template = read_template(args.chat_template)
     tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
     vocab_size = count_tokens(
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
@@ -170,9 +171,29 @@ def load_slots(args: Namespace, load: str, offload):
     )
     if offload is not None:
         offload.attach(model, checkpoint.path, texts, "--inference-max-requests")
-    slots = Slots(model, vocab_size, size, length, args.decode_schedule, args.decode_padding, chunk)
+    try:
+        slots = Slots(
+            model, vocab_size, size, length, args.decode_schedule, args.decode_padding, chunk
+        )
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise UsageError(
+            f"--inference-max-requests {size}: the cache of {size} texts of up to {length} tokens does "
+            "not fit the memory; accepted: fewer, or a smaller --inference-max-seq-length"
+        ) from error
     name = args.served_model_name or checkpoint.name
     return slots, ServedModel(name, tokenizer, vocab_size, length)
+
+
+def read_template(file: Path | None) -> str | None:
+    """The chat template in a file."""
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--chat-template {file}: it is not UTF-8; accepted is a text file with a Jinja template"
+        ) from error
 
 
 def check_checkpoint(args: Namespace, checkpoint) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import InputError, lacks_memory
 from megatron_scmoe.inference.expert_cache import Counts, ExpertCache, Policy
 from megatron_scmoe.inference.expert_store import (
     HostExperts,
@@ -241,7 +241,17 @@ class ExpertOffload:
             host = PinnedExperts(
                 {number: _pin(weights, packing, first, count) for number, weights in layers.items()}
             )
-        self.cache = ExpertCache(packing, slots, host, self.settings.policy)
+        try:
+            self.cache = ExpertCache(packing, slots, host, self.settings.policy)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            given = self.settings.cache_gb
+            raise InputError(
+                FLAG if given is None else f"--expert-cache-gb {given:g}",
+                f"{slots * packing.nbytes / 1e9:.3g} GB for experts do not fit the memory",
+                "less" if given else f"a smaller {tokens_flag}",
+            ) from error
         connect(model, self.cache)
 
     def sum_up(self) -> Totals:
@@ -278,7 +288,8 @@ class ExpertOffload:
         needed = min(experts.num_local_experts, max(2, at_once))  # one computes, one comes
         if self.settings.cache_gb is None:
             return needed
-        slots = int(self.settings.cache_gb * 1e9) // experts.packing.nbytes
+        nbytes = min(self.settings.cache_gb * 1e9, most * experts.packing.nbytes)
+        slots = int(nbytes) // experts.packing.nbytes
         if slots < needed:
             fewer = f", or a smaller {tokens_flag}" if tokens > 1 and needed > 2 else ""
             raise InputError(
@@ -286,7 +297,7 @@ class ExpertOffload:
                 f"a layer may need {needed} experts at once, of {experts.packing.nbytes} bytes each",
                 f"{_rounded_up(needed * experts.packing.nbytes)} or more{fewer}",
             )
-        return min(slots, most)
+        return slots
 
     def _weights(
         self, stored: Mapping[str, LazyTensor], layer: int, packing: Packing

@@ -123,7 +123,7 @@ class Slots:
         with torch.inference_mode(), InferenceMode.active():
             self._read_spare()  # Megatron allocates the cache, and does not fill it
             for memory in self._cache():
-                memory.zero_()  # what a mask hides is multiplied by 0, and must be a number
+                memory.zero_()  # takes it now, not when the first texts come
 
     @property
     def cache_bytes(self) -> int:
@@ -286,6 +286,7 @@ class Slots:
         if rank == self._own_rank:
             for memory in self._cache():
                 read = memory[begin:end, self._reading_row].clone()
+                memory[:, len(rows)] = 0  # a mask multiplies by 0 what others have left here
                 memory[self._column - row.length : self._column, len(rows)] = read
         self._reading[rank].remove(row)
         rows.append(row)
@@ -317,6 +318,9 @@ class Slots:
     def _read_part(self, row: "_Row", stop: int) -> list[Written]:
         """Read a prompt up to a token; what is written, if that is its last one."""
         start, text = row.length, row.text
+        if start == 0:
+            for memory in self._cache():
+                memory[: row.first, self._reading_row] = 0
         first, end = row.first + start, row.first + stop
         mask = torch.ones(stop - start, end, dtype=torch.bool).triu(first + 1)
         mask[:, : row.first] = True

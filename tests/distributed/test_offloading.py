@@ -10,7 +10,7 @@ import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.inference import generation
+from megatron_scmoe.inference import generation, offloading
 from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.inference.expert_store import Key
 from megatron_scmoe.inference.offloading import ExpertOffload, OffloadSettings, offloaded_layers
@@ -73,7 +73,7 @@ def _same_bits(load: Path, folder: Path) -> None:
     resident = write(build(load)[0])
     for settings, at_once in (
         (OffloadSettings(folder=folder), len(PROMPTS)),
-        (OffloadSettings(folder=folder, cache_gb=1.0), 1),
+        (OffloadSettings(folder=folder, cache_gb=1e300), 1),
         (OffloadSettings(folder=folder, layers=1), 1),
     ):
         model, offload = build(load, settings, at_once=at_once)
@@ -195,6 +195,7 @@ def test_what_cannot_be_offloaded_is_said_in_one_line(models, tmp_path):
         f"--expert-folder {tmp_path}/none/a: cannot write there (Not a directory)",
         f"--expert-folder {tmp_path / 'own'}: it holds experts of another checkpoint; accepted:",
         f"--expert-folder {tmp_path / 'own'}: it holds experts in float32; accepted: another folder",
+        "--expert-cache-gb 1: 0.000131 GB for experts do not fit the memory; accepted: less",
     )
     for line, words in zip(told, expected, strict=True):
         assert words in line and "\n" not in line
@@ -220,7 +221,10 @@ def _refusals(load: Path, folder: Path) -> list[str]:
         with pytest.raises(ScMoEError) as refused:
             build(other, settings, **arguments)
         told.append(str(refused.value))
-    return told
+    full = mock.patch.object(offloading, "ExpertCache", side_effect=torch.OutOfMemoryError)
+    with full, pytest.raises(ScMoEError) as refused:
+        build(load, OffloadSettings(folder=own, cache_gb=1.0))
+    return [*told, str(refused.value)]
 
 
 # More experts than memory.

@@ -447,19 +447,26 @@ def test_with_offloaded_experts_the_texts_are_the_same_whoever_comes_and_goes(
     assert found["wait_seconds"] > 0
 
 
-def test_a_cache_that_is_too_small_for_the_texts_at_once_is_refused(load, experts):
-    words = ["--load", load, "--port", 0, "--offload-experts", "--expert-folder", experts]
-    (told,) = run_distributed(_told, 1, *words, "--expert-cache-gb", 2e-5)
-    assert told == (
+def test_caches_that_are_too_small_or_too_large_are_refused(load, experts):
+    (told,) = run_distributed(_refused_caches, 1, load, experts)
+    assert told == [
         "--expert-cache-gb 2e-05: a layer may need 4 experts at once, of 16384 bytes each; accepted: "
-        "0.001 or more, or a smaller --inference-max-requests"
-    )
+        "0.001 or more, or a smaller --inference-max-requests",
+        "--inference-max-requests 100000000000: the cache of 100000000000 texts of up to 48 tokens "
+        "does not fit the memory; accepted: fewer, or a smaller --inference-max-seq-length",
+    ]
 
 
-def _told(*words) -> str:
-    with pytest.raises(ScMoEError) as refused:
-        run_tool("serve", *words)
-    return str(refused.value)
+def _refused_caches(load: Path, experts: Path) -> list[str]:
+    told = []
+    for flags in (
+        ("--offload-experts", "--expert-folder", experts, "--expert-cache-gb", 2e-5),
+        ("--inference-max-requests", 10**11),
+    ):
+        with pytest.raises(ScMoEError) as refused:
+            run_tool("serve", "--load", load, "--port", 0, *flags)
+        told.append(str(refused.value))
+    return told
 
 
 def test_refusals_at_the_start(load):
@@ -480,6 +487,10 @@ def test_refusals_at_the_start(load):
         (("--inference-max-seq-length", 64), f"--max-position-embeddings is {LENGTH}; accepted is"),
         (("--load", "absent"), "--load absent"),
         (("--chat-template", "absent"), "--chat-template absent: there is no such file"),
+        (
+            ("--chat-template", load.parent / "small.model"),
+            "small.model: it is not UTF-8; accepted",
+        ),
         (("--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
         (
             ("--inference-dynamic-batching-max-tokens", 9),

@@ -1,9 +1,11 @@
 """Texts that join and leave a batch at any token are those that `generate` writes on their own."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_scmoe.inference import generation
@@ -164,6 +166,59 @@ def _leave_while_reading(load: str) -> dict[int, list[int]]:
             assert slots.count_fitting([(2, 1)], ()) == 0
         if len(found.get(4, [])) == TOKENS:
             break
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_text_leaves_in_the_cache_is_no_matter(checkpoints, one_rank, model):
+    """As when its numbers were infinite: what a mask hides is multiplied by 0."""
+    (found,) = run_distributed(_behind_infinite_numbers, 1, f"{checkpoints}/{model}")
+    expected = one_rank[model][0]
+    assert found == [expected[0][0], expected[4][0]]
+
+
+def _behind_infinite_numbers(load: str) -> list[list[int]]:
+    model, args = _model(load, load_model.Layout())
+    slots = Slots(model, _vocabulary(args), 2, 32)
+    with torch.inference_mode():
+        for memory in slots._cache():
+            memory.fill_(float("inf"))
+    found: dict[int, list[int]] = {4: [], 0: []}
+    for joining in ([Text(4, PROMPTS[4])], [Text(0, PROMPTS[0])], *[[]] * TOKENS):
+        for _ in range(1 + bool(joining)):
+            for item in slots.step((), joining):
+                found[item.key].append(item.place.token)
+            joining = []
+    return [found[0][:TOKENS], found[4][:TOKENS]]
+
+
+def test_after_an_error_in_the_middle_of_a_pair_the_next_text_is_right(checkpoints, one_rank):
+    """Whether it came from a prompt or a token."""
+    load = str(checkpoints / text_models.TAPS_INPUT)
+    (found,) = run_distributed(_fail_and_go_on, 1, load)
+    expected = one_rank[text_models.TAPS_INPUT][0][0][0]
+    assert found == [expected] * len(found)
+
+
+def _fail_and_go_on(load: str) -> list[list[int]]:
+    model, args = _model(load, load_model.Layout())
+    slots = Slots(model, _vocabulary(args), 2, 32)
+    dense, moe = model.decoder.layers[2:4]
+    found = []
+    for part in (dense.mlp, moe.self_attention, moe.mlp.shared_experts, moe.mlp.experts):
+        for joining in ([Text(2, PROMPTS[4])], []):
+            slots.step((), [Text(1, PROMPTS[2])])
+            slots.step()
+            failing = mock.Mock(side_effect=RuntimeError("out of memory"))
+            with mock.patch.object(part, "forward", failing), pytest.raises(RuntimeError):
+                slots.step((), joining)
+            slots.clear()
+            written = []
+            joining = [Text(0, PROMPTS[0])]
+            while len(written) < TOKENS:
+                written += [item.place.token for item in slots.step((), joining)]
+                joining = []
+            found.append(written)
     return found
 
 

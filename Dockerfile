@@ -6,8 +6,10 @@
 #     docker build -t megatron-scmoe --build-arg WITH_DEEP_EP=1 --build-arg IMAGE_USER=trainer .
 #     docker run --rm --gpus all --ipc host megatron-scmoe          # versions, and a smoke test
 #     docker run --rm -it megatron-scmoe make test PYTHON=python3    # nothing more is installed
+#     buildah build --format docker -t megatron-scmoe .             # or with buildah, 1.28 or newer
 #
 # Needs BuildKit (Docker 23 or newer), and an image with Python 3.12: any release of 2025 or later.
+# `make test-image` builds it on a stand-in for NVIDIA's image.
 
 ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${NGC_PYTORCH}
@@ -32,6 +34,8 @@ ARG WITH_DEEP_EP=0
 ARG DEEP_EP_COMMIT=e3908bf5bd0cc6265bcb225d15cd8c996d4759ef
 ARG TORCH_CUDA_ARCH_LIST=9.0
 RUN if [ "$WITH_DEEP_EP" = 1 ]; then \
+        command -v nvcc >/dev/null \
+            || { echo "WITH_DEEP_EP=1: no nvcc; accepted: an NGC_PYTORCH with CUDA's compiler" >&2; exit 1; }; \
         pip install --no-deps --no-build-isolation \
             "deep_ep @ git+https://github.com/deepseek-ai/DeepEP.git@${DEEP_EP_COMMIT}"; \
     fi
@@ -44,13 +48,15 @@ COPY . .
 RUN pip install --no-deps . \
     && stub=$(mktemp -d) && ln -s /usr/local/cuda/lib64/stubs/libcuda.so "$stub/libcuda.so.1" \
     && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}:$stub" python3 docker/check_image.py /opt/scmoe \
-    && rm -r "$stub" \
+    && rm -rf "$stub" build ./*.egg-info /tmp/torchinductor* \
     && useradd --create-home trainer \
     && chmod -R a+rwX /workspace/megatron_scmoe
 
-# root, or trainer. Any other works too (docker run --user 1234:1234), with a home that it may write.
+# root, or trainer. Any other works too (docker run --user 1234:1234): it needs no name and no home.
 ARG IMAGE_USER=root
 ENV HF_HOME=/tmp/huggingface \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
     TRITON_CACHE_DIR=/tmp/triton
 USER ${IMAGE_USER}
 CMD ["docker/smoke_test.sh"]

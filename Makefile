@@ -16,7 +16,7 @@ endif
 endif
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 
-.PHONY: help install demo test test-fast test-gpu test-slurm test-faults golden coverage lint format docs clean
+.PHONY: help install demo test test-fast test-gpu test-slurm test-image test-faults golden coverage lint format docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,10 @@ test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
 test-slurm: $(INSTALLED)  ## jobs on a real Slurm, started on this machine (as root; docs/slurm.md)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 tests/slurm/cluster.sh build/slurm \
 	  $(RUN) -m pytest tests/slurm $(ARGS)
+
+test-image: $(INSTALLED)  ## build the Dockerfile's image and run it (as root; docs/slurm.md)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/image/build.sh build/image \
+	  $(RUN) -m pytest tests/image $(ARGS)
 
 test-faults: $(INSTALLED)  ## jobs to which something happens: kills, full disks, cut links (docs/reliability.md)
 	@$(RUN) -m pytest tests/faults $(ARGS)

@@ -25,7 +25,9 @@ precision=()
 ((gpus == 0)) || precision=(--bf16)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" pretrain_gpt_scmoe.py \
+# A container's own name need not lead anywhere: the ranks meet at the loopback address.
+"$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+    --nproc-per-node "$ranks" pretrain_gpt_scmoe.py \
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --swiglu \
     --disable-bias-linear --num-experts 4 --expert-model-parallel-size "$ranks" \
     --moe-layer-freq '[0,1]*1' --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64 \

@@ -275,6 +275,12 @@ def _import_megatron():
     Imported late, as it takes seconds that `--help` and a wrong flag need not wait for; and
     quietly, as what it says about missing GPU libraries is of no interest to a tokenizer.
     """
+    import torch
+
+    from megatron_scmoe.platform import cpu_backend
+
+    if not torch.cuda.is_available():  # a login node, with what the GPU nodes need installed
+        cpu_backend.hide_gpu_packages()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -26,6 +26,12 @@ FLAG = "--scmoe-cpu"
 VARIABLE = "SCMOE_CPU"
 """The same, as an environment variable: 1."""
 
+GPU_PACKAGES = (
+    *("transformer_engine", "transformer_engine_torch", "apex", "amp_C"),
+    *("fused_weight_gradient_mlp_cuda", "flash_attn", "flash_attn_3", "deep_ep"),
+)
+"""Kernels for GPUs alone, which Megatron uses wherever it can import them."""
+
 _enabled = False
 
 
@@ -74,11 +80,23 @@ def enable() -> None:
     _enabled = True
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile on two cores costs more than it gives
     torch._dynamo.config.disable = True
+    hide_gpu_packages()
     _map_cuda_module()
     _map_factories()
     _map_tensor_methods()
     _map_data_loader()
     _map_uneven_collectives()
+
+
+def hide_gpu_packages() -> None:
+    """Let their import fail as if they were not installed.
+
+    Megatron would take their optimizers, which have no CPU kernels. Without a driver some do not even
+    load, with an OSError, for which Megatron is not prepared. :func:`enable` calls it; alone it is for
+    a process that needs no device. Call it before anything of ``megatron`` is imported.
+    """
+    for name in GPU_PACKAGES:
+        sys.modules[name] = None
 
 
 def _trace_of_a_gpu(root: Path = Path("/")) -> str | None:

@@ -197,6 +197,14 @@ def test_data_loaders_ask_for_an_accelerator():
     assert "torch.accelerator.is_available()" in inspect.getsource(dataloader)
 
 
+@row("megatron.core.extensions.transformer_engine.HAVE_TE")
+def test_the_optimizer_is_transformer_engines_unless_its_import_raises_an_import_error():
+    text = Path(importlib.import_module("megatron.core.optimizer").__file__).read_text()
+    tried = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Try))
+    assert "from transformer_engine.pytorch.optimizers import FusedAdam" in ast.unparse(tried.body)
+    assert [handler.type.id for handler in tried.handlers] == ["ImportError"]
+
+
 @row("torch.utils.data.DataLoader")
 def test_an_iterator_draws_from_the_default_generator():
     init = inspect.unwrap(DataLoader.__init__)

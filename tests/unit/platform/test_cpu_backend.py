@@ -1,5 +1,7 @@
 """Whether a run takes the CPU: only where there is no GPU, or where it is asked for."""
 
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -68,3 +70,20 @@ def test_the_variable_takes_the_cpu(value, asked, no_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cpu_backend.is_asked_for() == asked
     assert cpu_backend.choose() == asked
+
+
+@pytest.mark.parametrize("name", ["transformer_engine", "apex"])
+def test_packages_for_gpus_are_as_if_not_installed(name, monkeypatch, tmp_path):
+    """Transformer Engine, installed on a machine without a driver: loading it raises an OSError."""
+    (tmp_path / f"{name}.py").write_text("raise OSError('libcuda.so.1: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in cpu_backend.GPU_PACKAGES:
+        monkeypatch.delitem(sys.modules, package, raising=False)  # and back at the end
+    with pytest.raises(OSError, match=r"libcuda\.so\.1"):
+        importlib.import_module(name)
+
+    cpu_backend.hide_gpu_packages()
+
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+    assert importlib.util.find_spec(name) is None

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# What build.sh runs in the stand-in for NVIDIA's image: stand_in.sh TORCH NUMPY TRANSFORMER_ENGINE
+set -euo pipefail
+ldconfig
+
+# CUDA's stub of the driver's library, as far as a loader asks: it has the name, and no function.
+mkdir -p /usr/local/cuda/lib64/stubs
+gcc -shared -x c /dev/null -Wl,-soname,libcuda.so.1 -o /usr/local/cuda/lib64/stubs/libcuda.so
+
+python3 -m ensurepip --default-pip
+# /wheels keeps what was downloaded or compiled, for the next time.
+install() {
+    pip wheel --no-build-isolation --find-links /wheels --wheel-dir /wheels "$@"
+    pip install --no-compile --no-index --find-links /wheels "$@"
+}
+install setuptools wheel
+install "torch==$1" "numpy==$2" packaging
+# CUDA's headers are those of the packages beside PyTorch.
+export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+install "transformer-engine[core-cu13,pytorch]==$3" "torch==$1" "numpy==$2"
+
+# As in NVIDIA's image: the loader finds CUDA's libraries, every package is held at its version, and pip finds itself not in charge.
+ls -d /usr/local/lib/python3.12/site-packages/nvidia/*/lib >/etc/ld.so.conf.d/cuda.conf
+ldconfig
+mkdir -p /etc/pip
+pip list --format freeze >/etc/pip/constraint.txt
+echo "[externally-managed]" >/usr/local/lib/python3.12/EXTERNALLY-MANAGED

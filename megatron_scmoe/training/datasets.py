@@ -19,11 +19,32 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
     data_identity.keep(args, input_checks.prefixes(args))
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(
-        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
+        kind, samples_needed(args, num_samples), partial(_needs_data, vp_stage=vp_stage), config
     ).build()
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
+
+
+def samples_needed(args, num_samples) -> list[int | None]:
+    """Samples of training, validation and test, so that a run that goes on has its steps.
+
+    Megatron counts all steps by this run's batch. If the earlier ones had a larger batch, more has been
+    read than that, and its loop would find no sample left.
+
+    Args:
+        num_samples: as Megatron counts them; None for all there are.
+    """
+    train, valid, test = num_samples
+    if args.skip_train or args.phase_transition_iterations or not args.train_iters:
+        return [train, valid, test]
+    steps = args.train_iters - args.iteration
+    train = max(train, args.consumed_train_samples + steps * args.global_batch_size)
+    if valid is not None:
+        evaluations = args.train_iters // args.eval_interval - args.iteration // args.eval_interval
+        each = args.eval_iters * args.eval_global_batch_size
+        valid = max(valid, args.consumed_valid_samples + (evaluations + 1) * each)
+    return [train, valid, test]
 
 
 def dataset_config(args, tokenizer) -> GPTDatasetConfig:

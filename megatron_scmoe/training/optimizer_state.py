@@ -231,6 +231,9 @@ def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> No
     keep = _KEPT if get_args().use_checkpoint_opt_param_scheduler else ("step",)
     found = optimizer.optimizer.state_dict()["param_groups"]
     inner["param_groups"] = [group | _kept(group, groups, keep) for group in found]
+    for group, own in zip(optimizer.optimizer.param_groups, inner["param_groups"], strict=True):
+        # By these Megatron finds the stored group of each.
+        group.update({name: own[name] for name in keep if name != "step" and name in own})
     if "common_step" in (state := _inner(saved[0]).get("state", {})):
         inner.setdefault("state", {})["common_step"] = state["common_step"]
     for name in ("grad_scaler", "param_state_sharding_type"):

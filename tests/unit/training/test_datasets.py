@@ -8,7 +8,7 @@ import pytest
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_scmoe.arguments import defaults
-from megatron_scmoe.training.datasets import dataset_config
+from megatron_scmoe.training.datasets import dataset_config, samples_needed
 
 NOT_FLAGS = {
     "split_matrix": "computed",
@@ -64,3 +64,28 @@ def test_every_field_of_megatrons_is_accounted_for(monkeypatch):
     )
     config()
     assert {field.name for field in fields(GPTDatasetConfig)} == {*seen, *NOT_FLAGS, *REFUSED}
+
+
+class TestSamplesOfARunThatGoesOn:
+    """After 20 steps of 16 samples, and two evaluations of 3 batches; 30 steps in all."""
+
+    def needed(self, num_samples=(30 * 16, 4 * 3 * 16, 3 * 16), **changes) -> list:
+        batch = changes.setdefault("global_batch_size", 16)
+        changes["eval_global_batch_size"] = batch  # as Megatron sets it
+        done = dict(iteration=20, consumed_train_samples=320, consumed_valid_samples=96)
+        flags = dict(train_iters=30, eval_interval=10, eval_iters=3)
+        return samples_needed(Namespace(**defaults() | done | flags | changes), num_samples)
+
+    def test_the_same_batch_needs_what_megatron_counts(self):
+        assert self.needed() == [30 * 16, 4 * 3 * 16, 3 * 16]
+
+    def test_a_smaller_batch_needs_more_than_megatron_counts(self):
+        counted = (30 * 2, 4 * 3 * 2, 3 * 2)
+        assert self.needed(counted, global_batch_size=2) == [320 + 10 * 2, 96 + 2 * 3 * 2, 3 * 2]
+
+    def test_a_larger_batch_needs_less_and_megatrons_count_stays(self):
+        counted = (30 * 32, 4 * 3 * 32, 3 * 32)
+        assert self.needed(counted, global_batch_size=32) == list(counted)
+
+    def test_all_there_are(self):
+        assert self.needed((30 * 16, None, 3 * 16))[1] is None

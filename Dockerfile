@@ -52,11 +52,12 @@ RUN pip install --no-deps . \
     && useradd --create-home trainer \
     && chmod -R a+rwX /workspace/megatron_scmoe
 
-# root, or trainer. Any other works too (docker run --user 1234:1234): it needs no name and no home.
+# root, or trainer. Any other works too (docker run --user 1234:1234), without an entry in passwd and
+# without a home: PyTorch names its cache by LOGNAME, where it would ask passwd.
 ARG IMAGE_USER=root
 ENV HF_HOME=/tmp/huggingface \
+    LOGNAME=container \
     MPLCONFIGDIR=/tmp/matplotlib \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
     TRITON_CACHE_DIR=/tmp/triton
 USER ${IMAGE_USER}
 CMD ["docker/smoke_test.sh"]

@@ -297,7 +297,8 @@ def run(
 
     Its output goes to NAME.log below `folder`, its losses to `losses`, one line to the terminal.
     """
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {hardware.ranks}".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", str(hardware.ranks)]
     command = [sys.executable, *launcher, str(REPOSITORY / "pretrain_gpt_scmoe.py"), *flags]
     threads = max(1, (os.cpu_count() or 1) // hardware.ranks)
     environment = {"OMP_NUM_THREADS": str(threads)}

@@ -79,6 +79,12 @@ def server(load, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """A folder for files of experts."""
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
         yield client
@@ -397,16 +403,20 @@ def test_health_and_metrics(client, server):
     assert server.output.count("\n") == 1  # no request, good or bad, is a line in the log
 
 
-def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, greedy):
-    """SIGTERM in the middle of a text: it is written to its end, then both ranks end well."""
+def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, greedy, experts):
+    """SIGTERM in the middle of a text: it is written to its end, then both ranks end well.
+
+    Experts are on the host, so that both ranks sum up what their caches do.
+    """
     words = ["--load", load, "--inference-max-requests", 3, "--expert-model-parallel-size", 2]
-    words += ["--max-queue", 2]
+    words += ["--max-queue", 2, "--offload-experts", "--expert-folder", experts]
     with (
         Server(*words, "--served-model-name", NAME, ranks=2) as server,
         openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
     ):
         expected = [line["generated_text"] for line in greedy]
         assert texts(complete(client)) == expected
+        assert metric(server, "scmoe_expert_uses_total") >= 4 * TOKENS  # two layers, top-2
         many = refusal(lambda: complete(client, "A", n=7))
         assert many.body["message"] == "7 texts: this server takes 6 at most."
         refused = refusal(lambda: client.chat.completions.create(model=NAME, messages=MESSAGES))
@@ -418,12 +428,6 @@ def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, g
         assert len(chunks) == LENGTH - 1
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.end() == [0, 0], server.output
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory) -> Path:
-    """A folder for files of experts."""
-    return tmp_path_factory.mktemp("experts")
 
 
 def test_with_offloaded_experts_the_texts_are_the_same_whoever_comes_and_goes(

@@ -119,6 +119,12 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
             f"> the schedule is that of this run's flags, not of the checkpoint: {told} "
             "(--use-checkpoint-opt-param-scheduler keeps the checkpoint's)"
         )
+        done, decay = before.get("num_steps", 0), mine["lr_decay_steps"][0]
+        if done >= decay and args.lr_decay_style != "constant":
+            print_rank_0(
+                f"WARNING: that decay is over, as {int(done)} samples are done: every step will have "
+                f"--min-lr {args.min_lr}; --lr-decay-iters makes it longer"
+            )
 
 
 def load_on_any_layout() -> None:

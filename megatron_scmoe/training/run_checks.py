@@ -43,6 +43,8 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "Megatron has other names for it",
             "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
         )
+    if args.bf16 and args.fp16:
+        raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
     _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
     if has_model:

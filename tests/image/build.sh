@@ -49,7 +49,9 @@ export CONTAINERS_STORAGE_CONF=$folder/storage.conf BUILDAH_ISOLATION=chroot
 # shellcheck disable=SC2317  # the trap calls it
 clean() {
     buildah rm --all >/dev/null
-    [[ -n ${KEEP:-} ]] || rm -rf "$folder/store" "$folder/run"
+    [[ -z ${KEEP:-} ]] || return 0
+    umount "$folder/store/overlay" || true  # buildah mounts it on itself
+    rm -rf "$folder/store" "$folder/run"
 }
 trap clean EXIT
 

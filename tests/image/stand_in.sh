@@ -15,11 +15,18 @@ install() {
 }
 install setuptools wheel
 install "torch==$1" "numpy==$2" packaging
-# CUDA's headers are those of the packages beside PyTorch.
-export NVTE_BUILD_USE_NVIDIA_WHEELS=1
+# Transformer Engine's half for PyTorch is compiled against CUDA's headers from PyPI. Its setup asks
+# CUDA's compiler for the version, and nothing more.
+export NVTE_BUILD_USE_NVIDIA_WHEELS=1 CUDA_HOME=/tmp/cuda
+mkdir -p "$CUDA_HOME/bin"
+printf '#!/bin/sh\necho "release 13.0"\n' >"$CUDA_HOME/bin/nvcc"
+chmod +x "$CUDA_HOME/bin/nvcc"
+install ninja "nvidia-cuda-crt==13.0.*" "nvidia-cuda-cccl==13.0.*"
 install "transformer-engine[core-cu13,pytorch]==$3" "torch==$1" "numpy==$2"
+rm -r "$CUDA_HOME"
 
-# As in NVIDIA's image: the loader finds CUDA's libraries, every package is held at its version, and pip finds itself not in charge.
+# As in NVIDIA's image: the loader finds CUDA's libraries, every package is held at its version, and
+# pip finds itself not in charge.
 ls -d /usr/local/lib/python3.12/site-packages/nvidia/*/lib >/etc/ld.so.conf.d/cuda.conf
 ldconfig
 mkdir -p /etc/pip

@@ -20,7 +20,8 @@ TRAIN = """
     python3 pretrain_gpt_scmoe.py --num-layers 2 --moe-layer-freq '[0,1]*1' --hidden-size 64
     --num-attention-heads 4 --seq-length 64 --swiglu --disable-bias-linear --num-experts 4
     --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64 --micro-batch-size 2
-    --train-iters 3 --lr 1e-3 --eval-iters 0 --tokenizer-type SentencePieceTokenizer --split 100,0,0
+    --train-iters 3 --log-interval 1 --lr 1e-3 --eval-iters 0 --split 100,0,0
+    --tokenizer-type SentencePieceTokenizer
 """
 
 
@@ -92,7 +93,7 @@ def test_what_came_with_the_base_is_as_it_was():
 def test_demo_and_tests_run_and_install_nothing(container):
     packages = container.run("pip list --format freeze")
     demo = container.run("make demo PYTHON=python3 ARGS=--smoke")
-    tests = container.run("make test PYTHON=python3 ARGS='-k \"test_schedule or test_config\"'")
+    tests = container.run("make test PYTHON=python3 ARGS='-k test_schedule.py'")
     assert "loss_curve.png" in demo
     assert " passed" in tests and "failed" not in tests
     assert container.run("pip list --format freeze") == packages
@@ -102,15 +103,15 @@ def test_demo_and_tests_run_and_install_nothing(container):
 
 def test_data_and_checkpoints_lie_in_a_mounted_folder(tmp_path):
     """Of the user who runs the container, who is nobody there."""
-    (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"{n} and {n} are {n + n}. " * 20}) + "\n" for n in range(200))
-    )
+    words = (REPOSITORY / "README.md").read_text().split()
+    documents = (" ".join(words[n : n + 100]) for n in range(0, len(words), 100))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     for path in (tmp_path, tmp_path / "text.jsonl"):
         os.chown(path, 1234, 1234)
     with Container(IMAGE, "1234:1234", tmp_path) as made:
         made.run(
             "scmoe train-tokenizer --input /data/text.jsonl --output-prefix /data/tok"
-            " --vocab-size 100"
+            " --vocab-size 400"
         )
         made.run(
             "scmoe preprocess-data --input /data/text.jsonl --tokenizer-model /data/tok.model"
@@ -130,18 +131,21 @@ def test_nothing_of_a_checkouts_own_is_in_it(container):
     assert not [name for name in names if name.endswith(".egg-info")]
 
 
-def build(*arguments: str) -> None:
-    """As build.sh does; what has not changed is not built again."""
-    words = [word for argument in arguments for word in ("--build-arg", argument)]
-    base = ("--build-arg", f"NGC_PYTORCH={STAND_IN}", "--tag", "another")
-    buildah("bud", "--format", "docker", "--layers", *base, *words, ".")
-
-
-def test_a_user_can_be_built_in():
-    build("IMAGE_USER=trainer")
+def test_a_user_can_be_built_in(tmp_path):
+    """The Dockerfile's last lines, on the image: buildah 1.28 takes a cached USER of another name."""
+    _, end = (REPOSITORY / "Dockerfile").read_text().split("\nARG IMAGE_USER")
+    (tmp_path / "Dockerfile").write_text(f"FROM {IMAGE}\nARG IMAGE_USER{end}")
+    build(tmp_path / "Dockerfile", "IMAGE_USER=trainer")
     assert settings_of("localhost/another")["User"] == "trainer"
 
 
 def test_without_a_compiler_of_cuda_deepep_is_refused():
     with pytest.raises(Failed, match="WITH_DEEP_EP=1: no nvcc; accepted: an NGC_PYTORCH with"):
-        build("WITH_DEEP_EP=1")
+        build(REPOSITORY / "Dockerfile", f"NGC_PYTORCH={STAND_IN}", "WITH_DEEP_EP=1")
+
+
+def build(dockerfile: Path, *arguments: str) -> None:
+    """As build.sh does; what has not changed is not built again."""
+    words = [word for argument in arguments for word in ("--build-arg", argument)]
+    base = ("--format", "docker", "--layers", "--tag", "another", "--file", str(dockerfile))
+    buildah("bud", *base, *words, ".")

@@ -11,15 +11,16 @@ choice of the next. The systems take turns, so that drift of the machine hits al
 the rounds are reported, of the slowest rank.
 """
 
-import os
 from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 
 from inference_options import parse
 from inference_page import BENCHMARK, decode_key, inference_table
+from launched import check_launched
 
-from megatron_scmoe.platform.command_line import UsageError, asks_for_help, run_tool
+from megatron_scmoe.platform.command_line import asks_for_help, run_tool
 
 if __name__ == "__main__" and asks_for_help():
     parse()  # shows it and ends, before the seconds that the imports below take
@@ -35,17 +36,14 @@ from megatron.core.inference.utils import InferenceMode
 from report import write
 from systems import build_all, switch
 
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ON, ScMoEConfig
+from megatron_scmoe.inference.expert_padding import ExpertPadding
 
 
 def main() -> None:
     """Build the systems, measure them in turn, report."""
     options = parse()
-    if "RANK" not in os.environ:
-        raise UsageError(
-            "started alone; accepted: torchrun --nproc-per-node N benchmarks/inference.py ..., or "
-            "benchmarks/two_hosts.sh"
-        )
+    check_launched()
     scmoe = ScMoEConfig(tap=options.tap, combine="add", expert_slot=options.slot)
     machine.initialise(None, False)
     models = build_all(options.systems, options.sizes, scmoe)
@@ -67,11 +65,14 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
     found = {}
     for name, model, counts in turns(models, options.rounds, options.warmup):
         switch(name, model, scmoe)
+        padding = ExpertPadding(model, ON)
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        for batch in options.batch_sizes:
-            took[decode_key(batch)] = _decode(model, batch, options)
+        for batch, pads in product(options.batch_sizes, (False, True)):
+            padding.set(pads)
+            took[decode_key(batch, pads)] = _decode(model, batch, options)
+        padding.set(False)
         for key, ms in took.items():
             if counts:
                 found.setdefault(name, {}).setdefault(key, []).append(ms)

@@ -19,21 +19,21 @@ def is_inference(result: dict) -> bool:
     return isinstance(result, dict) and result.get("benchmark") == BENCHMARK
 
 
-def decode_key(batch: int) -> str:
+def decode_key(batch: int, pads: bool = False) -> str:
     """Where a result has the time of one token of a batch."""
-    return f"decode_{batch}_ms"
+    return f"decode_{batch}_padded_ms" if pads else f"decode_{batch}_ms"
 
 
 def inference_table(result: dict) -> str:
     """The table that is printed: times, and how many times as fast as the first system."""
-    keys = ["prefill_ms", *map(decode_key, result["batch_sizes"])]
     systems = result["systems"]
+    keys = list(_names(result).values())
     base = next(iter(systems.values()))
-    heads = "".join(f"{key.replace('_', ' '):>16}{'over':>9}" for key in keys)
+    heads = "".join(f"{key.removesuffix('_ms').replace('_', ' '):>18}{'over':>9}" for key in keys)
     lines = [f"{result['shape']} on {result['world_size']} ranks, {result['link']}"]
     lines.append(f"{'system':<14}{heads}")
     for name, row in systems.items():
-        cells = "".join(f"{row[key]:>16.2f}{base[key] / row[key]:>8.3f}x" for key in keys)
+        cells = "".join(f"{row[key]:>18.2f}{base[key] / row[key]:>8.3f}x" for key in keys)
         lines.append(f"{name:<14}{cells}")
     return "\n".join(lines)
 
@@ -71,14 +71,22 @@ def _rows(result: dict) -> Iterator[str]:
     others = [other for other in OTHERS if {other, "scmoe"} <= systems.keys()]
     heads = [system_name(system, topk, None) for system in systems]
     heads += [f"over {system_name(other, topk, None)}" for other in others]
-    names = {"prefill": "prefill_ms"}
-    names |= {f"decode, {batch}": decode_key(batch) for batch in result["batch_sizes"]}
     rows = []
-    for what, key in names.items():
+    for what, key in _names(result).items():
         times = [f"{row[key]:.2f}" for row in systems.values()]
         over = [f"{systems[other][key] / systems['scmoe'][key]:.3f}x" for other in others]
         rows.append([what, *times, *over])
     yield from table(["", *heads], rows)
+
+
+def _names(result: dict) -> dict[str, str]:
+    """What was measured, as one would say it, and where a result has it."""
+    names = {"prefill": "prefill_ms"}
+    for batch in result["batch_sizes"]:
+        names[f"decode, {batch}"] = decode_key(batch)
+        names[f"decode, {batch}, padded"] = decode_key(batch, pads=True)
+    measured = next(iter(result["systems"].values()))
+    return {what: key for what, key in names.items() if key in measured}
 
 
 def _parts(result: dict) -> Iterator[str]:

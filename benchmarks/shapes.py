@@ -1,4 +1,4 @@
-"""What benchmarks measure: systems, and shapes of models and micro-batches."""
+"""What benchmarks measure: systems, and shapes of models and micro-batches, also as flags."""
 
 from __future__ import annotations  # recipes read this on login nodes, of any Python 3.8
 
@@ -44,6 +44,30 @@ SHAPES = {
 }
 """By name; the first four are the paper's. Micro-batches are large enough that kernels, not their
 launches, take the time."""
+
+
+def size_flags(shape: Shape, has_shared_expert: bool, whole: bool = False) -> list[str]:
+    """The words of Megatron's flags for the model's sizes: blocks, width, sequence, experts.
+
+    Args:
+        has_shared_expert: whether ``topk`` experts are beside a shared one, or twice as many alone.
+        whole: all blocks of the model that the shape is cut of.
+    """
+    blocks = (whole and shape.of_blocks) or shape.blocks
+    words = (
+        f"--num-layers {blocks} --hidden-size {shape.hidden} --ffn-hidden-size {shape.ffn} "
+        f"--num-attention-heads {shape.heads} --seq-length {shape.sequence} "
+        f"--max-position-embeddings {shape.sequence} "
+        f"--moe-layer-freq {1 if shape.every_block else f'[0,1]*{blocks // 2}'} "
+        f"--num-experts {shape.experts} --moe-ffn-hidden-size {shape.expert_ffn} "
+        f"--moe-router-topk {shape.topk if has_shared_expert else 2 * shape.topk}"
+    )
+    if shape.query_groups:
+        words += f" --group-query-attention --num-query-groups {shape.query_groups}"
+    if has_shared_expert:
+        words += f" --moe-shared-expert-intermediate-size {shape.topk * shape.expert_ffn}"
+    return words.split()
+
 
 STOCK = ("top2", "top1", "shared", "shared-overlap", "top2-1f1b")
 SCMOE = ("scmoe-serial", "scmoe", "floor")

@@ -14,6 +14,7 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 
+from launched import check_launched
 from options import parse
 
 from megatron_scmoe.platform.command_line import asks_for_help
@@ -34,6 +35,7 @@ from megatron_scmoe.platform.command_line import run_tool
 def main() -> None:
     """Build the systems, measure them in turn, report."""
     options = parse(machine.ON_CPU)
+    check_launched()
     shape = options.sizes
     scmoe = ScMoEConfig(
         tap=options.tap,

@@ -20,7 +20,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.layer_spec import build_block_spec, resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.async_all_to_all import AllToAll
-from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
+from megatron_scmoe.overlap.exchanges import exchange_for
 
 
 def build_all(systems: list[str], shape: Shape, scmoe: ScMoEConfig) -> dict[str, GPTModel]:

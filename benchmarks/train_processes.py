@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from train_result import error_line, parse_log
 
 from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.platform import launch
 
 SCRIPT = Path(__file__).with_name("train_rank.py")
 
@@ -76,7 +76,7 @@ class Ranks:
     def _train(self, task: dict, limit_s: float) -> str | None:
         """What went wrong; None if nothing."""
         if self.rank == 0:
-            self._say("port", str(_free_port()))
+            self._say("port", str(launch.free_port()))
         task["environment"] = {"MASTER_PORT": self._hear("port")}
         process, self._next = self._next or _start(), None
         try:
@@ -170,9 +170,3 @@ def _end(process: subprocess.Popen) -> None:
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

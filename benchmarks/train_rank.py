@@ -20,10 +20,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 def main(facts: Path, kind: str) -> None:
     """Train as the flags in ``sys.argv`` say, then write the facts."""
-    from megatron_scmoe.platform import cpu_backend, log_filters
+    from megatron_scmoe.platform import launch
 
-    cpu_backend.choose()  # before anything of Megatron is imported
-    log_filters.install()
+    launch.before_megatron()
     found = _Facts()
     if kind == "scmoe":
         sys.argv[0] = str(REPOSITORY / "pretrain_gpt_scmoe.py")

@@ -19,11 +19,12 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from launched import check_launched
 from train_options import parse
 from train_settings import TRACED, Variant, flags, run_flags
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.platform.command_line import UsageError, asks_for_help, run_tool
+from megatron_scmoe.platform.command_line import asks_for_help, run_tool
 
 if __name__ == "__main__" and asks_for_help():
     parse(on_cpu=False)  # shows it and ends, before the seconds that the imports below take
@@ -42,11 +43,7 @@ def main() -> None:
     """Run the systems in turn, report."""
     on_cpu = cpu_backend.is_asked_for() or not torch.cuda.is_available()
     options = parse(on_cpu)
-    if "RANK" not in os.environ:
-        raise UsageError(
-            "started alone; accepted: torchrun --nproc-per-node N benchmarks/train_run.py ..., or "
-            "benchmarks/two_hosts.sh"
-        )
+    check_launched()
     signal.signal(signal.SIGTERM, _interrupt)  # what runs is ended, what was measured is shown
     series = _Series(options, Ranks.of_launcher(ahead=not on_cpu), on_cpu)
     try:

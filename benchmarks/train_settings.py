@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from shapes import Shape
+from shapes import Shape, size_flags
 
 from megatron_scmoe.overlap.schedule import slot_behind_second_attention
 
@@ -30,6 +30,13 @@ SETTINGS = ("none", "defaults", "best")
 with Megatron's NaN checks and garbage collection; ``best``: the fastest known. All but ``none`` may
 have graphs."""
 
+_OF_ALL_MODELS = (
+    "--tokenizer-type NullTokenizer --swiglu --disable-bias-linear --normalization RMSNorm "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader "
+    "--moe-router-pre-softmax --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
+)
 _DEFAULTS = (
     "--moe-permute-fusion --moe-router-fusion --cross-entropy-loss-fusion "
     "--cross-entropy-fusion-impl native --use-distributed-optimizer --overlap-grad-reduce "
@@ -131,7 +138,8 @@ def flags(
         overrides: pattern of the run's name, and flags that are added behind all others.
     """
     parts = [
-        _model(shape),
+        *size_flags(shape, has_shared_expert=variant.system != "top2"),
+        f"--vocab-size {shape.vocab} {_OF_ALL_MODELS}",
         f"--micro-batch-size {shape.micro_batch} "
         f"--global-batch-size {shape.micro_batch * layout.data * micro_batches} "
         "--moe-token-dispatcher-type alltoall",
@@ -178,24 +186,6 @@ def run_flags(
     return words
 
 
-def _model(shape: Shape) -> str:
-    layers = "1" if shape.every_block else f"[0,1]*{shape.blocks // 2}"
-    groups = shape.query_groups
-    return (
-        f"--num-layers {shape.blocks} --hidden-size {shape.hidden} "
-        f"--num-attention-heads {shape.heads} --ffn-hidden-size {shape.ffn} "
-        f"{f'--group-query-attention --num-query-groups {groups} ' if groups else ''}"
-        f"--num-experts {shape.experts} --moe-ffn-hidden-size {shape.expert_ffn} "
-        f"--moe-layer-freq {layers} --seq-length {shape.sequence} "
-        f"--max-position-embeddings {shape.sequence} --vocab-size {shape.vocab} "
-        "--tokenizer-type NullTokenizer --swiglu --disable-bias-linear --normalization RMSNorm "
-        "--position-embedding-type rope --untie-embeddings-and-output-weights "
-        "--attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader "
-        "--moe-router-pre-softmax --moe-router-load-balancing-type aux_loss "
-        "--moe-aux-loss-coeff 1e-2 --moe-router-dtype fp32"
-    )
-
-
 def _parallel(layout: Layout, shape: Shape) -> str:
     parts = [f"--expert-model-parallel-size {layout.expert}"]
     if layout.tensor > 1:
@@ -212,18 +202,14 @@ def _parallel(layout: Layout, shape: Shape) -> str:
 
 
 def _system(system: str, shape: Shape) -> str:
-    if system == "top2":
-        return f"--moe-router-topk {2 * shape.topk}"
-    shared = (
-        f"--moe-router-topk {shape.topk} "
-        f"--moe-shared-expert-intermediate-size {shape.topk * shape.expert_ffn}"
-    )
-    tap = "pos1" if shape.every_block else "pos2"
+    """What sets it apart from the others, beyond its experts."""
+    scmoe = f"--scmoe-tap {'pos1' if shape.every_block else 'pos2'} --scmoe-combine add"
     return {
-        "shared": shared,
-        "shared-overlap": f"{shared} --moe-shared-expert-overlap",
-        "scmoe-serial": f"{shared} --scmoe-tap {tap} --scmoe-combine add --no-scmoe-overlap",
-        "scmoe": f"{shared} --scmoe-tap {tap} --scmoe-combine add",
+        "top2": "",
+        "shared": "",
+        "shared-overlap": "--moe-shared-expert-overlap",
+        "scmoe-serial": f"{scmoe} --no-scmoe-overlap",
+        "scmoe": scmoe,
     }[system]
 
 

@@ -13,14 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the packag
 
 def main() -> None:
     """Show the flags, or train."""
-    from megatron_scmoe.platform import cpu_backend, log_filters, megatron_flags
+    from megatron_scmoe.platform import launch, megatron_flags
     from megatron_scmoe.platform.command_line import asks_for_help
 
     if asks_for_help():
-        megatron_flags.show_help(Path(sys.argv[0]).name, __doc__)
+        megatron_flags.show_help(Path(sys.argv[0]).name, __doc__, own=None)
         return
-    cpu_backend.choose()  # before anything of Megatron is imported
-    log_filters.install()
+    launch.before_megatron()
     from megatron_scmoe.training.stock import main as train
 
     train()

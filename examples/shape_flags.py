@@ -8,11 +8,12 @@ It needs Python 3.8 or newer and nothing else: recipes ask it on login nodes.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from shapes import SHAPES
+from shapes import SHAPES, size_flags
 
 SYSTEMS = ("scmoe", "top2", "shared")
 
@@ -35,29 +36,16 @@ def main() -> None:
 
 
 def flags(name: str, system: str = "scmoe", experts=None) -> list:
-    """The words of the sizes: blocks, width, heads, sequence, experts and how many a token visits.
+    """The words of the sizes of the whole model, also where the benchmarks cut it.
 
     Args:
-        name: of the shape; the whole model is meant, where the benchmarks cut it.
+        name: of the shape.
         system: one of ``SYSTEMS``; ScMoE and ``shared`` have a shared expert.
         experts: routed ones of a block; None for those of the shape.
     """
     shape = SHAPES[name]
-    blocks = shape.of_blocks or shape.blocks
-    topk = 2 * shape.topk if system == "top2" else shape.topk
-    words = (
-        f"--num-layers {blocks} --hidden-size {shape.hidden} --ffn-hidden-size {shape.ffn} "
-        f"--num-attention-heads {shape.heads} --seq-length {shape.sequence} "
-        f"--max-position-embeddings {shape.sequence} "
-        f"--moe-layer-freq {1 if shape.every_block else f'[0,1]*{blocks // 2}'} "
-        f"--num-experts {experts or shape.experts} --moe-ffn-hidden-size {shape.expert_ffn} "
-        f"--moe-router-topk {topk}"
-    )
-    if shape.query_groups:
-        words += f" --group-query-attention --num-query-groups {shape.query_groups}"
-    if system != "top2":
-        words += f" --moe-shared-expert-intermediate-size {shape.topk * shape.expert_ffn}"
-    return words.split()
+    shape = replace(shape, experts=experts or shape.experts)
+    return size_flags(shape, has_shared_expert=system != "top2", whole=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ Exchange = Literal["collective", "copy-host", "copy-peer"]
 AllToAllName = Literal["dispatch", "combine", "dispatch-backward", "combine-backward"]
 ExpertBias = Literal["none", "sign", "proportional"]
 DecodeSchedule = Literal["auto", "overlapped", "serial"]
+SPEC = ("megatron_scmoe.spec", "scmoe_spec")
+"""What ``--spec`` takes for a model of ScMoE; a checkpoint trained so has it as its argument."""
+
 AUTO, OVERLAPPED, SERIAL = get_args(DecodeSchedule)
+DecodePadding = Literal["auto", "on", "off"]
+_, ON, OFF = get_args(DecodePadding)
 
 
 def slot_or_auto(text: str) -> int | str:
@@ -132,6 +137,11 @@ RUNTIME_FIELDS = (
 
 DEFAULT_EXPERT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
 """Halves the window: each all-to-all keeps an attention or an MLP to hide under."""
+
+
+def wanted_slot(scmoe: ScMoEConfig) -> int | Literal["auto"]:
+    """The expert slot that was asked for; the tap's own if none was."""
+    return DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
 
 
 def needs_dense_partner(scmoe: ScMoEConfig) -> bool:

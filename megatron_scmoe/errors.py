@@ -20,35 +20,43 @@ class ScMoEError(Exception):
     status = 2
     """Exit status of a command line: 2 for a wrong request, 1 for one that failed."""
 
+    @property
+    def without_advice(self) -> str:
+        """The message up to what is accepted."""
+        return str(self)
+
+
+class Refusal(ScMoEError, ValueError):
+    """A request that cannot be met: what was given, why not, what can be.
+
+    Args:
+        given: the flag or file, with its value, as given.
+        reason: why it cannot serve.
+        accepted: the nearest that can.
+    """
+
+    def __init__(self, given: str, reason: str, accepted: str):
+        super().__init__(given, reason, accepted)
+        self.given, self.reason, self.accepted = given, reason, accepted
+
+    @property
+    def without_advice(self) -> str:
+        return f"{self.given}: {self.reason}"
+
+    def __str__(self) -> str:
+        return f"{self.without_advice}; accepted: {self.accepted}"
+
 
 class SettingsError(ScMoEError, ValueError):
     """Settings that Megatron itself refuses, in the words of its assertion."""
 
 
-class ScMoEConfigError(ScMoEError, ValueError):
-    """A setting that ScMoE cannot work with.
-
-    Args:
-        setting: the flag and its value, as given.
-        reason: why it cannot work.
-        accepted: the nearest settings that can.
-    """
-
-    def __init__(self, setting: str, reason: str, accepted: str):
-        super().__init__(f"{setting}: {reason}; accepted: {accepted}")
+class ScMoEConfigError(Refusal):
+    """A setting that ScMoE cannot work with."""
 
 
-class InputError(ScMoEError, ValueError):
-    """A file or folder that cannot serve; the message names the flag and the path.
-
-    Args:
-        given: the flag and its value, as given.
-        flaw: what is wrong with it.
-        accepted: what could be given instead.
-    """
-
-    def __init__(self, given: str, flaw: str, accepted: str):
-        super().__init__(f"{given}: {flaw}; accepted: {accepted}")
+class InputError(Refusal):
+    """A file or folder that cannot serve; the message names the flag and the path."""
 
 
 class ConversionError(ScMoEError, ValueError):
@@ -92,6 +100,11 @@ def in_words(error: BaseException, lines: int | None = None) -> str:
     return words or _asserted(error) or type(error).__name__
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or parsed, without its name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def _asserted(error: BaseException) -> str | None:
     """The expression of the ``assert`` that raised the error; None if no such statement did."""
     if not isinstance(error, AssertionError) or error.__traceback__ is None:
@@ -102,3 +115,8 @@ def _asserted(error: BaseException) -> str | None:
         if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or 0):
             return f"{BARE_ASSERTION} {ast.unparse(node.test)}"
     return None
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch raised it because memory has run out, a GPU's or the host's."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

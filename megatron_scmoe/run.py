@@ -18,13 +18,15 @@ from argparse import Action, ArgumentParser, HelpFormatter, Namespace
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_scmoe.config import SPEC
 from megatron_scmoe.errors import ScMoEError, SettingsError, in_words
-from megatron_scmoe.platform import cpu_backend, launch, log_filters
+from megatron_scmoe.platform import cpu_backend, launch
 from megatron_scmoe.platform.command_line import (
     UsageError,
     asks_for_help,
     is_first_rank,
     run_command,
+    with_nearest_flags,
 )
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
@@ -60,10 +62,10 @@ def main() -> None:
             f"{TUNE_FLAG}: nothing is chosen for speed here; accepted: leave the flag out, or "
             "pretrain_gpt_scmoe.py"
         )
+    _check_spec(flags)
     if cpu_backend.FLAG in scmoe:
         os.environ[cpu_backend.VARIABLE] = "1"
-    cpu_backend.choose()
-    log_filters.install()
+    launch.before_megatron()
     _make_parsers_readable()
     if asks_for_help():
         _show_own_flags()
@@ -100,7 +102,7 @@ def split_flags(words: list[str]) -> tuple[list[str], list[str]]:
 def missing_flags(given: list[str]) -> list[str]:
     """What a run of ScMoE needs and was not given."""
     wanted = [
-        ["--spec", "megatron_scmoe.spec", "scmoe_spec"],
+        ["--spec", *SPEC],
         ["--moe-token-dispatcher-type", "alltoall"],
         ["--eval-interval", "1000"],
     ]
@@ -119,12 +121,23 @@ def missing_flags(given: list[str]) -> list[str]:
     return [word for words in wanted if words[0] not in present for word in words]
 
 
+def _check_spec(flags: list[str]) -> None:
+    """Refuse another spec: the script would build its model, and no flag of ScMoE would act."""
+    given = [place for place, word in enumerate(flags) if word.split("=")[0] == "--spec"]
+    for place in given:
+        words = flags[place].split("=")[1:] + flags[place + 1 :]
+        if tuple(words[: len(SPEC)]) != SPEC:
+            raise UsageError(
+                f"--spec {' '.join(words[:1])}: its model has no ScMoE; accepted: leave the flag out"
+            )
+
+
 def _show_own_flags() -> None:
     """Before the script shows the flags of its own parser."""
-    from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
+    from megatron_scmoe.platform.megatron_flags import add_flags_for_spec, prepare_parser
 
     parser = ArgumentParser(prog="megatron_scmoe.run", usage=USAGE, add_help=False)
-    prepare_parser(add_run_args, parser).print_help()
+    prepare_parser(add_flags_for_spec, parser).print_help()
     print(flush=True)
 
 
@@ -146,7 +159,7 @@ def _make_parsers_readable() -> None:
             return action.help
 
     def refuse(self: ArgumentParser, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(f"{with_nearest_flags(self, message)} (see --help)")
 
     # Parsers are made by the script that is run: the classes are changed.
     HelpFormatter._expand_help = expand_or_keep  # type: ignore[method-assign,assignment]

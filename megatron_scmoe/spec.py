@@ -26,10 +26,11 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_args,
     scmoe_config_from_environment,
 )
+from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys
 from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError
 from megatron_scmoe.model.layer_spec import build_block_spec, describe
-from megatron_scmoe.platform import command_line, megatron_workarounds
+from megatron_scmoe.platform import command_line
 from megatron_scmoe.training import optimizer_state, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 
@@ -54,7 +55,7 @@ def scmoe_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubm
         return build_block_spec(config, scmoe_config_from_environment(), vp_stage)
     try:
         scmoe = _settle(args)
-        keys = megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step)
+        keys = has_local_norm_keys(args.load, args.ckpt_step)
         block_spec = build_block_spec(config, scmoe, vp_stage, keys)
     except ScMoEError as error:
         _refuse(error)

@@ -10,8 +10,6 @@ import contextlib
 import functools
 import os
 import re
-import secrets
-import socket
 import sys
 import tempfile
 import traceback
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
-from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform import cpu_backend, launch
 from tests.resident import RankFailure, ResidentRanks, destroy_process_groups
 
 cpu_backend.enable_if_no_gpu()
@@ -125,6 +123,7 @@ def run_pretrain(
     script: str | None = None,
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[int], None] | None = None,
+    main: Callable[[], None] | None = None,
 ) -> Run:
     """Run ``pretrain_gpt_scmoe.py`` with ``flags`` on ``world_size`` ranks.
 
@@ -132,10 +131,11 @@ def run_pretrain(
         script: run this one instead, by ``megatron_scmoe.run``.
         environment: see :func:`run_distributed`.
         prepare: is called with the rank in each process before the script; importable by name.
+        main: is called in place of the script; importable by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        task = (world_size, _free_port(), flags, str(log), script, environment, prepare)
+        task = (world_size, launch.free_port(), flags, str(log), script, environment, prepare, main)
         if not cpu_backend.is_enabled():
             try:
                 statuses = gpu_ranks(environment).call(
@@ -168,6 +168,7 @@ def _status_of_pretrain(
     script=None,
     environment=None,
     prepare=None,
+    main=None,
 ) -> int:
     """Run the script in this process, its output appended to ``log``; the status it ends with."""
     with _output_to(log):
@@ -179,7 +180,7 @@ def _status_of_pretrain(
         from megatron_scmoe.platform import command_line
         from megatron_scmoe.training import pretrain
 
-        main = pretrain.main
+        main = main or pretrain.main
         if script is not None:
             from megatron_scmoe.run import main
 
@@ -293,12 +294,3 @@ def _join(processes, timeout_s: float, poll=lambda: None, stop=lambda: False) ->
             process.kill()
         process.join()
     return statuses
-
-
-def _free_port() -> int:
-    """One that no socket is given unasked: NCCL's and gloo's come and go, on any address."""
-    while True:
-        port = 20000 + secrets.randbelow(10000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))  # rank 0 listens on all addresses
-            return port

@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_scmoe.platform.launch import free_port
 from tests import harness
 
 
@@ -16,7 +17,7 @@ class Server:
     def __init__(self, *words, ranks: int = 1):
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name, "log")
-        port = harness._free_port()
+        port = free_port()
         self._processes = [
             harness._context.Process(
                 target=_serve,

@@ -1,8 +1,8 @@
 """A script like pretrain_gpt.py of a Megatron-LM checkout: stock flags, ``--spec``, ``pretrain()``."""
 
+import functools
 import os
-import tempfile
-from pathlib import Path
+from unittest.mock import patch
 
 from tests import harness
 
@@ -23,14 +23,14 @@ def main(finalize=None) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_scmoe.platform import megatron_workarounds
-    from megatron_scmoe.training.pretrain import datasets_provider, forward_step
+    from megatron_scmoe.training.datasets import datasets_provider
+    from megatron_scmoe.training.forward_step import forward_step
 
     args = parse_and_validate_args()
     megatron_workarounds.apply(args)  # what Megatron needs on a CPU
     config = core_transformer_config_from_args(args)
     config.finalize_model_grads_func = finalize
     model = gpt_config_from_args(args, config=config)
-    datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets_provider,
@@ -53,24 +53,13 @@ def main_with_own_finalize() -> None:
 def run(flags: list[str], world_size: int, scmoe_args: str | None, script=main) -> harness.Run:
     """Run it with ``flags``, and with ``$SCMOE_ARGS`` set (None: not set)."""
     flags = ["--spec", "megatron_scmoe.spec", "scmoe_spec", *flags]
-    with tempfile.TemporaryDirectory() as folder:
-        log, port = Path(folder) / "log", harness._free_port()
-        processes = [
-            harness._context.Process(
-                target=_main, args=(script, scmoe_args, rank, world_size, port, flags, str(log))
-            )
-            for rank in range(world_size)
-        ]
-        statuses = harness._join(processes, harness.TIMEOUT_S)
-        status = next((s for s in statuses if s not in (0, None)), 0)
-        return harness.Run(-1 if None in statuses else status, log.read_text())
+    start = functools.partial(_with_scmoe_args, scmoe_args, script)
+    return harness.run_pretrain(flags, world_size, main=start)
 
 
-def _main(script, scmoe_args: str | None, *args) -> None:
-    from megatron_scmoe.training import pretrain
-
-    os.environ.pop("SCMOE_ARGS", None)
-    if scmoe_args is not None:
-        os.environ["SCMOE_ARGS"] = scmoe_args
-    pretrain.main = script
-    harness._pretrain(*args)
+def _with_scmoe_args(scmoe_args: str | None, script) -> None:
+    with patch.dict(os.environ):
+        os.environ.pop("SCMOE_ARGS", None)
+        if scmoe_args is not None:
+            os.environ["SCMOE_ARGS"] = scmoe_args
+        script()

@@ -9,14 +9,8 @@ forward, for all-to-alls as the schedule says, and for all gradients before the 
 
 from dataclasses import dataclass, field
 
-from megatron_scmoe.analysis.simulator import (
-    LAUNCHED,
-    WAITED,
-    OperatorTimes,
-    issued,
-    parts,
-)
-from megatron_scmoe.overlap.schedule import Schedule, Step
+from megatron_scmoe.analysis.simulator import MoveKind, OperatorTimes, moves
+from megatron_scmoe.overlap.schedule import Schedule
 
 ALL_TO_ALLS, GATHERS, REDUCTIONS = "all-to-alls", "gathers", "reductions"
 STREAMS = (ALL_TO_ALLS, GATHERS, REDUCTIONS)
@@ -68,6 +62,16 @@ def simulate_iteration(
     def wait(stream: str, name: object) -> None:
         exposed[stream] += link.wait(name)
 
+    def run_pair(backward: bool, *of: int) -> None:
+        for move in moves(schedule, times, backward):
+            transfer = (move.operator, move.chunk, backward, *of)
+            if move.kind is MoveKind.LAUNCH:
+                link.start(ALL_TO_ALLS, transfer, move.ms)
+            elif move.kind is MoveKind.WAIT:
+                wait(ALL_TO_ALLS, transfer)
+            else:
+                link.compute(move.ms)
+
     link.start(GATHERS, "first gather", iteration.edge_gather)
     for pair in range(iteration.pairs):
         link.start(GATHERS, ("gather", pair), iteration.gather)
@@ -77,10 +81,10 @@ def simulate_iteration(
         for pair in range(iteration.pairs):
             if is_first:
                 wait(GATHERS, ("gather", pair))
-            _run(schedule, times, False, (micro_batch, pair, False), link, wait)
+            run_pair(False, micro_batch, pair)
         link.compute(iteration.rest)
         for pair in reversed(range(iteration.pairs)):
-            _run(schedule, times, True, (micro_batch, pair, True), link, wait)
+            run_pair(True, micro_batch, pair)
             if is_last:
                 link.start(REDUCTIONS, ("reduction", pair), iteration.reduction)
     link.start(REDUCTIONS, "last reduction", iteration.edge_reduction)
@@ -128,26 +132,3 @@ class _Link:
                 queue[0][1] -= step / len(heads)
                 if queue[0][1] <= 1e-12:
                     self.done.add(queue.pop(0)[0])
-
-
-def _run(schedule, times: OperatorTimes, backward: bool, of: tuple, link: _Link, wait) -> None:
-    """One pair, forward or backward."""
-    durations = times.backward if backward else times.forward
-    under_way: set[tuple] = set()
-
-    def launch(name: str, chunk: int) -> None:
-        if (name, chunk) not in under_way:
-            under_way.add((name, chunk))
-            link.start(ALL_TO_ALLS, (*of, name, chunk), durations[name] / schedule.chunks)
-
-    for action in issued(schedule, backward):
-        name, step, chunk = parts(action)
-        if step in LAUNCHED:
-            launch(LAUNCHED[step], chunk)
-        elif step in WAITED:
-            wait(ALL_TO_ALLS, (*of, WAITED[step], chunk))
-        else:
-            share = schedule.chunks if step is not None and step is not Step.ROUTE else 1
-            link.compute(durations[name] / share)
-            if step is Step.PERMUTE and not backward:  # whenever the host launches it
-                launch("dispatch", chunk)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.errors import Refusal
 
 ATTENTION, GEMM, PERMUTATION = "attention core", "GEMM", "permutation"
 COMMUNICATION, OTHER = "communication", "other"
@@ -33,11 +33,8 @@ _STEP_ACCEPTED = (
 )
 
 
-class TraceError(ScMoEError, ValueError):
-    """A trace that cannot be used; one line names the file, what is wrong, what is accepted."""
-
-    def __init__(self, path: str | Path, flaw: str, accepted: str):
-        super().__init__(f"{path}: {flaw}; accepted: {accepted}")
+class TraceError(Refusal):
+    """A trace that cannot be used; what was given is the file."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +100,14 @@ def read_trace(path: str | Path, with_copies: bool = False) -> list[Kernel]:
         raw = Path(path).read_bytes()
         trace = json.loads(gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw)
     except OSError as error:  # BadGzipFile has no strerror
-        raise TraceError(path, f"cannot be read ({error.strerror or error})", accepted) from error
+        raise TraceError(
+            str(path), f"cannot be read ({error.strerror or error})", accepted
+        ) from error
     except (ValueError, EOFError, zlib.error) as error:
-        raise TraceError(path, f"not JSON, or truncated ({error})", accepted) from error
+        raise TraceError(str(path), f"not JSON, or truncated ({error})", accepted) from error
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
     if not isinstance(events, list):
-        raise TraceError(path, "no list 'traceEvents'", accepted)
+        raise TraceError(str(path), "no list 'traceEvents'", accepted)
     wanted = ("kernel", *(_COPIES if with_copies else ()))
     kernels = []
     for number, event in enumerate(events):
@@ -117,10 +116,10 @@ def read_trace(path: str | Path, with_copies: bool = False) -> list[Kernel]:
                 kernels.append(_kernel(event))
             except (KeyError, TypeError, ValueError) as error:
                 flaw = f"event {number} is not a kernel as the profiler writes it ({error!r})"
-                raise TraceError(path, flaw, accepted) from error
+                raise TraceError(str(path), flaw, accepted) from error
     if not kernels:
         accepted = "a trace of a step on a GPU; on a CPU there are no kernels to be seen"
-        raise TraceError(path, "no GPU kernel in it", accepted)
+        raise TraceError(str(path), "no GPU kernel in it", accepted)
     first = min(kernel.begin for kernel in kernels)
     shifted = (replace(k, begin=k.begin - first, end=k.end - first) for k in kernels)
     return sorted(shifted, key=lambda kernel: kernel.begin)
@@ -192,7 +191,7 @@ def find_pairs(kernels: Sequence[Kernel], path: str | Path) -> list[tuple[Pass, 
     """
     exchanges = [kernel for kernel in kernels if kernel.is_all_to_all]
     if not exchanges:
-        raise TraceError(path, "no all-to-all (ncclDevKernel_SendRecv) in it", _STEP_ACCEPTED)
+        raise TraceError(str(path), "no all-to-all (ncclDevKernel_SendRecv) in it", _STEP_ACCEPTED)
     letters = _letters(exchanges)
     forward, backward = _units(letters)
     steps = f"((?:{forward})+)((?:{backward})+)"
@@ -200,7 +199,7 @@ def find_pairs(kernels: Sequence[Kernel], path: str | Path) -> list[tuple[Pass, 
     counts = [[len(run) // len(forward) for run in step.groups()] for step in runs]
     if not re.fullmatch(f"(?:{steps})+", letters) or any(ahead != back for ahead, back in counts):
         flaw = f"its {len(exchanges)} all-to-alls are not those of whole pairs"
-        raise TraceError(path, flaw, _STEP_ACCEPTED)
+        raise TraceError(str(path), flaw, _STEP_ACCEPTED)
 
     units = [exchanges[i : i + len(forward)] for i in range(0, len(exchanges), len(forward))]
     is_forward = [flag for n, _ in counts for flag in [True] * n + [False] * n]

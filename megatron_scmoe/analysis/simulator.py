@@ -7,10 +7,13 @@
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.errors import ScMoEError, reason_of
 from megatron_scmoe.overlap.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
 from megatron_scmoe.platform.atomic_write import atomic_write
 
@@ -18,10 +21,6 @@ ROUTED_OPERATORS = ("route", "permute", "dispatch", "experts", "combine", "unper
 OPERATORS = (*BACKBONE_OPERATORS, *ROUTED_OPERATORS)
 
 COMPUTE, COMMUNICATION = "compute", "communication"
-
-LAUNCHED = {Step.LAUNCH_DISPATCH: "dispatch", Step.LAUNCH_COMBINE: "combine"}
-WAITED = {Step.WAIT_DISPATCH: "dispatch", Step.WAIT_COMBINE: "combine"}
-"""The all-to-all that a step launches, and the one that it waits for."""
 
 
 class OperatorTimesError(ScMoEError, ValueError):
@@ -54,10 +53,8 @@ class OperatorTimes:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise OperatorTimesError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise OperatorTimesError(f"{path}: {error}") from None
+        except (OSError, ValueError) as error:
+            raise OperatorTimesError(f"{path}: {reason_of(error)}") from None
         if isinstance(found, dict) and "systems" in found:
             found = found.get("operators")
         for direction in ("forward", "backward"):
@@ -86,38 +83,69 @@ class Interval:
     end: float
 
 
+class MoveKind(Enum):
+    """What one thing that a pair does means for the clock."""
+
+    COMPUTE = "compute"
+    LAUNCH = "launch"
+    WAIT = "wait"
+
+
+class Move(NamedTuple):
+    """One thing that a pair does, forward or backward.
+
+    Attributes:
+        operator: of ``OPERATORS``; of launches and waits, the all-to-all.
+        chunk: of the tokens, from 0.
+        label: as the schedule's :meth:`~megatron_scmoe.overlap.schedule.Schedule.label`; of an
+            all-to-all without "launch" or "wait".
+        ms: what the operator takes for these tokens.
+    """
+
+    kind: MoveKind
+    operator: str
+    chunk: int
+    label: str
+    ms: float
+
+
+def moves(schedule: Schedule, times: OperatorTimes, backward: bool) -> Iterator[Move]:
+    """What a pair does, in order; in backward mirrored, launch for wait and wait for launch.
+
+    An exchange begins when its tokens are ready, whenever the host launches it: so the dispatch is
+    launched directly behind the permutation here (see :func:`build_schedule`).
+    """
+    durations = times.backward if backward else times.forward
+    for action in _mirrored(schedule) if backward else _with_early_launches(schedule):
+        if isinstance(action, str):
+            yield Move(MoveKind.COMPUTE, action, 0, action, durations[action])
+            continue
+        step, chunk = action
+        kind, operator = _ALL_TO_ALLS.get(step, (MoveKind.COMPUTE, step.value))
+        label = schedule.label(action).removeprefix(f"{kind.value} ")
+        parts = 1 if step is Step.ROUTE else schedule.chunks
+        yield Move(kind, operator, chunk, label, durations[operator] / parts)
+
+
 def simulate(schedule: Schedule, times: OperatorTimes, backward: bool = False) -> list[Interval]:
     """The operators of one pair, forward or backward, on the compute and the communication rail.
 
     Each rail works in the order of issue. A transfer begins when its tokens are ready and those
     before it are through; compute that waits for it begins when it has ended.
     """
-    durations = times.backward if backward else times.forward
     now = link_free = 0.0
-    ready: dict[int, float] = {}
     arrived: dict[tuple[str, int], float] = {}
     intervals = []
-    for action in issued(schedule, backward):
-        name, step, chunk = parts(action)
-        label = schedule.label(action)
-        if step in LAUNCHED:
-            name = LAUNCHED[step]
-            # The dispatch may be launched later than its tokens were ready (see build_schedule).
-            begin = max(ready.pop(chunk, now), link_free)
-            link_free = begin + durations[name] / schedule.chunks
-            arrived[name, chunk] = link_free
-            intervals.append(
-                Interval(COMMUNICATION, label.removeprefix("launch "), begin, link_free)
-            )
-        elif step in WAITED:
-            now = max(now, arrived[WAITED[step], chunk])
+    for move in moves(schedule, times, backward):
+        if move.kind is MoveKind.LAUNCH:
+            begin = max(now, link_free)
+            link_free = arrived[move.operator, move.chunk] = begin + move.ms
+            intervals.append(Interval(COMMUNICATION, move.label, begin, link_free))
+        elif move.kind is MoveKind.WAIT:
+            now = max(now, arrived[move.operator, move.chunk])
         else:
-            share = schedule.chunks if step is not None and step is not Step.ROUTE else 1
-            end = now + durations[name] / share
-            intervals.append(Interval(COMPUTE, label, now, end))
-            now = end
-            if step is Step.PERMUTE:
-                ready[chunk] = end
+            intervals.append(Interval(COMPUTE, move.label, now, now + move.ms))
+            now += move.ms
     return intervals
 
 
@@ -129,21 +157,12 @@ def block_time(schedule: Schedule, times: OperatorTimes) -> float:
     )
 
 
-def issued(schedule: Schedule, backward: bool) -> list[Action | str]:
-    """What is issued, in order; in backward mirrored, launch for wait and wait for launch."""
-    sequence = schedule.sequence()
-    if not backward:
-        return sequence
-    mirrored: list[Action | str] = []
-    for action in reversed(sequence):
-        if isinstance(action, str):
-            mirrored.append(action)
-        elif action.step is Step.PERMUTE:  # the tokens left here, whenever they were launched
-            mirrored += [Action(Step.WAIT_DISPATCH, action.chunk), action]
-        elif action.step is not Step.LAUNCH_DISPATCH:
-            mirrored.append(Action(_MIRROR.get(action.step, action.step), action.chunk))
-    return mirrored
-
+_ALL_TO_ALLS = {
+    Step.LAUNCH_DISPATCH: (MoveKind.LAUNCH, "dispatch"),
+    Step.LAUNCH_COMBINE: (MoveKind.LAUNCH, "combine"),
+    Step.WAIT_DISPATCH: (MoveKind.WAIT, "dispatch"),
+    Step.WAIT_COMBINE: (MoveKind.WAIT, "combine"),
+}
 
 _MIRROR = {
     Step.WAIT_DISPATCH: Step.LAUNCH_DISPATCH,
@@ -152,8 +171,20 @@ _MIRROR = {
 }
 
 
-def parts(action: Action | str) -> tuple[str, Step | None, int]:
-    """The name of an action or operator, its step (None for the backbone's), and its chunk."""
-    if isinstance(action, str):
-        return action, None, 0
-    return action.step.value, action.step, action.chunk
+def _with_early_launches(schedule: Schedule) -> Iterator[Action | str]:
+    for action in schedule.sequence():
+        if isinstance(action, str) or action.step is not Step.LAUNCH_DISPATCH:
+            yield action
+        if isinstance(action, Action) and action.step is Step.PERMUTE:
+            yield Action(Step.LAUNCH_DISPATCH, action.chunk)
+
+
+def _mirrored(schedule: Schedule) -> Iterator[Action | str]:
+    for action in reversed(schedule.sequence()):
+        if isinstance(action, str):
+            yield action
+        elif action.step is Step.PERMUTE:  # the tokens left here, whenever they were launched
+            yield Action(Step.WAIT_DISPATCH, action.chunk)
+            yield action
+        elif action.step is not Step.LAUNCH_DISPATCH:
+            yield Action(_MIRROR.get(action.step, action.step), action.chunk)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,6 +14,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import num_slots
+from megatron_scmoe.platform.first_rank import ask_first_rank
 
 
 def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: int) -> list:
@@ -28,7 +30,8 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
     Returns:
         ``models``, as hooks of Megatron's model builder do.
     """
-    times = _read_times(scmoe.operator_times)
+    file = scmoe.operator_times
+    times = ask_first_rank(lambda: OperatorTimes.read(file) if _exists(file) else None)
     measured = None
     if times is None:
         for model in models:
@@ -37,8 +40,8 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
         times, measured = measure(pair, scmoe, micro_batch, sequence)
         sizes = sizes_of(models[0].config, micro_batch, sequence)
         times = replace(times, measured_on=sizes)
-        if scmoe.operator_times and torch.distributed.get_rank() == 0:
-            times.write(scmoe.operator_times)
+        if file and torch.distributed.get_rank() == 0:
+            times.write(file)
     predicted = predict(scmoe, times)
     costs = measured or predicted
     slot = min(range(len(costs)), key=costs.__getitem__)
@@ -46,7 +49,7 @@ def choose_slot(models: list, scmoe: ScMoEConfig, micro_batch: int, sequence: in
         for module in model.modules():
             if isinstance(module, ScMoELayer):
                 module.path.schedule = schedule_of(scmoe, slot)
-    source = scmoe.operator_times if measured is None else None
+    source = file if measured is None else None
     print_rank_0(describe(times, predicted, measured, slot, source))
     return models
 
@@ -69,7 +72,7 @@ def check_times(scmoe: ScMoEConfig, sizes: dict[str, int]) -> None:
         ScMoEConfigError: naming the file and the first size that differs.
     """
     path = scmoe.operator_times
-    if path is None or not Path(path).exists():
+    if not _exists(path):
         return
     for name, size in OperatorTimes.read(path).measured_on.items():
         if size != sizes.get(name):
@@ -105,10 +108,5 @@ def describe(
     return "\n".join(lines)
 
 
-def _read_times(path: str | None) -> OperatorTimes | None:
-    """The first rank's reading of the file, on every rank; None if there is none."""
-    found: list[OperatorTimes | None] = [None]
-    if path and torch.distributed.get_rank() == 0 and Path(path).exists():
-        found = [OperatorTimes.read(path)]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+def _exists(path: str | None) -> TypeGuard[str]:
+    return path is not None and Path(path).exists()

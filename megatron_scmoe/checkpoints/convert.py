@@ -42,7 +42,8 @@ from megatron_scmoe.checkpoints.tokenizers import (
     has_tokenizer,
     tokenizer_flags,
 )
-from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, Padding, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError
 
@@ -103,7 +104,7 @@ def megatron_to_hf(
         _write_json(folder / "config.json", config)
         (folder / "generation_config.json").write_text(generation_config(files))
         name, readable = Path(output).name, has_tokenizer(folder)
-        card = model_card(config, checkpoint, tensors, files.description, name, readable)
+        card = model_card(config, checkpoint, files.description, name, readable)
         (folder / "README.md").write_text(card)
         write_safetensors(folder, tensors, max_shard_size)
     return [
@@ -178,6 +179,16 @@ def hf_to_megatron(
     ]
 
 
+def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """The weights in ``dtype``; biases that choose experts stay in fp32."""
+    if dtype is None:
+        return tensors
+    return {
+        name: tensor if name.endswith(KEPT_IN_FP32) else tensor.cast(dtype)
+        for name, tensor in tensors.items()
+    }
+
+
 def _count_tokens(
     args: argparse.Namespace, rows: int, files: TokenizerFiles, given: str | None
 ) -> tuple[int, bool]:
@@ -205,16 +216,6 @@ def _note_on_padding(tokens: int | None, rows: int, keep: bool) -> list[str]:
     if keep:
         return [f"vocabulary: {tokens} tokens; ids from {tokens} to {rows - 1} pad it"]
     return [f"vocabulary: {tokens} tokens; {rows - tokens} rows that padded it are left out"]
-
-
-def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
-    """The weights in ``dtype``; biases that choose experts stay in fp32."""
-    if dtype is None:
-        return tensors
-    return {
-        name: tensor if name.endswith(KEPT_IN_FP32) else tensor.cast(dtype)
-        for name, tensor in tensors.items()
-    }
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -11,10 +11,9 @@ from megatron_scmoe.checkpoints.checksums import find_damage
 from megatron_scmoe.checkpoints.formats.registry import NAMES, find_format
 from megatron_scmoe.checkpoints.identify import ACCEPTED, what_is
 from megatron_scmoe.checkpoints.lazy_tensor import Tensors, total_bytes
-from megatron_scmoe.checkpoints.model_arguments import built_by_spec
+from megatron_scmoe.checkpoints.model_arguments import built_by_spec, with_megatron_defaults
 from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
-from megatron_scmoe.checkpoints.stock_checkpoint import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError
@@ -88,7 +87,7 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
         rows.append(("arguments", "none were saved with it"))
         total = sum(tensor.shape.numel() for tensor in tensors.values())
         return [*rows, ("parameters", f"{total:,}"), ("dtypes", _dtypes(tensors))], tensors
-    args = with_defaults(args)
+    args = with_megatron_defaults(args)
     total, active = count_parameters(tensors, args)
     sizes = {
         "blocks": args.num_layers,

@@ -217,27 +217,30 @@ def check_weights(tensors: Mapping[str, LazyTensor]) -> None:
             raise ConversionError(f"tensor {name} is {found}; accepted: {accepted}")
 
 
-def check_tensors(tensors: Mapping[str, LazyTensor], expected: Mapping[str, Sequence[int]]) -> None:
+def check_tensors(
+    tensors: Mapping[str, LazyTensor], expected: Mapping[str, Sequence[int]], said_by: str
+) -> None:
     """Refuse tensors that are missing, left over or of another shape.
 
     Args:
         tensors: what is there.
         expected: shapes by name.
+        said_by: where these come from, for errors.
 
     Raises:
         ConversionError: it names the first such tensor.
     """
     for name, shape in expected.items():
         if name not in tensors:
-            raise ConversionError(f"tensor {name} is missing")
+            raise ConversionError(f"tensor {name} is missing, by {said_by}")
         found = tensors[name].shape
         if tuple(found) != tuple(shape):
             raise ConversionError(
-                f"tensor {name} has the shape {list(found)} instead of {list(shape)}"
+                f"tensor {name} has the shape {list(found)} instead of {list(shape)}, by {said_by}"
             )
     for name in tensors:
         if name not in expected:
-            raise ConversionError(f"tensor {name} is left over, the model has none")
+            raise ConversionError(f"tensor {name} is left over, by {said_by} the model has none")
 
 
 def _whole(shape: Sequence[int]) -> Box:

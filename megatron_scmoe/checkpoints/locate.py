@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
 
 
@@ -92,10 +92,8 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
     if step is None:
         word = _tracker_says(folder)
         step = int(word) if word.isascii() and word.isdigit() else None
-    found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
-    earlier = sorted((s for s in found if step is None or s < step), reverse=True)
-    complete = (s for s in earlier if not _find_flaw(_step_folder(folder, s), ckpt_format))
-    return next(complete, None)
+    earlier = sorted((s for s in _steps(folder) if step is None or s < step), reverse=True)
+    return _first_complete(folder, earlier, ckpt_format)
 
 
 def has_empty_tracker(folder: str) -> bool:
@@ -149,11 +147,20 @@ def _step_folder(folder: str, step: int | str) -> Path:
 
 def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | None:
     """The complete checkpoint nearest to ``step``, an earlier one if there is any."""
-    found = [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+    found = _steps(folder)
     wanted = float("inf") if isinstance(step, str) else step  # "release" is behind them all
     earlier = sorted((s for s in found if s < wanted), reverse=True)
     later = sorted(s for s in found if s > wanted)
-    complete = (s for s in earlier + later if not _find_flaw(_step_folder(folder, s), ckpt_format))
+    return _first_complete(folder, earlier + later, ckpt_format)
+
+
+def _steps(folder: str) -> list[int]:
+    """The iterations that have a folder, in no order."""
+    return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+
+
+def _first_complete(folder: str, steps: list[int], ckpt_format: str) -> int | None:
+    complete = (s for s in steps if not _find_flaw(_step_folder(folder, s), ckpt_format))
     return next(complete, None)
 
 
@@ -172,7 +179,7 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
         try:
             json.loads((folder / "metadata.json").read_text())
         except (OSError, ValueError) as error:
-            return f"{folder / 'metadata.json'} is missing or unreadable ({_reason(error)})"
+            return f"{folder / 'metadata.json'} is missing or unreadable ({reason_of(error)})"
     return _find_flaw_of_shards(folder)
 
 
@@ -183,9 +190,5 @@ def _find_flaw_of_shards(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"{folder / '.metadata'} is missing"
     except Exception as error:  # what a damaged pickle raises is anyone's guess
-        return f"{folder / '.metadata'} is unreadable ({_reason(error)})"
+        return f"{folder / '.metadata'} is unreadable ({reason_of(error)})"
     return find_flaw_of_files(folder, metadata)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,11 +13,12 @@ from megatron_scmoe.arguments import (
     ENVIRONMENT_VARIABLE,
     PREFIX,
     add_scmoe_args,
+    defaults,
     scmoe_arguments,
     scmoe_config_from_args,
     scmoe_config_from_environment,
 )
-from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
+from megatron_scmoe.config import RUNTIME_FIELDS, SPEC, ScMoEConfig
 from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.validation.rules import validate
 
@@ -100,9 +101,6 @@ MODEL_ARGUMENTS = (
 )
 """The arguments that decide what a model computes; the others say how it is trained and where."""
 
-SPEC = ["megatron_scmoe.spec", "scmoe_spec"]
-"""What ``--spec`` takes of this package, and a checkpoint trained so has as its argument."""
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtypes of weights that Megatron trains, by what ``--dtype`` takes."""
 
@@ -126,7 +124,7 @@ def is_scmoe(saved: argparse.Namespace) -> bool:
 
 def built_by_spec(saved: argparse.Namespace) -> bool:
     """Whether ``--spec megatron_scmoe.spec scmoe_spec`` built the model of these arguments."""
-    return list(getattr(saved, "spec", None) or []) == SPEC
+    return tuple(getattr(saved, "spec", None) or ()) == SPEC
 
 
 def with_defaults(saved: argparse.Namespace) -> argparse.Namespace:
@@ -144,6 +142,12 @@ def with_defaults(saved: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**added | vars(saved))
 
 
+def with_megatron_defaults(saved: argparse.Namespace) -> argparse.Namespace:
+    """A checkpoint's arguments with those of Megatron that were added since it was written."""
+    of_megatron = {name: v for name, v in defaults().items() if not name.startswith(PREFIX)}
+    return argparse.Namespace(**of_megatron | vars(saved))
+
+
 def arguments_from_flags(
     flags: list[str], dtype: torch.dtype, vocab_rows: int
 ) -> argparse.Namespace:
@@ -158,15 +162,24 @@ def arguments_from_flags(
         ConversionError: if the package cannot build such a model; it names the flag.
     """
     check_dtype(dtype)
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]  # Megatron adds to the parser given
-    args = add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
+    args = parse_flags(flags)
     _derive(args, dtype, vocab_rows)
     try:
         validate(scmoe_config_from_args(args), args)
     except ScMoEConfigError as error:
         raise ConversionError(str(error)) from error
     return args
+
+
+def parse_flags(flags: list[str]) -> argparse.Namespace:
+    """Megatron's arguments and ScMoE's, as these flags say and nothing is derived yet.
+
+    Raises:
+        ConversionError: if they cannot be parsed.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]  # Megatron adds to the parser given
+    return add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_scmoe.checkpoints.inspect import count_parameters, millions
-from megatron_scmoe.checkpoints.lazy_tensor import Tensors
 from megatron_scmoe.checkpoints.torch_dist import MegatronCheckpoint
 
 _CARD = """---
@@ -42,7 +41,6 @@ _CODE = """
 def model_card(
     config: Mapping[str, Any],
     checkpoint: MegatronCheckpoint,
-    tensors: Tensors,
     tokenizer: str,
     title: str,
     has_tokenizer: bool,
@@ -52,7 +50,6 @@ def model_card(
     Args:
         config: its ``config.json``.
         checkpoint: what it was made of.
-        tensors: what is written.
         tokenizer: which tokenizer goes with it.
         title: the name of the folder.
         has_tokenizer: whether the folder holds one.

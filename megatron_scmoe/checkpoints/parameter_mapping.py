@@ -129,7 +129,7 @@ class ParamMapping:
         Raises:
             ConversionError: if one is missing, left over or of another shape; it names the tensor.
         """
-        check_tensors(tensors, self.hf_shapes)
+        check_tensors(tensors, self.hf_shapes, "config.json")
         return {param.megatron: param.join(tensors) for param in self.params}
 
     def to_hf(self, tensors: Mapping[str, LazyTensor]) -> Tensors:
@@ -138,7 +138,7 @@ class ParamMapping:
         Raises:
             ConversionError: if one is missing, left over or of another shape; it names the tensor.
         """
-        check_tensors(tensors, self.megatron_shapes)
+        check_tensors(tensors, self.megatron_shapes, "the arguments")
         result: Tensors = {}
         for param in self.params:
             result |= param.split(tensors[param.megatron])

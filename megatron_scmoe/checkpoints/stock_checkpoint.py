@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import torch
-from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, have_equal_values, naming
+from megatron_scmoe.checkpoints.model_arguments import with_megatron_defaults
 from megatron_scmoe.checkpoints.tokenizers import NONE, find_tokenizer, tokenizer_flags
 from megatron_scmoe.checkpoints.torch_dist import LAYOUT, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import (
@@ -49,7 +49,7 @@ def read_stock(
         )
     if EMBEDDING not in checkpoint.tensors:
         raise ConversionError(f"{checkpoint.path}: tensor {EMBEDDING} is missing")
-    args = with_defaults(checkpoint.args)
+    args = with_megatron_defaults(checkpoint.args)
     vars(args).update(dict.fromkeys(LAYOUT, 1), sequence_parallel=False)
     with naming(checkpoint.path):
         tensors = _settle_head(args, checkpoint.tensors)
@@ -63,12 +63,6 @@ def read_stock(
             args.make_vocab_size_divisible_by = padding.multiple
             tensors = set_rows(tensors, args.padded_vocab_size)
     return args, tensors
-
-
-def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Saved arguments, and the defaults of those that an older Megatron did not have."""
-    defaults = vars(add_megatron_arguments(argparse.ArgumentParser()).parse_args([]))
-    return argparse.Namespace(**defaults | vars(args))
 
 
 def _settle_head(args: argparse.Namespace, tensors: dict[str, LazyTensor]):

@@ -155,6 +155,17 @@ def fast_tokenizer(model: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
+def generation_config(tokenizer: TokenizerFiles) -> str:
+    """``generation_config.json``: the special tokens."""
+    fields = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(given, indent=2) + "\n"
+
+
 def _sentencepiece(path: Path) -> TokenizerFiles:
     fast = fast_tokenizer(path)
 
@@ -260,14 +271,3 @@ def _decoder(spec) -> decoders.Decoder:
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
-
-
-def generation_config(tokenizer: TokenizerFiles) -> str:
-    """``generation_config.json``: the special tokens."""
-    fields = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
-    return json.dumps(given, indent=2) + "\n"

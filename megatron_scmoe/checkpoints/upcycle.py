@@ -20,14 +20,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
-from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
-from megatron_scmoe.arguments import add_scmoe_args, scmoe_config_from_args
+from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.expected_shapes import check_tensors_of
 from megatron_scmoe.checkpoints.formats.dense import read_hugging_face
 from megatron_scmoe.checkpoints.lazy_tensor import (
@@ -37,11 +35,11 @@ from megatron_scmoe.checkpoints.lazy_tensor import (
     stack,
     total_bytes,
 )
-from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
+from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags, parse_flags
 from megatron_scmoe.checkpoints.output_folder import new_folder
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.stock_checkpoint import read_stock
-from megatron_scmoe.checkpoints.torch_dist import write_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.upcycle_settings import Upcycling
 from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ConversionError, ScMoEError, judged_by_megatron
@@ -92,7 +90,7 @@ def _convert(source: Path, how: Upcycling):
     if not (source / "config.json").is_file():
         return *_upcycle_megatron(source, how), []
     dense = read_hugging_face(source, how.dtype, how.tokenizer, how.padding)
-    flags = [*dense.flags, *_moe_flags(how, _parse(dense.flags))]
+    flags = [*dense.flags, *_moe_flags(how, parse_flags(dense.flags))]
     args = arguments_from_flags(flags, dense.dtype, dense.vocab_rows)
     return args, _upcycle_dense(dense.tensors, args, how), dense.notes
 
@@ -120,7 +118,7 @@ def _upcycle_megatron(source: Path, how: Upcycling):
     is_moe = bool(args.num_experts)
     with naming(source):
         check_tensors_of(args, tensors)
-    given = vars(_parse(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
+    given = vars(parse_flags(_flags_of_moe(how, args) if is_moe else _moe_flags(how, args)))
     gained = ("scmoe_",) if is_moe else ("scmoe_", "moe_", "num_experts")
     vars(args).update({name: value for name, value in given.items() if name.startswith(gained)})
     if megatron_workarounds.has_tanh_gelu(args):  # the fused kernel, which experts cannot have
@@ -195,16 +193,6 @@ def _flags_of_moe(how: Upcycling, args) -> list[str]:
 def _scmoe_flags(how: Upcycling, combine: str) -> list[str]:
     flags = ("--scmoe-tap", how.tap, "--scmoe-combine", combine)
     return [*flags, "--scmoe-router-norm", how.router_norm]
-
-
-def _parse(flags: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.error = _refuse  # type: ignore[method-assign]  # Megatron adds to the parser given
-    return add_scmoe_args(add_megatron_arguments(parser)).parse_args(flags)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConversionError(message)
 
 
 def _judge(args) -> None:

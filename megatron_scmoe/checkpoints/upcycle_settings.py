@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_scmoe.config import Combine, RouterNorm, Tap
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,9 +29,9 @@ class Upcycling:
     expert_ffn: int | None = None
     """Intermediate size of a routed expert; None for that of the dense MLP."""
     init: str = "copy"
-    tap: str = "pos2"
-    combine: str | None = None
-    router_norm: str = "own"
+    tap: Tap = "pos2"
+    combine: Combine | None = None
+    router_norm: RouterNorm = "own"
     every_block: bool = False
     """MoE in every block instead of every second one; with tap pos1."""
     drop_ratio: float = 0.5

@@ -14,9 +14,11 @@ import sys
 from argparse import ArgumentTypeError, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.cli.process import quiet_imports
+from megatron_scmoe.config import Combine, RouterNorm, Tap
 from megatron_scmoe.platform.command_line import OneLineParser, positive
 
 
@@ -113,15 +115,13 @@ def add_upcycle(commands: _SubParsersAction) -> None:
         help="up-projections of the routed experts: the dense MLP's; with a random part drawn anew; "
         "with noise. Each keeps the logits while --routed-scale is 0",
     )  # fmt: skip
+    parser.add_argument("--tap", choices=get_args(Tap), default="pos2", help="--scmoe-tap")
     parser.add_argument(
-        "--tap", choices=("pos1", "pos2", "pos3"), default="pos2", help="--scmoe-tap"
-    )
-    parser.add_argument(
-        "--combine", choices=("add", "cg1", "cg2"),
+        "--combine", choices=get_args(Combine),
         help="--scmoe-combine (default: cg1; of a stock MoE model, what it has)",
     )  # fmt: skip
     parser.add_argument(
-        "--router-norm", choices=("own", "shared"), default="own", help="--scmoe-router-norm"
+        "--router-norm", choices=get_args(RouterNorm), default="own", help="--scmoe-router-norm"
     )
     parser.add_argument(
         "--every-block", action="store_true", help="MoE in every block, not every second; tap pos1"

@@ -1,8 +1,8 @@
 """Loss and perplexity of a checkpoint on a text, and its logits.
 
     scmoe evaluate --load checkpoints/ --text held-out.txt
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli evaluate --load checkpoints/ --text held-out.txt \
-        --expert-model-parallel-size 2
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli evaluate --load checkpoints/ \
+        --text held-out.txt --expert-model-parallel-size 2
     scmoe evaluate --hf model/ --tokens ids.npy --logits-out logits.npy
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
@@ -139,9 +139,9 @@ def evaluate_checkpoint(args: Namespace):
 def evaluate_hf(args: Namespace):
     """Evaluate what --hf names."""
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
-    from megatron_scmoe.evaluation import perplexity
+    from megatron_scmoe.evaluation.hugging_face import HuggingFaceModel
 
-    model = perplexity.HuggingFaceModel(args.hf, args.trust_remote_code)
+    model = HuggingFaceModel(args.hf, args.trust_remote_code)
     length = args.sequence_length or min(DEFAULT_HF_LENGTH, model.max_length)
     sequences = read_sequences(args, model.tokenize, length)
     sequences.check(data_flag(args), model.vocab_size)
@@ -153,7 +153,7 @@ def evaluate_hf(args: Namespace):
 def read_sequences(args: Namespace, tokenize, length: int):
     """The sequences of --text or --tokens, cut to --limit."""
     from megatron_scmoe.errors import in_words
-    from megatron_scmoe.evaluation.perplexity import Sequences
+    from megatron_scmoe.evaluation.sequences import Sequences
 
     if args.text is not None:
         try:

@@ -3,8 +3,8 @@
     scmoe generate --load checkpoints/ --prompts "Once upon a time"
     scmoe generate --load checkpoints/ --prompt-file prompts.jsonl --temperature 0.8 \
         --output-path texts.jsonl
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ --prompts "Once" \
-        --expert-model-parallel-size 2
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli generate --load checkpoints/ \
+        --prompts "Once" --expert-model-parallel-size 2
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
 any. One prompt is shown with its text while it is written. Several, or log-probabilities, give one
@@ -25,7 +25,12 @@ from megatron_scmoe.cli.expert_flags import (
     check_expert_flags,
     expert_offload,
 )
-from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
+from megatron_scmoe.cli.model_flags import (
+    add_text_flags,
+    check_layout,
+    chunk_of_prompts,
+    layout,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
@@ -93,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(args)
     prompts = read_prompts(args)
+    chunk_of_prompts(args, min(args.micro_batch, len(prompts)), "--micro-batch")
 
     quiet_imports()
     generate(args, prompts)
@@ -216,10 +222,18 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
         top_n_logprobs=args.top_n_logprobs,
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout(args), dtype, elsewhere=offload)
+    at_once = min(args.micro_batch, len(prompts))
+    chunk = chunk_of_prompts(args, at_once, "--micro-batch")
+    model = load_model.build_model(
+        checkpoint,
+        layout(args),
+        dtype,
+        local_attention=chunk is not None,
+        elsewhere=offload,
+    )
     if offload is not None:
-        offload.attach(model, checkpoint.path, min(args.micro_batch, len(prompts)))
-    decode = Decode(model, args.decode_schedule)
+        offload.attach(model, checkpoint.path, at_once)
+    decode = Decode(model, args.decode_schedule, args.decode_padding)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
         args.output_path or args.return_log_probs or args.top_n_logprobs
@@ -242,6 +256,7 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
             on_token=lambda prompt, tokens: show(texts[prompt].new_text(tokens)),
             shows_progress=not streams and is_first_rank(),
             decode=decode,
+            chunk=chunk,
         )
         show(texts[0].new_text(completions[0].tokens, is_last=True) + "\n")
         if not streams and is_first_rank():
@@ -265,6 +280,11 @@ def check_prompts(args: Namespace, ids: list[list[int]], vocab_size: int, saved)
     for number, prompt in enumerate(ids, start=1):
         if not prompt:
             raise UsageError(f"{flag}: prompt {number} is empty; accepted is a token or more")
+        if max(prompt) >= vocab_size:
+            raise UsageError(
+                f"{flag}: the tokenizer makes id {max(prompt)} of prompt {number}, and the model has "
+                f"{vocab_size} tokens; accepted is --tokenizer-model with the one it was trained with"
+            )
         if len(prompt) + args.num_tokens_to_generate > longest:
             room = longest - len(prompt)
             raise UsageError(

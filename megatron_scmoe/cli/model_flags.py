@@ -3,8 +3,13 @@
 from argparse import Namespace
 from typing import get_args
 
-from megatron_scmoe.config import AUTO, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError
+
+MAX_TOKENS = 16384
+"""Tokens of a step in Megatron's dynamic engine, if not given."""
+
+_CHUNK = "--inference-dynamic-batching-max-tokens"
 
 LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
 
@@ -21,7 +26,45 @@ def add_text_flags(parser: OneLineParser) -> None:
         help="of the tokens behind the prompts: all-to-alls under other work, or waited for; auto "
         "tries both on the first tokens and keeps the faster one (default: auto)",
     )  # fmt: skip
+    parser.add_argument(
+        "--decode-padding", choices=get_args(DecodePadding), default=AUTO,
+        help="send tokens behind the prompts to every expert, so that no rank waits for their numbers; "
+        "auto does for a few texts at once (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--enable-chunked-prefill", action="store_true",
+        help="read prompts in parts of --inference-dynamic-batching-max-tokens",
+    )  # fmt: skip
+    parser.add_argument(
+        "--inference-dynamic-batching-max-tokens", type=int, metavar="N",
+        help="the most tokens of prompts that each data-parallel rank reads at once, with "
+        f"--enable-chunked-prefill (default: {MAX_TOKENS})",
+    )  # fmt: skip
     add_checkpoint_flags(parser)
+
+
+def chunk_of_prompts(args: Namespace, texts: int, of_texts: str) -> int | None:
+    """The most tokens of prompts that a data-parallel rank reads at once; None to read them whole.
+
+    Args:
+        texts: that such a rank writes at once: of each, a step reads a token.
+        of_texts: the flag that says so.
+
+    Raises:
+        UsageError: if it cannot be.
+    """
+    given = args.inference_dynamic_batching_max_tokens
+    if not args.enable_chunked_prefill:
+        if given is not None:
+            raise UsageError(f"{_CHUNK} {given}: accepted with --enable-chunked-prefill")
+        return None
+    if given is not None and given < texts:
+        fewer = f", or a smaller {of_texts}" if given > 0 else ""
+        raise UsageError(
+            f"{_CHUNK} {given}: a step reads a token of each of {texts} texts at once; accepted is "
+            f"{texts} or more{fewer}"
+        )
+    return MAX_TOKENS if given is None else given
 
 
 def add_checkpoint_flags(parser: OneLineParser) -> None:

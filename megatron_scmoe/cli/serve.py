@@ -1,7 +1,7 @@
 """Serve a checkpoint's model over HTTP, as OpenAI's API.
 
     scmoe serve --load checkpoints/ --port 8000
-    torchrun --nproc-per-node 2 -m megatron_scmoe.cli serve --load checkpoints/ \
+    torchrun --standalone --nproc-per-node 2 -m megatron_scmoe.cli serve --load checkpoints/ \
         --expert-model-parallel-size 2
 
 takes a Megatron checkpoint (torch_dist) of a ScMoE or a stock GPT, saved at any layout and loaded at
@@ -17,8 +17,18 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.expert_flags import (
+    add_expert_flags,
+    check_expert_flags,
+    expert_offload,
+)
 from megatron_scmoe.cli.generate import check_model
-from megatron_scmoe.cli.model_flags import add_text_flags, check_layout, layout
+from megatron_scmoe.cli.model_flags import (
+    add_text_flags,
+    check_layout,
+    chunk_of_prompts,
+    layout,
+)
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
 
@@ -57,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         "--chat-template", type=Path, metavar="FILE",
         help="Jinja template that makes a chat a text (default: the tokenizer's, if it has one)",
     )  # fmt: skip
+    add_expert_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args)
     if not is_first_rank():
@@ -82,6 +93,8 @@ def check_flags(args: Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is {least} or more")
     if args.chat_template is not None and not args.chat_template.is_file():
         raise UsageError(f"--chat-template {args.chat_template}: there is no such file")
+    check_expert_flags(args)
+    chunk_of_prompts(args, 1, "--inference-max-requests")
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: accepted is 0 to {(1 << 16) - 1}")
 
@@ -113,42 +126,74 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
 
     from megatron_scmoe.inference.exported import as_megatron
 
+    offload = expert_offload(args)
     is_mine = initialise_ranks()
     with as_megatron(args.load, args.ckpt_step) as load:
-        slots, served = load_slots(args, load)
+        slots, served = load_slots(args, load, offload)
     if listener is None:
         from megatron_scmoe.inference import engine
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
-        engine.follow(slots)
+        engine.follow(slots, offload)
     else:
-        run_first_rank(args, slots, served, listener)
+        run_first_rank(args, slots, served, listener, offload)
     if is_mine:
         torch.distributed.destroy_process_group()
 
 
-def load_slots(args: Namespace, load: str):
-    """The batch of the checkpoint ``load``, and what is served of it."""
+def load_slots(args: Namespace, load: str, offload):
+    """The batch of the checkpoint ``load``, and what is served of it; ``offload`` has its experts."""
+    import torch
+
     from megatron_scmoe.checkpoints.model_arguments import DTYPES
     from megatron_scmoe.checkpoints.vocabulary import count_tokens
+    from megatron_scmoe.errors import lacks_memory
     from megatron_scmoe.inference.slots import Slots
     from megatron_scmoe.serving.app import ServedModel
     from megatron_scmoe.training import load_model
 
     checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     length = check_checkpoint(args, checkpoint)
-    template = args.chat_template.read_text() if args.chat_template else None
+    template = read_template(args.chat_template)
     tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
     vocab_size = count_tokens(
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    model = load_model.build_model(checkpoint, layout(args), dtype, local_attention=True)
     size = args.inference_max_requests
-    slots = Slots(model, vocab_size, size, length, args.decode_schedule)
+    ranks = torch.distributed.get_world_size()
+    dense = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    texts = -(-size // max(1, ranks // dense))  # of each data-parallel rank
+    chunk = chunk_of_prompts(args, texts, "--inference-max-requests")
+    model = load_model.build_model(
+        checkpoint, layout(args), dtype, local_attention=True, elsewhere=offload
+    )
+    if offload is not None:
+        offload.attach(model, checkpoint.path, texts, "--inference-max-requests")
+    try:
+        slots = Slots(
+            model, vocab_size, size, length, args.decode_schedule, args.decode_padding, chunk
+        )
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise UsageError(
+            f"--inference-max-requests {size}: the cache of {size} texts of up to {length} tokens does "
+            "not fit the memory; accepted: fewer, or a smaller --inference-max-seq-length"
+        ) from error
     name = args.served_model_name or checkpoint.name
     return slots, ServedModel(name, tokenizer, vocab_size, length)
+
+
+def read_template(file: Path | None) -> str | None:
+    """The chat template in a file."""
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--chat-template {file}: it is not UTF-8; accepted is a text file with a Jinja template"
+        ) from error
 
 
 def check_checkpoint(args: Namespace, checkpoint) -> int:
@@ -177,14 +222,14 @@ def check_checkpoint(args: Namespace, checkpoint) -> int:
     return length
 
 
-def run_first_rank(args: Namespace, slots, model, listener: socket.socket) -> None:
+def run_first_rank(args: Namespace, slots, model, listener: socket.socket, offload) -> None:
     """Run the engine on this thread and HTTP on another, until a signal or an error ends both."""
     import uvicorn
 
     from megatron_scmoe.inference.engine import Engine
     from megatron_scmoe.serving.app import Service
 
-    engine = Engine(slots)
+    engine = Engine(slots, offload)
     server = uvicorn.Server(
         uvicorn.Config(
             Service(engine, model, args.max_queue).app(),
@@ -215,10 +260,13 @@ def run_first_rank(args: Namespace, slots, model, listener: socket.socket) -> No
     http = threading.Thread(target=serve_http, name="http")
     listener.listen()
     host, port = listener.getsockname()[:2]
+    experts = ""
+    if offload is not None and offload.cache is not None:
+        experts = f", that of experts {offload.cache.nbytes / 2**20:.1f} MiB"
     print(
         f"serving {model.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: "
         f"{slots.size} texts at once of up to {model.length} tokens, {args.max_queue} may wait; "
-        f"their cache takes {slots.cache_bytes / 2**20:.1f} MiB",
+        f"their cache takes {slots.cache_bytes / 2**20:.1f} MiB{experts}",
         flush=True,
     )
     http.start()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_scmoe.cli import program
-from megatron_scmoe.platform import cpu_backend, log_filters, megatron_flags
+from megatron_scmoe.platform import launch, megatron_flags
 from megatron_scmoe.platform.command_line import asks_for_help
 
 
@@ -18,8 +18,7 @@ def main() -> None:
         started = script if script.endswith(".py") else "-m megatron_scmoe.cli train"
         megatron_flags.show_help(started, __doc__)
         return
-    cpu_backend.choose()  # before anything of Megatron is imported
-    log_filters.install()
+    launch.before_megatron()
     from megatron_scmoe.training.pretrain import main as train
 
     train()

@@ -29,9 +29,14 @@ class CachedModel:
         self._wrapper = GPTInferenceWrapper(model, self.context)
         self._wrapper.prep_model_for_inference()
 
-    def decode(self, texts: int, tokens: Tensor, positions: Tensor, **how) -> Tensor:
-        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together."""
-        with self._decode.token(texts):
+    def decode(
+        self, texts: int, tokens: Tensor, positions: Tensor, *, alike: bool = True, **how
+    ) -> Tensor:
+        """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together.
+
+        ``alike`` says whether all have as many rows.
+        """
+        with self._decode.token(texts, len(tokens) if alike else None):
             return self.read(tokens, positions, **how)
 
     def read(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_scmoe.config import AUTO, OVERLAPPED, SERIAL, DecodeSchedule
+from megatron_scmoe.config import AUTO, OVERLAPPED, SERIAL, DecodePadding, DecodeSchedule
+from megatron_scmoe.inference.expert_padding import ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -35,15 +36,21 @@ class _Trial:
 
 
 class Decode:
-    """What schedule each token of a decode has; all ranks ask in step.
+    """What schedule each token of a decode has, and whether experts are padded; all ranks ask in step.
 
     Args:
         model: this rank's part of it. Without a ScMoE layer that overlaps, or with all experts on each
             rank, there is nothing to choose, and nothing is tried.
         wanted: ``auto``, or the schedule to have.
+        padding: see :class:`ExpertPadding`.
     """
 
-    def __init__(self, model: torch.nn.Module, wanted: DecodeSchedule = AUTO):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        wanted: DecodeSchedule = AUTO,
+        padding: DecodePadding = AUTO,
+    ):
         layers = [module for module in model.modules() if isinstance(module, ScMoELayer)]
         self._layers = [layer for layer in layers if layer.scmoe.overlap]
         self._schedules: dict[str, list[Schedule]] = {
@@ -55,23 +62,28 @@ class Decode:
         can_pay = any(layer.config.expert_model_parallel_size > 1 for layer in layers)
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
+        self._padding = ExpertPadding(model, padding)
 
     @contextmanager
-    def token(self, texts: int) -> Iterator[None]:
+    def token(self, texts: int, rows: int | None) -> Iterator[None]:
         """Give the model the schedule of one token, and its own one back.
 
         Args:
             texts: how many texts of all ranks have one; the same number on every rank.
+            rows: how many tokens each rank reads at once; None if one reads more than another, which
+                cannot be padded.
         """
         tried = self._trials.setdefault(texts.bit_length(), _Trial())
         name = self._wanted if self._wanted != AUTO else tried.kept or tried.left[0]
         self._set(name)
+        self._padding.set(rows is not None and self._padding.applies(rows))
         began = clock()
         try:
             yield
             took = clock() - began
         finally:
             self._set(OVERLAPPED)
+            self._padding.set(False)
         if self._wanted == AUTO and tried.kept is None:
             tried.took[tried.left.pop(0)].append(took)
             if not tried.left:

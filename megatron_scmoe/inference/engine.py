@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_scmoe.inference.generation import LENGTH, STOP
+from megatron_scmoe.inference.offloading import ExpertOffload
 from megatron_scmoe.inference.slots import Place, Slots, Text, Written
 from megatron_scmoe.inference.text import Continuation
 
@@ -61,10 +62,15 @@ class Job:
 
 
 class Engine:
-    """The first rank's loop. ``run`` keeps one thread; everything else may be called on any."""
+    """The first rank's loop. ``run`` keeps one thread; everything else may be called on any.
 
-    def __init__(self, slots: Slots):
+    Args:
+        experts: what has the model's experts, if they are offloaded; summed up with each step.
+    """
+
+    def __init__(self, slots: Slots, experts: ExpertOffload | None = None):
         self._slots = slots
+        self.experts = experts
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # a signal's handler may put into it
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -108,21 +114,18 @@ class Engine:
         An error of the model fails the texts that are being written. On one rank the loop goes on; on
         several it ends with the error, as the ranks may not be in step any more.
         """
-        has_joined = False
         while True:
             self._receive()
             if self._ends_at is not None:
                 self._wind_up(self._ends_at)
             is_done = self.is_closing and not self._running
-            # Those that run write a token before others join again.
-            joining = [] if is_done or has_joined else self._admit()
-            has_joined = bool(joining)
+            joining = [] if is_done else self._admit()
             leaving, self._leaving = self._leaving, set()
             _tell_ranks((is_done, leaving, [job.text for job in joining]))
             if is_done:
                 return
             try:
-                written = self._slots.step(leaving, [job.text for job in joining])
+                written = _step(self._slots, self.experts, leaving, [job.text for job in joining])
             except Exception:
                 self._fail(self._running.values(), BROKEN)
                 self._running.clear()
@@ -197,13 +200,21 @@ class Engine:
             job.tell(Progress(error=error))
 
 
-def follow(slots: Slots) -> None:
+def follow(slots: Slots, experts: ExpertOffload | None = None) -> None:
     """What every other rank does while the first one runs an :class:`Engine`."""
     while True:
         is_done, leaving, joining = _tell_ranks(None)
         if is_done:
             return
-        slots.step(leaving, joining)
+        _step(slots, experts, leaving, joining)
+
+
+def _step(slots: Slots, experts: ExpertOffload | None, leaving, joining) -> list[Written]:
+    """What all ranks do at once."""
+    written = slots.step(leaving, joining)
+    if experts is not None:
+        experts.sum_up()
+    return written
 
 
 def _tell_ranks(command):

@@ -61,6 +61,7 @@ def generate(
     on_token: Callable[[int, list[int]], None] = lambda prompt, tokens: None,
     shows_progress: bool = False,
     decode: Decode | None = None,
+    chunk: int | None = None,
 ) -> list[Completion]:
     """Generate on this rank's part of a model, together with all other ranks.
 
@@ -81,6 +82,8 @@ def generate(
         on_token: is told of each token, on the rank that has chosen it for prompt i.
         shows_progress: whether a terminal shows a bar.
         decode: what schedule the tokens behind the prompts have; None: the faster one, once measured.
+        chunk: tokens of prompts that a data-parallel rank computes at once, at most, but one of each
+            prompt; None to compute them whole. The model needs ``local_attention``.
 
     Returns:
         The completions in the order of the prompts, on every rank.
@@ -99,14 +102,17 @@ def generate(
     ):
         for start in range(0, len(prompts), size):
             indices = by_length[start : start + size]
-            own = [
-                _Row(index, list(prompts[index]), random_numbers(seed, index))
-                for index in indices[group.rank() :: group.size()] or indices[:1]
-            ]
+            mine = indices[group.rank() :: group.size()]
+            if len(mine) * group.size() < len(indices) or not mine:
+                mine = [*mine, indices[0]]  # all ranks have as many rows
+            own = [_Row(index, list(prompts[index]), random_numbers(seed, index)) for index in mine]
             lengths = [len(prompts[index]) for index in indices]
             end = max(lengths) + sampling.num_tokens_to_generate
-            columns = _Columns(model, own, end, len(indices), decode)
-            _fill(columns, own, min(lengths), sampling, vocab_size, is_stop, on_token)
+            columns = _Columns(model, own, end, min(lengths), len(indices), decode)
+            width = min(lengths)
+            if chunk is not None:
+                width = max(1, chunk // -(-len(indices) // group.size()))
+            _fill(columns, own, width, sampling, vocab_size, is_stop, on_token)
             found |= {row.index: row.completion for row in own}
             progress.update(len(indices))
     parts: list = [None] * group.size()
@@ -129,7 +135,10 @@ class _Row:
 class _Columns:
     """The tokens of a round, int64 [b, end], and the model that reads them from left to right."""
 
-    def __init__(self, model, rows: list[_Row], end: int, texts: int, decode: Decode):
+    def __init__(
+        self, model, rows: list[_Row], end: int, shortest: int, texts: int, decode: Decode
+    ):
+        self.shortest = shortest  # prompt of the round
         self.tokens = torch.zeros(len(rows), end, dtype=torch.int64)
         for own, row in zip(self.tokens, rows):
             own[: len(row.prompt)] = torch.tensor(row.prompt)
@@ -145,21 +154,24 @@ class _Columns:
         positions = torch.arange(start, stop).expand(len(self.tokens), -1)
         if start == 0:
             return self._model.read(tokens, positions, last_only=last_only)
+        if stop <= self.shortest:
+            mask = torch.ones(1, 1, stop - start, stop, dtype=torch.bool).triu(start + 1)
+            return self._model.read(tokens, positions, column=start, mask=mask, last_only=last_only)
         return self._model.decode(self._texts, tokens, positions, column=start, last_only=last_only)
 
 
 def _fill(
     columns: _Columns,
     rows: list[_Row],
-    shortest: int,
+    width: int,
     sampling: SamplingParams,
     vocab_size: int,
     is_stop: Callable[[int, list[int]], bool],
     on_token: Callable[[int, list[int]], None],
 ) -> None:
-    """Complete the rows of this rank; ``shortest`` is the length of the round's shortest prompt."""
+    """Complete the rows of this rank; of the prompts ``width`` columns are read at once."""
     with_log_probs = sampling.return_log_probs or sampling.top_n_logprobs > 0
-    start, stop = 0, shortest
+    start, stop = 0, min(width, columns.shortest)
     while True:
         logits = columns.read(start, stop, not sampling.return_log_probs)[..., :vocab_size]
         log_probs = logits.log_softmax(-1) if with_log_probs else logits
@@ -178,7 +190,7 @@ def _fill(
                     on_token(this.index, this.completion.tokens)
         if _everywhere(all(row.completion.finish_reason for row in rows)):
             return
-        start, stop = stop, stop + 1
+        start, stop = stop, max(stop + 1, min(stop + width, columns.shortest))
 
 
 def _append(

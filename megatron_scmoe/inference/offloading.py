@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import InputError, lacks_memory
 from megatron_scmoe.inference.expert_cache import Counts, ExpertCache, Policy
 from megatron_scmoe.inference.expert_store import (
     HostExperts,
@@ -137,6 +137,17 @@ class OffloadSettings:
     policy: Policy = "lru"
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the caches of all ranks have done so far."""
+
+    uses: int = 0
+    hits: int = 0
+    copied_bytes: int = 0
+    waited_ms: float = 0.0
+    """How long compute has waited for copies, on the rank where it has waited longest."""
+
+
 class ExpertOffload:
     """Builds a model without its routed experts, and brings these where they are needed.
 
@@ -147,6 +158,8 @@ class ExpertOffload:
         self.settings = settings
         self.cache: ExpertCache | None = None
         """None where this rank has no experts that are offloaded."""
+        self.totals = Totals()
+        """As :meth:`sum_up` has found them."""
 
     def replace_experts(
         self, spec: TransformerBlockSubmodules, config: TransformerConfig, vp_stage: int | None
@@ -191,13 +204,16 @@ class ExpertOffload:
         """Whether a tensor of the checkpoint is an expert's, which the model need not ask for."""
         return _EXPERTS in key
 
-    def attach(self, model, checkpoint: Path, tokens: int) -> None:
+    def attach(
+        self, model, checkpoint: Path, tokens: int, tokens_flag: str = "--micro-batch"
+    ) -> None:
         """Prepare the experts of a model that was built and loaded.
 
         Args:
             model: of this rank.
             checkpoint: the folder of the iteration it was loaded from.
-            tokens: how many of them a rank has in one step behind the prompts.
+            tokens: how many of them a rank has in one step behind the prompts, at most.
+            tokens_flag: the flag that says so.
 
         Raises:
             InputError: if the cache is too small, a weight has another shape in the checkpoint, or
@@ -209,7 +225,7 @@ class ExpertOffload:
             return
         packing = experts[0][1].packing
         count = experts[0][1].num_local_experts
-        slots = self._slots(experts[0][1], tokens, len(experts) * count)
+        slots = self._slots(experts[0][1], tokens, tokens_flag, len(experts) * count)
         stored = read_megatron(checkpoint).tensors
         layers = {
             layer.layer_number: self._weights(stored, layer.layer_number, packing)
@@ -225,46 +241,63 @@ class ExpertOffload:
             host = PinnedExperts(
                 {number: _pin(weights, packing, first, count) for number, weights in layers.items()}
             )
-        self.cache = ExpertCache(packing, slots, host, self.settings.policy)
+        try:
+            self.cache = ExpertCache(packing, slots, host, self.settings.policy)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            given = self.settings.cache_gb
+            raise InputError(
+                FLAG if given is None else f"--expert-cache-gb {given:g}",
+                f"{slots * packing.nbytes / 1e9:.3g} GB for experts do not fit the memory",
+                "less" if given else f"a smaller {tokens_flag}",
+            ) from error
         connect(model, self.cache)
+
+    def sum_up(self) -> Totals:
+        """What the caches of all ranks have done so far; every rank calls it."""
+        counts = self.cache.counts if self.cache else Counts()
+        waited = self.cache.waited_ms() if self.cache else 0.0
+        own = torch.tensor(
+            [counts.uses, counts.hits, counts.copied_bytes, waited], dtype=torch.float64
+        ).cuda()
+        found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(found, own)
+        of_ranks = torch.stack(found).cpu()
+        uses, hits, copied, _ = map(int, of_ranks.sum(0).tolist())
+        self.totals = Totals(uses, hits, copied, of_ranks[:, -1].max().item())
+        return self.totals
 
     def report(self, tokens: int) -> str:
         """What was done for that many tokens on all ranks, in one line; every rank calls it."""
-        counts = self.cache.counts if self.cache else Counts()
-        waited = self.cache.waited_ms() if self.cache else 0.0
-        found: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(
-            found, (counts.uses, counts.hits, counts.copied_bytes, waited)
-        )
-        uses, hits, copied, waits = zip(*found)
-        share = sum(hits) / max(sum(uses), 1)
-        tokens = max(tokens, 1)
+        found, tokens = self.sum_up(), max(tokens, 1)
         return (
-            f"offloaded experts: {share:.0%} of {sum(uses)} uses found their expert on the device; "
-            f"{sum(copied) / tokens / 1e6:.3g} MB copied and {max(waits) / tokens:.3g} ms waited for "
-            f"copies a token ({tokens} written)"
+            f"offloaded experts: {found.hits / max(found.uses, 1):.0%} of {found.uses} uses found "
+            f"their expert on the device; {found.copied_bytes / tokens / 1e6:.3g} MB copied and "
+            f"{found.waited_ms / tokens:.3g} ms waited for copies a token ({tokens} written)"
         )
 
     def _given(self) -> str:
         layers = self.settings.layers
         return FLAG if layers is None else f"--cpu-moe-layers {layers}"
 
-    def _slots(self, experts: OffloadedExperts, tokens: int, most: int) -> int:
+    def _slots(self, experts: OffloadedExperts, tokens: int, tokens_flag: str, most: int) -> int:
         """For how many experts there is memory on the device."""
         config = experts.config
         at_once = tokens * config.expert_model_parallel_size * config.moe_router_topk
         needed = min(experts.num_local_experts, max(2, at_once))  # one computes, one comes
         if self.settings.cache_gb is None:
             return needed
-        slots = int(self.settings.cache_gb * 1e9) // experts.packing.nbytes
+        nbytes = min(self.settings.cache_gb * 1e9, most * experts.packing.nbytes)
+        slots = int(nbytes) // experts.packing.nbytes
         if slots < needed:
-            fewer = ", or a smaller --micro-batch" if tokens > 1 and needed > 2 else ""
+            fewer = f", or a smaller {tokens_flag}" if tokens > 1 and needed > 2 else ""
             raise InputError(
                 f"--expert-cache-gb {self.settings.cache_gb:g}",
                 f"a layer may need {needed} experts at once, of {experts.packing.nbytes} bytes each",
                 f"{_rounded_up(needed * experts.packing.nbytes)} or more{fewer}",
             )
-        return min(slots, most)
+        return slots
 
     def _weights(
         self, stored: Mapping[str, LazyTensor], layer: int, packing: Packing

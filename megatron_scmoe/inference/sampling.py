@@ -24,10 +24,15 @@ class Sampling(Protocol):
         """Among the likeliest tokens that have this probability together; 0 is all."""
 
 
+COLDEST = 1e-30
+"""The lowest temperature: logits divided by a lower one are infinite, and no distribution."""
+
+
 def choose(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """A token, from logits fp32 [v]."""
+    temperature = max(sampling.temperature, COLDEST)
     chosen = TorchSampling.sample_from_logits(
-        logits[None], sampling.temperature, sampling.top_k, sampling.top_p, generator=random
+        logits[None], temperature, sampling.top_k, sampling.top_p, generator=random
     )
     return int(chosen)
 

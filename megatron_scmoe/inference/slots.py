@@ -12,6 +12,10 @@ longest leaves, all columns are moved. Cached keys have no positions yet, so the
 attention rotates them anew for each token, and only distances count. (Those of latent attention have.
 There columns stay, and what does not fit in waits until the batch is empty.)
 
+A prompt is read in a row of its own, from the first column on, and moved to the others once all of it
+is read: whole, or in chunks, between which the others get a token each. (With latent attention it is
+read where it will end, which is known: one column further with each chunk but the first.)
+
 The slots are spread over the data-parallel ranks. Every rank knows of all texts; each computes its own.
 As the experts of all ranks are needed by each, all take the same steps: whoever has nothing to read
 reads one token in a spare row.
@@ -19,13 +23,14 @@ reads one token in a spare row.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_scmoe.config import AUTO, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
 from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
@@ -83,10 +88,19 @@ class Slots:
         size: texts at once; rounded up to a multiple of the data-parallel ranks.
         length: the most tokens of a text, its prompt included.
         schedule: of a token that each text gets.
+        chunk: tokens of prompts that a data-parallel rank reads until those that run get their next
+            one, at most; None to read the prompts whole, all that join at once.
     """
 
     def __init__(
-        self, model, vocab_size: int, size: int, length: int, schedule: DecodeSchedule = AUTO
+        self,
+        model,
+        vocab_size: int,
+        size: int,
+        length: int,
+        schedule: DecodeSchedule = AUTO,
+        padding: DecodePadding = AUTO,
+        chunk: int | None = None,
     ):
         self._group = parallel_state.get_data_parallel_group()
         self._own_rank = self._group.rank()
@@ -95,15 +109,21 @@ class Slots:
         self.length = length
         self._vocab_size = vocab_size
         self._rows: list[list[_Row]] = [[] for _ in range(self._group.size())]
+        """Of each rank, as they lie in its cache."""
+        self._reading: list[list[_Row]] = [[] for _ in range(self._group.size())]
+        """Those whose prompts are to be read, in this order; of each rank's first a part may be."""
+        self._has_read = False
+        """Whether the last step did, and those that run wait for their token."""
         self._column = 0
-        """Where the next token goes."""
-        self._decode = Decode(model, schedule)
+        """Where the next token of those that run goes."""
+        self._chunk = chunk
+        self._decode = Decode(model, schedule, padding)
         self._model = CachedModel(model, self._per_rank + 1, length, self._decode)
         self._may_move = not self._model.module.config.multi_latent_attention
         with torch.inference_mode(), InferenceMode.active():
             self._read_spare()  # Megatron allocates the cache, and does not fill it
             for memory in self._cache():
-                memory.zero_()  # what a mask hides is multiplied by 0, and must be a number
+                memory.zero_()  # takes it now, not when the first texts come
 
     @property
     def cache_bytes(self) -> int:
@@ -112,8 +132,13 @@ class Slots:
 
     @property
     def _running(self) -> int:
-        """Texts in the batch, on all ranks."""
+        """Texts whose prompts have been read, on all ranks."""
         return sum(map(len, self._rows))
+
+    @property
+    def _are_alike(self) -> bool:
+        """Whether all ranks read as many rows for a token; one without texts reads the spare one."""
+        return len({max(1, len(rows)) for rows in self._rows}) == 1
 
     def decode_schedules(self) -> dict[str, str]:
         """What was measured to be faster, by the number of texts (:meth:`Decode.kept`)."""
@@ -126,32 +151,43 @@ class Slots:
             waiting: for each text the length of its prompt and the most tokens behind it.
             leaving: keys of those that leave.
         """
-        staying = sum(row.text.key not in leaving for rows in self._rows for row in rows)
-        free = self.size - staying
+        running, reading = (
+            sum(row.text.key not in leaving for row in chain(*rows))
+            for rows in (self._rows, self._reading)
+        )
+        if self._has_read and running:
+            return 0
+        free = self.size - running - reading
         if self._may_move:
             return min(free, len(waiting))
-        column, count, most = self._column if staying else 0, 0, 0
-        for prompt, behind in waiting[:free]:
-            if staying and prompt > column:
-                break
-            column, most = max(column, prompt), max(most, behind)
-            if column + most > self.length:
+        if reading:
+            return 0
+        end, count, most = self._column if running else 0, 0, 0
+        for prompt, behind in waiting[: free if self._chunk is None else 1]:
+            if running:
+                end += self._chunks(prompt) - 1
+                if prompt > end:
+                    break
+            end, most = max(end, prompt), max(most, behind)
+            if end + most > self.length:
                 break
             count += 1
         return count
 
     def step(self, leaving: Collection[int] = (), joining: Sequence[Text] = ()) -> list[Written]:
-        """Let texts leave and join, and write one token: of those that join, or else of all.
+        """Let texts leave and join, then read of the prompts, or else write a token of all that run.
 
-        All ranks call it with the same arguments.
+        One takes turns with the other, as long as there are both. All ranks call it with the same
+        arguments.
 
         Returns:
-            The tokens, on every rank.
+            The tokens, on every rank; of a prompt that is read the first one.
         """
         with torch.inference_mode(), InferenceMode.active():
             self._leave(leaving)
-            self._align([len(text.prompt) for text in joining])
-            written = self._join(joining) if joining else self._go_on()
+            self._join(joining)
+            self._has_read = any(self._reading) and not (self._has_read and self._running)
+            written = self._read_prompts() if self._has_read else self._go_on()
         if self._group.size() == 1:
             return written
         parts: list = [None] * self._group.size()
@@ -160,11 +196,13 @@ class Slots:
 
     def clear(self) -> None:
         """Let all texts leave."""
-        for rows in self._rows:
+        for rows in (*self._rows, *self._reading):
             rows.clear()
 
     def _leave(self, keys: Collection[int]) -> None:
         """The last row of a rank takes the place of one that leaves: rows are read in one piece."""
+        for reading in self._reading:
+            reading[:] = [row for row in reading if row.text.key not in keys]
         for rank, rows in enumerate(self._rows):
             for row in [row for row in rows if row.text.key in keys]:
                 hole, last = rows.index(row), len(rows) - 1
@@ -173,41 +211,90 @@ class Slots:
                 if rank == self._own_rank and hole != last:
                     for memory in self._cache():
                         memory[:, hole] = memory[:, last]
+        if self._may_move or not self._running:
+            self._move(self._longest())
 
-    def _align(self, joining: list[int]) -> None:
-        """Move the columns so that the longest text begins in the first."""
-        longest = max((row.length for rows in self._rows for row in rows), default=0)
-        column = max([longest, *joining])
-        if longest and not self._may_move:
-            return
-        own = self._rows[self._own_rank]
+    def _longest(self) -> int:
+        """Tokens in the cache of the longest text that runs, on all ranks."""
+        return max((row.length for row in chain(*self._rows)), default=0)
+
+    def _move(self, column: int) -> None:
+        """Have the texts that run end before another column."""
+        own, longest = self._rows[self._own_rank], self._longest()
         if own and column != self._column:
             for memory in self._cache():
                 old = memory[self._column - longest : self._column, : len(own)].clone()
                 memory[column - longest : column, : len(own)] = old
         self._column = column
 
-    def _join(self, texts: Sequence[Text]) -> list[Written]:
-        """Read the prompts, one after the other on each rank."""
-        new: list[list[_Row]] = [[] for _ in self._rows]
+    def _join(self, texts: Sequence[Text]) -> None:
+        """Share the texts out to the ranks, to be read."""
+        end = 0
+        if not self._may_move and texts:
+            chunks = max(self._chunks(len(text.prompt)) for text in texts)
+            end = self._column + chunks - 1 if self._running else 0
+            end = max(end, *(len(text.prompt) for text in texts))
         for text in texts:
-            rank = min(range(len(self._rows)), key=lambda rank: len(self._rows[rank]))
+            rank = min(
+                range(len(self._rows)),
+                key=lambda rank: len(self._rows[rank]) + len(self._reading[rank]),
+            )
             row = _Row(text, random_numbers(text.seed, text.index))
-            self._rows[rank].append(row)
-            new[rank].append(row)
+            row.first = 0 if self._may_move else end - len(text.prompt)
+            self._reading[rank].append(row)
+
+    def _chunks(self, prompt: int) -> int:
+        """In how many parts a prompt of that length is read."""
+        return 1 if self._chunk is None else -(-prompt // self._chunk)
+
+    def _read_prompts(self) -> list[Written]:
+        """Read what one step may of the prompts, one after the other on each rank."""
+        parts = [self._next_parts(reading) for reading in self._reading]
         written = []
-        for turn in range(max(map(len, new))):
-            if turn >= len(new[self._own_rank]):
+        for turn in range(max(map(len, parts))):
+            if turn < len(own := parts[self._own_rank]):
+                written += self._read_part(*own[turn])
+            else:
                 self._read_spare()
-                continue
-            row = new[self._own_rank][turn]
-            logits = self._read_prompt(row, last_only=not row.text.prompt_log_probs)
-            prompt = self._places(row, logits) if row.text.prompt_log_probs else []
-            written.append(Written(row.text.key, self._choose(row, logits[-1]), prompt))
-        for rows in new:
-            for row in rows:
-                row.length = len(row.text.prompt)
+            for rank, of_rank in enumerate(parts):
+                if turn < len(of_rank):
+                    row, stop = of_rank[turn]
+                    row.length = stop
+                    if row.length == len(row.text.prompt):
+                        self._begin(rank, row)
         return written
+
+    def _next_parts(self, reading: list["_Row"]) -> list[tuple["_Row", int]]:
+        """Which texts a rank reads in a step, and up to which token."""
+        left = sum(len(row.text.prompt) for row in reading)
+        if self._chunk is not None:
+            left = min(left, self._chunk)
+        parts = []
+        for row in reading:
+            stop = min(len(row.text.prompt), row.length + left)
+            if stop == row.length:
+                break
+            parts.append((row, stop))
+            left -= stop - row.length
+        return parts
+
+    def _begin(self, rank: int, row: "_Row") -> None:
+        """Have a text that was read take its place among those that run."""
+        begin, end = row.first, row.first + row.length
+        self._move(max(self._column, end))
+        rows = self._rows[rank]
+        if rank == self._own_rank:
+            for memory in self._cache():
+                read = memory[begin:end, self._reading_row].clone()
+                memory[:, len(rows)] = 0  # a mask multiplies by 0 what others have left here
+                memory[self._column - row.length : self._column, len(rows)] = read
+        self._reading[rank].remove(row)
+        rows.append(row)
+
+    @property
+    def _reading_row(self) -> int:
+        """The last one of the slots: it is free as long as there is a text to be read."""
+        return self._per_rank - 1
 
     def _go_on(self) -> list[Written]:
         """Read the token that was chosen last for each text, and choose the next."""
@@ -228,22 +315,29 @@ class Slots:
         self._column += 1
         return written
 
-    def _read_prompt(self, row: "_Row", last_only: bool) -> Tensor:
-        """Logits [n or 1, v] behind the tokens of a prompt."""
-        tokens = torch.tensor(row.text.prompt)[None]
-        count = tokens.shape[1]
-        first = self._column - count
-        mask = torch.ones(count, self._column, dtype=torch.bool).triu(first + 1)
-        mask[:, :first] = True
+    def _read_part(self, row: "_Row", stop: int) -> list[Written]:
+        """Read a prompt up to a token; what is written, if that is its last one."""
+        start, text = row.length, row.text
+        if start == 0:
+            for memory in self._cache():
+                memory[: row.first, self._reading_row] = 0
+        first, end = row.first + start, row.first + stop
+        mask = torch.ones(stop - start, end, dtype=torch.bool).triu(first + 1)
+        mask[:, : row.first] = True
         logits = self._model.read(
-            tokens,
-            torch.arange(count)[None],
-            row=self._rows[self._own_rank].index(row),
+            torch.tensor(text.prompt[start:stop])[None],
+            torch.arange(start, stop)[None],
+            row=self._reading_row,
             column=first,
             mask=mask[None, None],
-            last_only=last_only,
-        )
-        return logits[0, :, : self._vocab_size]
+            last_only=not text.prompt_log_probs,
+        )[0, :, : self._vocab_size]
+        if text.prompt_log_probs:
+            tokens = text.prompt[start + 1 : stop + 1]
+            row.prompt += [self._place(text, *item) for item in zip(tokens, logits)]
+        if stop < len(text.prompt):
+            return []
+        return [Written(text.key, self._choose(row, logits[-1]), row.prompt)]
 
     def _read_last(self, rows: list["_Row"]) -> Tensor:
         """Logits [b, v] behind the last token of each row."""
@@ -253,6 +347,7 @@ class Slots:
             self._running,
             torch.tensor([[row.last] for row in rows]),
             lengths[:, None],
+            alike=self._are_alike,
             column=self._column,
             mask=mask[:, None, None],
         )
@@ -262,7 +357,7 @@ class Slots:
         """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if beside:
-            self._model.decode(beside, zero, zero, row=self._per_rank)
+            self._model.decode(beside, zero, zero, alike=self._are_alike, row=self._per_rank)
         else:
             self._model.read(zero, zero, row=self._per_rank)
 
@@ -271,14 +366,8 @@ class Slots:
         row.last = choose(logits, row.text, row.random)
         return self._place(row.text, row.last, logits)
 
-    def _places(self, row: "_Row", logits: Tensor) -> list[Place]:
-        """The places of a prompt from the second on, from logits [n, v]."""
-        return [
-            self._place(row.text, token, before)
-            for token, before in zip(row.text.prompt[1:], logits)
-        ]
-
     def _place(self, text: Text, token: int, logits: Tensor) -> Place:
+        """What is told of a token, from logits [v] before it."""
         if not (text.log_probs or text.top_n):
             return Place(token)
         log_probs = logits.log_softmax(-1)
@@ -297,6 +386,10 @@ class _Row:
 
     text: Text
     random: torch.Generator
+    first: int = 0
+    """In which column its prompt begins while it is read."""
+    prompt: list[Place] = field(default_factory=list)
+    """Places of the prompt so far, if they are asked for; on the text's own rank."""
     length: int = 0
     """Tokens in the cache."""
     last: int = 0

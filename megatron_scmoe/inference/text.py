@@ -5,8 +5,8 @@ from collections.abc import Sequence
 _CONTEXT = 16
 """Tokens of the prompt that are decoded with those behind it: more change nothing but the time."""
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What tokenizers decode the first bytes of a character to, while the others are not there."""
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers decode some bytes of a character to, while the others are not there."""
 
 
 class Continuation:
@@ -21,7 +21,7 @@ class Continuation:
     def __init__(self, tokenizer, prompt: Sequence[int], stop_words: Sequence[str] = ()):
         self._tokenizer = tokenizer
         self._prompt = list(prompt[-_CONTEXT:])
-        self._skip = len(tokenizer.detokenize(self._prompt))  # decoded alone, ids may lose a space
+        self._prompt_text = tokenizer.detokenize(self._prompt)
         self._stop_words = tuple(stop_words)
         self._shown = 0
         self._decoded: tuple[list[int], str] = ([], "")
@@ -45,16 +45,21 @@ class Continuation:
         """
         text = self.text(ids)
         if not is_last and not self.stops(ids):
-            text = text.rstrip(_UNFINISHED)
+            text = text.rstrip(HALF)
             text = text[: len(text) - self._possible_stop(text)]
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
 
     def _decode(self, ids: Sequence[int]) -> str:
-        """The text of all ids; that of the last call is kept."""
+        """The text of all ids; that of the last call is kept.
+
+        Decoded alone, they may lose a space. A prompt of ids may end in half a character: it belongs
+        to the text that has the other half.
+        """
         if self._decoded[0] != list(ids):
-            text = self._tokenizer.detokenize([*self._prompt, *ids])[self._skip :]
-            self._decoded = (list(ids), text)
+            text = self._tokenizer.detokenize([*self._prompt, *ids])
+            skip = _common_length(self._prompt_text, text)
+            self._decoded = (list(ids), text[skip:])
         return self._decoded[1]
 
     def _possible_stop(self, text: str) -> int:
@@ -66,3 +71,9 @@ class Continuation:
             if text.endswith(word[:length])
         ]
         return max(lengths, default=0)
+
+
+def _common_length(one: str, other: str) -> int:
+    """With how many characters both begin."""
+    pairs = enumerate(zip(one, other))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

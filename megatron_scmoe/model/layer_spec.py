@@ -17,7 +17,12 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig, needs_dense_partner
+from megatron_scmoe.config import (
+    DEFAULT_EXPERT_SLOT,
+    ScMoEConfig,
+    needs_dense_partner,
+    wanted_slot,
+)
 from megatron_scmoe.model.biased_experts import BiasedExpertLinear, BiasedSharedExpert
 from megatron_scmoe.model.latent_attention import use_latent_attention
 from megatron_scmoe.model.moe_layer import ScMoELayer
@@ -104,8 +109,8 @@ def stage_spec(
 
 def resolve_schedule(scmoe: ScMoEConfig) -> Schedule:
     """The schedule that a configuration asks for; with slot auto the default, until it is tuned."""
-    told = scmoe.expert_slot
-    slot = told if isinstance(told, int) else DEFAULT_EXPERT_SLOT[scmoe.tap]
+    wanted = wanted_slot(scmoe)
+    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if wanted == "auto" else wanted
     return build_schedule(scmoe.tap, slot, scmoe.overlap, can_launch_late(), scmoe.chunks)
 
 

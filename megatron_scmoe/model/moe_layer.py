@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.router import ZeroExpertOutput
-from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Boundary
 from megatron_scmoe.overlap.token_dispatcher import build_token_dispatcher
@@ -51,16 +50,13 @@ class ScMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatchers = [
             build_token_dispatcher(
-                config, self.num_local_experts, self.local_expert_indices, pg_collection
+                config, self.num_local_experts, self.local_expert_indices, pg_collection, scmoe
             )
             for _ in range(scmoe.chunks)
         ]
         """One for each chunk: a dispatcher keeps state from dispatch to combine. Megatron's methods
         use ``token_dispatcher``, which the routed path sets."""
         self.token_dispatcher = self.token_dispatchers[0]
-        for dispatcher in self.token_dispatchers:
-            dispatcher.choices_vary = scmoe.zero_experts > 0
-            dispatcher.exchange = exchange_for(pg_collection.ep, scmoe)
         self.combine_gate = CombineGate(config) if scmoe.combine == "cg2" else None
 
         norm_arguments = dict(
@@ -82,6 +78,7 @@ class ScMoELayer(MoELayer):
 
         Args:
             hidden_states: norm(H_{l+1}^MH), [s, b, h] (s divided by TP with sequence parallel).
+            intermediate_tensors: Megatron's, of a layer captured in part; not used here.
             padding_mask: the routed path had its own at the tap; not used here.
 
         Returns:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.routed_path import RoutedPath
-from megatron_scmoe.overlap.schedule import Boundary
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Boundary
 
 
 class _CapturableLayer(TransformerLayer):
@@ -86,9 +86,10 @@ class ScMoEDenseLayer(_CapturableLayer):
         self.path = path
         self.captures_routing = CudaGraphModule.moe_router in (self.config.cuda_graph_modules or ())
         self.captures_mlp = CudaGraphModule.mlp in (self.config.cuda_graph_modules or ())
-        self.taps_input = scmoe.tap == "pos3"
+        tap = TAP_BOUNDARY[scmoe.tap]
+        self.taps_input = tap is Boundary.PAIR_INPUT
         self.shares_norm = scmoe.router_norm == "shared"
-        self.taps_mlp_norm = self.shares_norm and scmoe.tap == "pos2"
+        self.taps_mlp_norm = self.shares_norm and tap is Boundary.AFTER_ATTENTION
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's forward, [s, b, h] -> [s, b, h], announcing three boundaries."""

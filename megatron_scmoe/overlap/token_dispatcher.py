@@ -5,6 +5,8 @@ only the communication itself: the ``arrive`` of a launched flight gives what Me
 ``token_dispatch`` and ``token_combine`` would have returned.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -16,6 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.async_all_to_all import (
     AllToAll,
     CompletedExchange,
@@ -23,6 +26,7 @@ from megatron_scmoe.overlap.async_all_to_all import (
     OnLaunchStream,
     launch_stream,
 )
+from megatron_scmoe.overlap.exchanges import exchange_for
 
 
 class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -31,7 +35,8 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     probs: Tensor  # Megatron's
     tokens_per_expert: Tensor  # Megatron's
 
-    exchange = AllToAll
+    exchange: Callable[..., AllToAll] = AllToAll
+    """What makes each exchange of its group, of what :class:`AllToAll` takes."""
     choices_vary = False
     """Whether tokens may have fewer than topk experts: with zero experts, see router.py."""
 
@@ -101,7 +106,7 @@ class ScMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As in Megatron, whose dropless case takes it that every token has topk experts."""
         tokens_per_local_expert = super().preprocess(routing_map)
-        if self.choices_vary:
+        if self.choices_vary and not self.drop_and_pad:
             self.num_out_tokens = routing_map.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert
@@ -204,11 +209,25 @@ def build_token_dispatcher(
     num_local_experts: int,
     local_expert_indices: list[int],
     pg_collection: ProcessGroupCollection,
+    scmoe: ScMoEConfig,
 ) -> MoETokenDispatcher:
-    """The dispatcher named by ``--moe-token-dispatcher-type``."""
-    return _DISPATCHERS[config.moe_token_dispatcher_type](
+    """The dispatcher named by ``--moe-token-dispatcher-type``.
+
+    Args:
+        num_local_experts: of this rank.
+        local_expert_indices: their numbers among all experts.
+        scmoe: says what carries the all-to-alls, and whether there are zero experts.
+
+    Raises:
+        CopyEngineError: if copy engines cannot serve the expert-parallel group.
+    """
+    dispatcher = _DISPATCHERS[config.moe_token_dispatcher_type](
         num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection
     )
+    if isinstance(dispatcher, ScMoEAlltoAllTokenDispatcher):
+        dispatcher.exchange = exchange_for(pg_collection.ep, scmoe)
+        dispatcher.choices_vary = scmoe.zero_experts > 0
+    return dispatcher
 
 
 def _as_list(splits) -> list[int] | None:

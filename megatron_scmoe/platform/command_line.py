@@ -8,6 +8,7 @@ only where nobody would read the file.
 import argparse
 import atexit
 import contextlib
+import difflib
 import json
 import os
 import signal
@@ -38,7 +39,8 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        end(f"{self.prog}: error: {message} (see {self.prog} --help)", status=2)
+        words = with_nearest_flags(self, message)
+        end(f"{self.prog}: error: {words} (see {self.prog} --help)", status=2)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -49,6 +51,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default in (None, False) or "default" in text.lower():
             return text
         return super()._get_help_string(action)
+
+
+def with_nearest_flags(parser: argparse.ArgumentParser, message: str) -> str:
+    """What argparse says of flags that it does not know, and which flags are spelt almost like them."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        return message
+    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+    found = (difflib.get_close_matches(f, parser._option_string_actions, 1, 0.8) for f in flags)
+    nearest = ", ".join(name for names in found for name in names)
+    return f"{message}; the nearest: {nearest}" if nearest else message
 
 
 def positive(text: str) -> int:

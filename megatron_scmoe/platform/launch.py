@@ -1,11 +1,13 @@
-"""How a run's ranks are started: what a launcher sets is checked; without one there is one rank."""
+"""How a run begins: the process before Megatron is imported, and the rank that a launcher has given."""
 
+import contextlib
 import os
+import secrets
 import socket
 
 import torch
 
-from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform import cpu_backend, log_filters
 from megatron_scmoe.platform.command_line import UsageError
 
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -15,6 +17,16 @@ _OTHER_LAUNCHERS = {
     "PMI_SIZE": "mpirun",
 }
 """What says how many processes a launcher has started that does not set torchrun's variables."""
+
+
+def before_megatron() -> None:
+    """Prepare the process of a run; call it before anything of Megatron is imported.
+
+    Raises:
+        UsageError: if there is a GPU that cannot be used.
+    """
+    cpu_backend.choose()
+    log_filters.install()
 
 
 def check() -> None:
@@ -43,6 +55,18 @@ def check() -> None:
         )
 
 
+def free_port() -> int:
+    """A port for the first rank to listen on, on all addresses of this host.
+
+    It is none that a socket is given unasked: those of NCCL and gloo come and go.
+    """
+    while True:
+        port = 20000 + secrets.randbelow(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def _refuse_other_launchers() -> None:
     for name, launcher in _OTHER_LAUNCHERS.items():
         number = os.environ.get(name, "1")
@@ -54,9 +78,6 @@ def _refuse_other_launchers() -> None:
 
 
 def _be_the_only_rank() -> None:
-    with socket.socket() as probe:
-        probe.bind(("", 0))  # on all addresses, as the rank will listen
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
     print("> one rank; for more: torchrun --nproc-per-node N ...", flush=True)

@@ -12,7 +12,7 @@ from megatron_scmoe.platform import cpu_backend
 
 def install() -> None:
     """Leave the lines out from now on; call it before anything of Megatron is imported."""
-    for message, module in _WARNINGS_ON_IMPORT:
+    for message, module in (*_WARNINGS_ON_IMPORT, *_WARNINGS_OF_LOADING):
         warnings.filterwarnings("ignore", f"{re.escape(message)}$", module=module)
     if cpu_backend.is_enabled():
         for message, module in _WARNINGS_OF_A_GPU:
@@ -42,6 +42,23 @@ _WARNINGS_ON_IMPORT = (
         "without notice in future releases.",
         r"megatron\.core\.models\.mimo\.config\.base_configs$",
     ),
+)
+
+_SHARDED = "Please use DTensor instead and we are deprecating ShardedTensor."
+_WARNINGS_OF_LOADING = (
+    # Said between Megatron and PyTorch, of how the one calls the other, whenever a run goes on.
+    (
+        "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load "
+        "in a single process.",
+        r"torch\.distributed\.checkpoint\.utils$",
+    ),
+    (
+        "The argument order of load has been changed. Please check the document to avoid future "
+        "breakages.",
+        r"torch\.distributed\.checkpoint\.logger$",
+    ),
+    (_SHARDED, r"torch\.distributed\.checkpoint\.planner_helpers$"),
+    (_SHARDED, r"torch\.distributed\.checkpoint\.default_planner$"),
 )
 
 _NEITHER = "Transformer Engine and Apex are not installed. Falling back to "
@@ -80,4 +97,12 @@ _LOGGED = (
     ),
     # It recommends a class that has no place for ScMoE; nothing follows for the user.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED.", False),
+    # It recommends another way to save while training goes on, at every save that does not, too.
+    (
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "MCore's async save is deprecated and will be removed in the future releases.",
+        False,
+    ),
+    # Evaluation is not judged as training is: twice each time.
+    ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode ", False),
 )

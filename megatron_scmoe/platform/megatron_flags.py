@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import torch
 
 from megatron_scmoe.platform import cpu_backend
-from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
+from megatron_scmoe.platform.command_line import HelpFormatter, UsageError, with_nearest_flags
 
 TUNE_FLAG, TUNE_OFF, TUNE_AT_STARTUP = "--scmoe-tune", "off", "startup"
 
@@ -30,9 +30,11 @@ def prepare_parser(
 ) -> argparse.ArgumentParser:
     """Add arguments to Megatron's parser, and make its help and its errors readable."""
     parser = add_arguments(parser)
-    parser.error = _refuse  # type: ignore[method-assign]  # the parser is Megatron's
+    parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]  # Megatron's
     parser.formatter_class = HelpFormatter
     for action in parser._actions:
+        if action.dest == "yaml_cfg":
+            action.type = _refuse_yaml
         action.help = _printable(action, parser)
         if action.choices is not None and any(isinstance(c, enum.Enum) for c in action.choices):
             names = ",".join(choice.name for choice in action.choices)
@@ -42,17 +44,23 @@ def prepare_parser(
     return parser
 
 
-def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of ``pretrain_gpt_scmoe.py``: ``--scmoe-*``, of the model and of the run."""
+def add_flags_for_spec(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that ``megatron_scmoe.run`` takes for another script: of the model, and the CPU."""
     from megatron_scmoe.arguments import add_scmoe_args
 
     parser = add_scmoe_args(parser)
-    group = parser.add_argument_group("scmoe, the run")
-    group.add_argument(
+    parser.add_argument_group("scmoe, the device").add_argument(
         cpu_backend.FLAG,
         action="store_true",
         help=f"train on the CPU, even where there is a GPU (${cpu_backend.VARIABLE}=1)",
     )
+    return parser
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of ``pretrain_gpt_scmoe.py``: ``--scmoe-*``, of the model and of the run."""
+    parser = add_flags_for_spec(parser)
+    group = parser.add_argument_group("scmoe, the run")
     group.add_argument(
         "--scmoe-log-overlap-interval",
         type=int,
@@ -102,8 +110,12 @@ def tune_file(args: argparse.Namespace) -> str | None:
     return None if given in (TUNE_OFF, TUNE_AT_STARTUP) else given
 
 
-def show_help(prog: str, description: str) -> None:
-    """Print every flag of a run: those of ScMoE first, then Megatron's."""
+def show_help(prog: str, description: str, own: AddArguments | None = add_run_args) -> None:
+    """Print every flag of a run, Megatron's last.
+
+    Args:
+        own: adds those that go before Megatron's; None for a run of Megatron's own model.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import_lightly()
@@ -115,7 +127,8 @@ def show_help(prog: str, description: str) -> None:
         usage=f"torchrun ... {prog} FLAGS",
         allow_abbrev=False,
     )
-    add_run_args(parser)
+    if own is not None:
+        own(parser)
     prepare_parser(add_megatron_arguments, parser).print_help()
 
 
@@ -141,8 +154,13 @@ def _leave_alone(model: Callable | None = None, **kwargs) -> Callable:
     return model or (lambda function: function)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UsageError(f"{message} (see --help)")
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise UsageError(f"{with_nearest_flags(parser, message)} (see --help)")
+
+
+def _refuse_yaml(text: str) -> NoReturn:
+    """The ``type`` of ``--yaml-cfg``: Megatron's parser reads the file, in place of all flags."""
+    raise argparse.ArgumentTypeError(f"{text}: settings come from flags; accepted: none")
 
 
 def _printable(action: argparse.Action, parser: argparse.ArgumentParser) -> str | None:

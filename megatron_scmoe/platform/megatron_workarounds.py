@@ -1,19 +1,12 @@
 """Gaps of Megatron-Core 0.19.2, closed in one place; each with the reason and when it applies."""
 
-import functools
 import importlib.util
 import os
 import queue
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
-from megatron.training.checkpointing import (
-    get_checkpoint_name,
-    get_checkpoint_tracker_filename,
-    read_metadata,
-)
 from megatron.training.utils import warn_rank_0
 from torch.optim.adam import adam
 
@@ -90,36 +83,6 @@ def _is_gelu(args) -> bool:
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
     return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-@functools.cache
-def has_local_norm_keys(folder: str | None, iteration: int | None = None) -> bool:
-    """Whether a checkpoint was written by Megatron's own local implementation of a MoE.
-
-    That one saves the norm before a MoE as ``mlp.linear_fc1.layer_norm_weight``, where Transformer
-    Engine and this package save ``pre_mlp_layernorm.weight``.
-
-    Args:
-        folder: what ``--load`` names; None and folders without a checkpoint have no such keys.
-        iteration: the checkpoint in it; None for the last one.
-    """
-    if folder is None or not os.path.isfile(get_checkpoint_tracker_filename(folder)):
-        return False
-    if iteration is None:
-        iteration, release = read_metadata(get_checkpoint_tracker_filename(folder))
-    else:
-        release = False
-    path = get_checkpoint_name(folder, iteration, release, return_base_dir=True)
-    return has_local_norm_keys_at(path)
-
-
-def has_local_norm_keys_at(path: str) -> bool:
-    """As :func:`has_local_norm_keys`, of the folder of one iteration."""
-    if not dist_checkpointing.check_is_distributed_checkpoint(path):
-        return False
-    keys = dist_checkpointing.load_tensors_metadata(path).keys()
-    blocks_with_router = {key.split(".mlp.")[0] for key in keys if ".mlp.router." in key}
-    return any(f"{block}.mlp.linear_fc1.layer_norm_weight" in keys for block in blocks_with_router)
 
 
 def apply(args) -> None:

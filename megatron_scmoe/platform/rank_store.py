@@ -48,7 +48,9 @@ def gather(question: str, answer: str) -> list[str]:
 
 
 def _ours(store: Store) -> Store:
-    return torch.distributed.PrefixStore(PREFIX, store)  # type: ignore[attr-defined]  # as above
+    """The part of the store that is ours, in this attempt: torchrun may restart the ranks beside it."""
+    prefix = f"{PREFIX}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return torch.distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # as above
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_scmoe.inference.engine import Progress
 from megatron_scmoe.inference.slots import Place
+from megatron_scmoe.inference.text import HALF
 
 TextOf = Callable[[int], str]
 """The text of an id."""
@@ -147,7 +148,8 @@ class ChatAnswer(Answer):
 
     def _of_token(self, token: int, log_prob: float | None) -> dict[str, Any]:
         text = self._token(token)
-        return dict(token=text, logprob=log_prob, bytes=list(text.encode()))
+        octets = None if HALF in text else list(text.encode())
+        return dict(token=text, logprob=log_prob, bytes=octets)
 
 
 def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ from megatron_scmoe.serving.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
+    brief,
     parse,
 )
 from megatron_scmoe.serving.writer import Writer
@@ -112,7 +113,7 @@ class Service:
         self._check_name(wish.model)
         if wish.top_logprobs and not wish.logprobs:
             raise ApiError(400, "'top_logprobs' goes with 'logprobs' only.", "top_logprobs")
-        ids = self._tokenize(self._render(wish), "messages")
+        ids = self._tokenize(self._render(wish))
         most = wish.max_completion_tokens or wish.max_tokens or self._model.length - len(ids)
         parts = [_Part(ids)] * wish.n
         told = dict(log_probs=wish.logprobs, top_n=wish.top_logprobs)
@@ -148,7 +149,7 @@ class Service:
         if name != self._model.name:
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist; this server has '{self._model.name}'.",
+                f"The model '{brief(name)}' does not exist; this server has '{self._model.name}'.",
                 "model",
                 "model_not_found",
             )
@@ -156,9 +157,7 @@ class Service:
     def _token(self, token: int) -> str:
         return self._model.tokenizer.detokenize([token])
 
-    def _tokenize(self, text: str, param: str = "prompt") -> list[int]:
-        if text != text.encode("utf-8", "replace").decode():  # halves of surrogate pairs
-            raise ApiError(400, f"Invalid '{param}': it is no text that UTF-8 can hold.", param)
+    def _tokenize(self, text: str) -> list[int]:
         return self._model.tokenizer.tokenize(text)
 
     def _render(self, wish: ChatRequest) -> str:
@@ -308,8 +307,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _event(data: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """A server-sent event; ASCII alone, as some clients take U+2028 for the end of a line."""
+    return f"data: {json.dumps(data)}\n\n"
 
 
 async def _refuse(request: Request, error: ApiError) -> Response:
@@ -318,7 +317,7 @@ async def _refuse(request: Request, error: ApiError) -> Response:
 
 
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {brief(request.url.path)}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
 

@@ -1,15 +1,22 @@
 """What a server tells Prometheus."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    Metric,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from megatron_scmoe.inference.engine import Engine
+from megatron_scmoe.inference.offloading import ExpertOffload
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -27,6 +34,8 @@ class Metrics:
             ("slots", "Texts that are written at once, at most", lambda: engine.size),
         ):
             Gauge(f"scmoe_{name}", about, registry=self._registry).set_function(value)
+        if engine.experts is not None:
+            self._registry.register(_Experts(engine.experts))
         self.requests = Counter(
             "scmoe_requests",
             "Answers by path and status",
@@ -58,3 +67,20 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+@dataclass(frozen=True)
+class _Experts(Collector):
+    """What the caches of offloaded experts have done, on all ranks, up to the last step."""
+
+    offload: ExpertOffload
+
+    def collect(self) -> Iterator[Metric]:
+        found = self.offload.totals
+        for name, about, value in (
+            ("uses", "Uses of an offloaded expert", found.uses),
+            ("hits", "Those that found it on the device", found.hits),
+            ("copied_bytes", "Bytes of experts that were copied", found.copied_bytes),
+            ("wait_seconds", "How long compute waited for copies", found.waited_ms / 1e3),
+        ):
+            yield CounterMetricFamily(f"scmoe_expert_{name}", about, value)

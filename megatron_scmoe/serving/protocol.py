@@ -169,11 +169,14 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
         ApiError: if it is none.
     """
     try:
-        fields = json.loads(body)
+        text = body.decode("utf-8-sig")
+        fields = json.loads(text)
     except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
         fields = None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body of the request is not a JSON object.")
+    if "\\ud" in text.lower():
+        _refuse_half_pairs(fields)
     given = {name: value for name, value in fields.items() if value is not None}
     for name, neutral in _NEUTRAL.items():
         if name in given and given.pop(name) not in neutral:
@@ -184,18 +187,39 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
         raise _in_one_line(error, given) from error
 
 
+def brief(text: str) -> str:
+    """What a client has written, as an answer repeats it: in one line, and not all of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= 40 else line[:37] + "..."
+
+
+def _refuse_half_pairs(fields: dict[str, Any]) -> None:
+    """Refuse text that is no Unicode: JSON can write half of a surrogate pair."""
+    for name, value in fields.items():
+        for part, param in ((name, None), (value, name)):
+            try:
+                json.dumps(part, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                what = f"'{param}'" if param else "argument"
+                raise ApiError(
+                    400, f"Invalid {what}: it is no text that UTF-8 can hold.", param
+                ) from error
+
+
 def _in_one_line(error: ValidationError, given: dict[str, Any]) -> ApiError:
     """The first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {name}", name)
+        unknown = brief(".".join(map(str, first["loc"])))
+        return ApiError(
+            400, f"Unrecognized request argument supplied: {unknown}", brief(name or "")
+        )
     if first["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{name}'.", name)
     if name == "prompt":
         return ApiError(
             400, "Invalid 'prompt': accepted is a text, a list of ids, or a list of either.", name
         )
-    value = json.dumps(given.get(name or ""))
-    value = value if len(value) <= 40 else value[:37] + "..."
+    value = brief(json.dumps(given.get(name or "")))
     return ApiError(400, f"Invalid '{name}' {value}: {first['msg']}.", name)

@@ -4,7 +4,9 @@ A rank hands a checkpoint to a process of its own, which writes while training g
 ends, Megatron waits for it for ever; if the rank is killed, the process stays.
 """
 
+import atexit
 import functools
+import signal
 import threading
 import time
 from multiprocessing import get_context
@@ -14,15 +16,21 @@ import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from megatron_scmoe.platform import cpu_backend
-from megatron_scmoe.platform.child_processes import end_with_parent
+from megatron_scmoe.platform.child_processes import end_with_parent, started_deaf_to
 from megatron_scmoe.training.failed_saves import SaveError
 
 _plain_loop = async_utils.PersistentAsyncCaller.async_loop
 
 
-def install() -> None:
-    """Let Megatron's writer end with its rank, and the rank with its writer."""
-    _share_results()
+def install(exit_signal: signal.Signals) -> None:
+    """Let Megatron's writer end with its rank, and the rank with its writer.
+
+    Args:
+        exit_signal: at which a rank saves and stops (``--exit-signal``); the writer goes on.
+    """
+    with started_deaf_to(exit_signal):  # the writer's process comes of the fork server
+        _share_results()
+    atexit.register(_kill_writer)
     caller = async_utils.PersistentAsyncCaller
     caller.async_loop = staticmethod(write_until_done)
     caller.schedule_async_call = _with_a_living_writer(caller.schedule_async_call)
@@ -34,6 +42,13 @@ def write_until_done(*args) -> None:
     end_with_parent()
     cpu_backend.enable_if_no_gpu()
     _plain_loop(*args)
+
+
+def _kill_writer() -> None:
+    """At the end of a rank that failed, which would ask it to end by SIGTERM and wait."""
+    process = async_utils.PersistentAsyncCaller._persistent_process
+    if process is not None and process.is_alive():
+        process.kill()
 
 
 def _share_results() -> None:

@@ -9,10 +9,10 @@ import os
 import zlib
 from collections.abc import Iterable
 
-import torch
 from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 
 from megatron_scmoe.errors import InputError
+from megatron_scmoe.platform.first_rank import ask_first_rank
 from megatron_scmoe.training.resuming import changed
 from megatron_scmoe.training.saved_run import SavedRun
 
@@ -25,9 +25,7 @@ SAMPLE = 1 << 16
 
 def keep(args: argparse.Namespace, prefixes: Iterable[str]) -> None:
     """Put the identity into ``args``, which are saved; the first rank reads it, for all."""
-    found = [identity(prefixes) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    setattr(args, ARGUMENT, found[0])
+    setattr(args, ARGUMENT, ask_first_rank(lambda: identity(prefixes)))
 
 
 def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) -> None:
@@ -37,8 +35,7 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
         InputError: if a dataset has the name of one of then, and other contents.
     """
     before = getattr(saved.args, ARGUMENT, None) or {}
-    begins_anew = args.finetune or saved.is_release or saved.given.startswith("--pretrained")
-    if begins_anew or "data_path" in changed(args):
+    if saved.begins_anew(args) or "data_path" in changed(args):
         return
     for prefix, word in identity(prefixes).items():
         if before.get(prefix, word) != word:

@@ -100,26 +100,44 @@ class Heartbeats:
         return judge(before, now)
 
 
-def judge(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None:
-    """Who is lost, by two readings of all ranks' beats; None if they do not tell."""
+Beat = dict[str, Any]
+
+
+def judge(before: list[Beat | None], now: list[Beat | None]) -> str | None:
+    """Who is lost, by two readings of all ranks' beats; None if they do not tell.
+
+    Args:
+        before, now: by rank; None for a rank that has begun no iteration yet.
+    """
     for rank, (old, new) in enumerate(zip(before, now, strict=True)):
-        if old["count"] == new["count"]:
+        if old and new and old["count"] == new["count"]:
             return (
                 f"rank {rank} on {new['host']} is silent, after iteration {new['iteration']} or later: "
                 "it was ended or stopped, or its host or the network to it is lost"
             )
-    busy = [rank for rank, beat in enumerate(now) if beat["place"] and not beat["is_failing"]]
-    if len(busy) != 1:
-        return None
-    beat = now[busy[0]]
-    return (
-        f"rank {busy[0]} on {beat['host']} hangs in iteration {beat['iteration']}, at "
-        f"{beat['place']}: the others waited for it as long as --distributed-timeout-minutes"
-    )
+    busy = [
+        (rank, beat)
+        for rank, beat in enumerate(now)
+        if beat and beat["place"] and not beat["is_failing"]
+    ]
+    if len(busy) == 1:
+        ((rank, beat),) = busy
+        return (
+            f"rank {rank} on {beat['host']} hangs in iteration {beat['iteration']}, at "
+            f"{beat['place']}: the others waited for it as long as --distributed-timeout-minutes"
+        )
+    # Several may be those of a later pipeline stage, which wait for the first one's output.
+    missing = [rank for rank, beat in enumerate(now) if beat is None]
+    if len(missing) == 1 and not busy:
+        return (
+            f"rank {missing[0]} has begun no iteration: it hangs before its first one, or was ended"
+        )
+    return None
 
 
-def _read(store: rank_store.Store, ranks: int) -> list[dict[str, Any]]:
-    return [json.loads(store.get(f"beat/{rank}")) for rank in range(ranks)]
+def _read(store: rank_store.Store, ranks: int) -> list[Beat | None]:
+    keys = [f"beat/{rank}" for rank in range(ranks)]
+    return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
 
 
 def _place_of_main_thread() -> str | None:

@@ -11,35 +11,25 @@ go on to the rendezvous; if the first one stops, the launcher ends them there.
 import copy
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
-from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
-from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS, build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
 from megatron_scmoe.checkpoints import locate
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, tune_file
+from megatron_scmoe.training.indexed_dataset import IndexedDataset
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
 
 SAMPLE_OF_ALL = 64_000_000
 """Tokens looked at in all datasets of a blend together."""
-
-INDEX_SAMPLE = 1_000_000
-"""Sequences whose entries in the index are looked at."""
 
 
 def prefixes(args) -> list[str]:
@@ -118,98 +108,7 @@ def check_tokens(args, tokenizer) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    """Megatron's indexed dataset PREFIX.bin and PREFIX.idx."""
-
-    given: str  # the flag and its value
-    prefix: str
-    is_split: bool  # whether --split divides it
-
-    # Magic, version, code of the data type, number of sequences and of document boundaries. Then
-    # follow the length of each sequence (int32), its first byte (int64) and the boundaries (int64).
-    _HEADER = struct.Struct("<9sQBQQ")
-    _MAGIC = b"MMIDIDX\x00\x00"
-    _MADE_BY = "a pair of .bin and .idx files written by scmoe preprocess-data"
-
-    @property
-    def bin(self) -> str:
-        return get_bin_path(self.prefix)
-
-    @property
-    def idx(self) -> str:
-        return get_idx_path(self.prefix)
-
-    def check(self) -> tuple[np.dtype, np.ndarray]:
-        """Check that index and data are whole.
-
-        Returns:
-            The type of a token, and the first byte of each sequence in the .bin file.
-        """
-        for file in (self.idx, self.bin):
-            self._require(os.path.isfile(file), f"there is no file {file}")
-            self._require(os.access(file, os.R_OK), f"{file} cannot be read")
-        with open(self.idx, "rb") as stream:
-            header = stream.read(self._HEADER.size)
-        whole = len(header) == self._HEADER.size and header.startswith(self._MAGIC)
-        self._require(whole, f"{self.idx} does not begin like an index")
-        _, version, code, sequences, documents = self._HEADER.unpack(header)
-        self._require(version == 1, f"{self.idx} has version {version}, not 1")
-        self._require(code in {d.value for d in DType}, f"{self.idx} has the data type {code}")
-        self._require(sequences > 0 and documents > 0, f"{self.idx} has no sequence")
-        size, expected = os.path.getsize(self.idx), len(header) + 12 * sequences + 8 * documents
-        self._require(  # one more byte for each sequence of a multimodal dataset
-            size in (expected, expected + sequences),
-            f"{self.idx} has {size} bytes, and {expected} by its header",
-        )
-        dtype = np.dtype(DType.dtype_from_code(code))
-        return dtype, self._check_entries(sequences, documents, dtype.itemsize)
-
-    def find_token_outside(self, vocab_size: int, sample: int) -> tuple[int, int] | None:
-        """Position and id of a token outside the vocabulary, among ``sample`` tokens; or None."""
-        dtype, _ = self.check()
-        tokens = np.memmap(self.bin, dtype, mode="r")
-        for window in _windows(tokens.size, sample):
-            ids = tokens[window]
-            if ids.max() >= vocab_size or ids.min() < 0:
-                position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-                return window.start + position, int(ids[position])
-        return None
-
-    def part_without_token(self, split: str, starts: np.ndarray) -> str | None:
-        """The name of a part of ``split`` that gets no token; None if all get some."""
-        for part, share in zip(Split, convert_split_vector_to_split_matrix(_parse_split(split))):
-            if share is None:
-                continue
-            first, last = (round(edge * starts.size) for edge in share)
-            end = starts[last] if last < starts.size else os.path.getsize(self.bin)
-            if first == last or starts[first] == end:
-                return part.name
-        return None
-
-    def _check_entries(self, sequences: int, documents: int, itemsize: int) -> np.ndarray:
-        offset = self._HEADER.size
-        lengths = np.memmap(self.idx, "<i4", "r", offset, sequences)
-        starts = np.memmap(self.idx, "<i8", "r", offset + 4 * sequences, sequences)
-        bounds = np.memmap(self.idx, "<i8", "r", offset + 12 * sequences, documents)
-        agree = starts[0] == 0 and bounds[-1] == sequences
-        for window in _windows(sequences, INDEX_SAMPLE):
-            length, start = lengths[window].astype(np.int64), starts[window]
-            agree &= (length >= 0).all() and (np.diff(start) == length[:-1] * itemsize).all()
-        self._require(agree, f"{self.idx} has entries that do not agree")
-        size, expected = os.path.getsize(self.bin), int(starts[-1]) + int(lengths[-1]) * itemsize
-        self._require(
-            size == expected, f"{self.bin} has {size} bytes, and {expected} by its .idx file"
-        )
-        self._require(size > 0, f"{self.bin} has no token")
-        return starts
-
-    def _require(self, whole: bool, flaw: str) -> None:
-        if not whole:
-            raise InputError(self.given, flaw, self._MADE_BY)
-
-
-def _datasets(args) -> Iterator[_Dataset]:
+def _datasets(args) -> Iterator[IndexedDataset]:
     """The datasets that the flags name."""
     source = _data_source(args)
     if source in (None, "--mock-data"):
@@ -219,18 +118,24 @@ def _datasets(args) -> Iterator[_Dataset]:
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
-        raise InputError(given, _reason(error), "a readable file") from error
+        raise InputError(given, reason_of(error), "a readable file") from error
     except AssertionError as error:
         raise InputError(given, "weights and prefixes do not alternate", _BLEND) from error
     except (KeyError, TypeError, ValueError) as error:
         wanted = _LISTS.get(source, _BLEND)
-        raise InputError(given, f"cannot be parsed ({_reason(error)})", wanted) from error
+        raise InputError(given, f"cannot be parsed ({reason_of(error)})", wanted) from error
     splits = ("", "train-", "valid-", "test-")
     for split, part in zip(splits, (blend, *(per_split or ()))):
         for prefix in part[0] if part else ():
+            flag = given if in_file else f"--{split}data-path {prefix}"
             if "://" not in prefix:  # object storage is left to its own library
-                flag = given if in_file else f"--{split}data-path {prefix}"
-                yield _Dataset(flag, prefix, is_split=part is blend)
+                yield IndexedDataset(flag, prefix, is_split=part is blend)
+            elif args.object_storage_cache_path is None:
+                raise InputError(
+                    flag,
+                    "its index is copied here, and there is no folder for it",
+                    "--object-storage-cache-path FOLDER with it",
+                )
 
 
 _BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
@@ -265,7 +170,7 @@ def _value(args, flag: str):
     return getattr(args, flag[2:].replace("-", "_"))
 
 
-def _check_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> None:
+def _check_split(split: str, datasets: list[tuple[IndexedDataset, np.ndarray]]) -> None:
     """Refuse a part without a token: Megatron would go round in it for ever."""
     for dataset, starts in datasets:
         part = dataset.part_without_token(split, starts)
@@ -277,7 +182,7 @@ def _check_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> Non
             )
 
 
-def _nearest_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> str:
+def _nearest_split(split: str, datasets: list[tuple[IndexedDataset, np.ndarray]]) -> str:
     """The flags of a split that gives every part of every dataset some tokens.
 
     Without the part for tests; else one sequence of the smallest dataset for validation; else none,
@@ -292,26 +197,7 @@ def _nearest_split(split: str, datasets: list[tuple[_Dataset, np.ndarray]]) -> s
     return "--split 1,0,0 --eval-iters 0"
 
 
-def _parse_split(split: str) -> list[float]:
-    try:
-        with np.errstate(invalid="ignore"):  # 0,0,0
-            shares = parse_and_normalize_split(split)
-    except (AssertionError, ValueError):
-        shares = []
-    if not shares or not np.isfinite(shares).all():
-        raise InputError(f"--split {split}", "cannot be parsed", "shares such as 969,30,1")
-    return shares
-
-
-def _windows(total: int, limit: int) -> list[slice]:
-    """At most ``limit`` of ``total`` elements: the beginning, the middle and the end."""
-    part = limit // 3
-    if total <= 3 * part:
-        return [slice(0, total)]
-    return [slice(start, start + part) for start in (0, (total - part) // 2, total - part)]
-
-
-def _check_cache_beside(dataset: _Dataset) -> None:
+def _check_cache_beside(dataset: IndexedDataset) -> None:
     """Without --data-cache-path, Megatron keeps the order of the samples in PREFIX/cache."""
     folder = os.path.dirname(dataset.prefix) or "."
     if not os.path.isdir(f"{dataset.prefix}/cache") and not os.access(folder, os.W_OK):
@@ -378,10 +264,6 @@ def _check_checkpoint(args) -> None:
         return  # there are two, and which is newer is only known to Megatron
     if named := locate.named_checkpoint(args):
         locate.find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _check_operator_times(args) -> None:

@@ -31,6 +31,7 @@ from megatron_scmoe.arguments import (
     scmoe_config_from_args,
 )
 from megatron_scmoe.checkpoints import locate
+from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys_at
 from megatron_scmoe.checkpoints.model_arguments import built_by_spec, with_defaults
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
@@ -267,7 +268,7 @@ def build_model(
         config = megatron_workarounds.transformer_config(args)
         model_config = megatron_workarounds.gpt_config(args, config)
     if scmoe is not None:
-        keys = megatron_workarounds.has_local_norm_keys_at(str(checkpoint.path))
+        keys = has_local_norm_keys_at(str(checkpoint.path))
         spec = partial(stage_spec, scmoe=scmoe, local_norm_keys=keys)
         model_config.transformer_layer_spec = partial(_spec_without, elsewhere, spec)
     elif elsewhere is not None:
@@ -330,11 +331,11 @@ def _settings(
     if dtype is not None:
         args.params_dtype = dtype
         args.bf16, args.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    _check_layout(checkpoint, layout, args)
+    _check_layout(layout, args)
     return args
 
 
-def _check_layout(checkpoint: Checkpoint, layout: Layout, args) -> None:
+def _check_layout(layout: Layout, args) -> None:
     """Refuse a layout that the model cannot be spread over."""
     world = args.world_size
     sizes = (

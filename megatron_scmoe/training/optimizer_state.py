@@ -37,9 +37,8 @@ _FRESH = "--no-load-optim, which begins with a fresh optimizer"
 
 def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
     """Whether the run goes on with the state of the checkpoint's optimizer and schedule."""
-    pretrained = saved.given.startswith("--pretrained-checkpoint")
-    omitted = args.finetune or args.no_load_optim or getattr(saved.args, "no_save_optim", False)
-    return not (saved.is_release or pretrained or omitted)
+    omitted = args.no_load_optim or getattr(saved.args, "no_save_optim", False)
+    return not (saved.begins_anew(args) or omitted)
 
 
 def check(args: argparse.Namespace, saved: SavedRun) -> None:
@@ -120,6 +119,12 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
             f"> the schedule is that of this run's flags, not of the checkpoint: {told} "
             "(--use-checkpoint-opt-param-scheduler keeps the checkpoint's)"
         )
+        done, decay = before.get("num_steps", 0), mine["lr_decay_steps"][0]
+        if done >= decay and args.lr_decay_style != "constant":
+            print_rank_0(
+                f"WARNING: that decay is over, as {int(done)} samples are done: every step will have "
+                f"--min-lr {args.min_lr}; --lr-decay-iters makes it longer"
+            )
 
 
 def load_on_any_layout() -> None:
@@ -232,6 +237,9 @@ def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> No
     keep = _KEPT if get_args().use_checkpoint_opt_param_scheduler else ("step",)
     found = optimizer.optimizer.state_dict()["param_groups"]
     inner["param_groups"] = [group | _kept(group, groups, keep) for group in found]
+    for group, own in zip(optimizer.optimizer.param_groups, inner["param_groups"], strict=True):
+        # By these Megatron finds the stored group of each.
+        group.update({name: own[name] for name in keep if name != "step" and name in own})
     if "common_step" in (state := _inner(saved[0]).get("state", {})):
         inner.setdefault("state", {})["common_step"] = state["common_step"]
     for name in ("grad_scaler", "param_state_sharding_type"):

@@ -1,4 +1,4 @@
-"""Megatron's training loop around a ScMoE GPT: data, forward step, model and entry point."""
+"""Megatron's training loop around a ScMoE GPT: from flags to the loop."""
 
 import argparse
 import contextlib
@@ -7,25 +7,14 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import (
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
-from torch import Tensor
 
 from megatron_scmoe.analysis import slot_tuner
 from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
+from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError, judged_by_megatron
@@ -47,14 +36,14 @@ from megatron_scmoe.training import (
     speed_choices,
     whole_checkpoint,
 )
+from megatron_scmoe.training.datasets import datasets_provider
+from megatron_scmoe.training.forward_step import forward_step
 from megatron_scmoe.training.heartbeats import Heartbeats
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.overlap_monitor import OverlapMonitor
 from megatron_scmoe.training.parameter_gathers import ParameterGathers
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
-
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 @only_safe_types()  # a checkpoint's objects may be anyone's
@@ -88,7 +77,7 @@ def main() -> None:
     model_config.transformer_layer_spec = partial(
         stage_spec,
         scmoe=scmoe,
-        local_norm_keys=megatron_workarounds.has_local_norm_keys(args.load, args.ckpt_step),
+        local_norm_keys=has_local_norm_keys(args.load, args.ckpt_step),
     )
     if scmoe.expert_slot == "auto":
         model_config.pre_wrap_hooks.append(
@@ -102,9 +91,8 @@ def main() -> None:
     model_config.pre_wrap_hooks += before_wrapped
     model_config.post_wrap_hooks += once_wrapped
     print_rank_0(describe(scmoe))
-    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     if args.async_save and args.async_strategy == "mcore":
-        async_saves.install()
+        async_saves.install(args.exit_signal)
     heartbeats = Heartbeats()
     iterations.listeners.append(heartbeats.iteration_begins)
     with (
@@ -231,8 +219,9 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
 def _say_what_is_finished(saved: SavedRun, args) -> None:
     """If nothing is left to train, say so, and do not write the last checkpoint anew in its place."""
     done = saved.state.get("iteration", 0)
-    goes_on = not (saved.is_release or args.finetune or saved.given.startswith("--pretrained"))
-    if not (goes_on and args.train_iters and done >= args.train_iters) or args.skip_train:
+    if saved.begins_anew(args) or args.skip_train:
+        return
+    if not args.train_iters or done < args.train_iters:
         return
     print_rank_0(
         f"> nothing is left to train: {saved.path} has {done} iterations, and --train-iters is "
@@ -246,136 +235,8 @@ def _say_what_is_finished(saved: SavedRun, args) -> None:
         args.save = None
 
 
-def forward_step(data_iterator, model, iterations: Iterations | None = None):
-    """One micro-batch through the model.
-
-    Args:
-        iterations: is told of it.
-
-    Returns:
-        The loss of each token ([b, s], last stage) or the hidden states, and the loss function.
-    """
-    if iterations is not None:
-        iterations.micro_batch_begins(is_training=model.training)
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
-    )
-    timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    # The last stage calls it, and has a mask.
-    return output, partial(loss_function, loss_mask)  # type: ignore[arg-type]
-
-
-def get_batch(data_iterator, vp_stage: int | None = None) -> tuple[Tensor | None, ...]:
-    """This rank's part of the next micro-batch.
-
-    Returns:
-        tokens [b, s], labels [b, s], loss mask [b, s], attention mask [b, 1, s, s] or None, position
-        ids [b, s]; all None on the middle stages of a pipeline. With context parallelism s is
-        this rank's share.
-    """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return (None,) * len(BATCH_KEYS)
-    args = get_args()
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch = {}
-    if tp_rank == 0:
-        data = next(data_iterator)
-        batch = {key: data[key].cuda(non_blocking=True) for key in BATCH_KEYS if key in data}
-        batch.setdefault("attention_mask", None)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=True),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=True),
-    )
-    batch["cu_seqlens"] = None
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
-    return tuple(batch.get(key) for key in BATCH_KEYS)
-
-
-def loss_function(loss_mask: Tensor, output: Tensor):
-    """Sum of the token losses.
-
-    Args:
-        loss_mask: [b, s], 1 where a token counts.
-        output: [b, s], the cross entropy of each token in nats.
-
-    Returns:
-        The summed loss, the number of tokens counted, and both as ``lm loss`` for the log.
-    """
-    mask = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
-    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-    if get_args().check_for_nan_in_loss_and_grad:
-        rerun = get_rerun_state_machine()
-        loss_for_checks = report[0]  # a copy: the schedule scales the loss in place
-        for reject, message in ((torch.isnan, "found NaN"), (torch.isinf, "found Inf")):
-            rerun.validate_result(
-                result=loss_for_checks,
-                rejection_func=reject,
-                message=f"{message} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
-    return loss, num_tokens, {"lm loss": report}
-
-
-def datasets_provider(num_samples, vp_stage: int | None = None):
-    """Megatron's train, validation and test datasets with ``num_samples`` samples each."""
-    args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        data_parallel_size=args.data_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-    )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    data_identity.keep(args, input_checks.prefixes(args))
-    print_rank_0("> building train, validation, and test datasets for GPT ...")
-    return BlendedMegatronDatasetBuilder(
-        kind, num_samples, partial(_needs_data, vp_stage=vp_stage), config
-    ).build()
-
-
-def _needs_data(vp_stage: int | None) -> bool:
-    """Whether this rank reads the datasets: the first TP rank of the first and last stage."""
-    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
-
-
 _FOREIGN = {
     "spec": ("--spec", "this entry point builds the ScMoE spec itself"),
-    "yaml_cfg": ("--yaml-cfg", "settings come from flags"),
     "sft": ("--sft", "packed fine-tuning data is not wired"),
     "dataloader_inter_document_masking": (
         "--dataloader-inter-document-masking",

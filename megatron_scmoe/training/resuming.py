@@ -24,6 +24,7 @@ from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training.run_defaults import leave_out_one_logger
 from megatron_scmoe.training.saved_run import SavedRun
+from megatron_scmoe.validation.settings import kinds_with_own_choice
 
 FREE = (
     "vocab_size",  # of the tokenizer: see check_vocabulary
@@ -249,7 +250,6 @@ def _meaning(name: str, args: argparse.Namespace) -> Any:
         return args.layernorm_epsilon if value is None else value
     if name == "scmoe_expert_bias":
         return value != "none"  # the rule by which it moves is a matter of training
-    if name == "moe_router_load_balancing_type":  # these choose experts in their own way
-        kinds = value if isinstance(value, list) else [value]
-        return {"sinkhorn", "quantile_balancing"}.intersection(kinds)
+    if name == "moe_router_load_balancing_type":  # the other kinds add a loss
+        return kinds_with_own_choice(value)
     return list(value) if isinstance(value, tuple) else value

@@ -16,24 +16,16 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
 from megatron_scmoe.arguments import flag_of, in_flags
-from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.errors import Refusal
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
 from megatron_scmoe.training import input_checks
 from megatron_scmoe.training.run_defaults import has_validation_data
+from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
 
 
-class RunError(ScMoEError):
-    """Settings of a run that would stop it.
-
-    Args:
-        given: the flag and its value, as given.
-        reason: what would happen.
-        accepted: what could be given instead.
-    """
-
-    def __init__(self, given: str, reason: str, accepted: str):
-        super().__init__(f"{given}: {reason}; accepted: {accepted}")
+class RunError(Refusal):
+    """Settings of a run that would stop it."""
 
 
 def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
@@ -45,6 +37,14 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     Raises:
         RunError: at the first that would stop the run.
     """
+    if args.checkpoint_activations:  # Megatron ends with status 0
+        raise RunError(
+            "--checkpoint-activations",
+            "Megatron has other names for it",
+            "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
+        )
+    if args.bf16 and args.fp16:
+        raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
     _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
     if has_model:
@@ -55,6 +55,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     _check_device(args)
     _check_saving(args)
     _check_logging(args)
+    if args.dataloader_defer_npy_index_mmap and args.data_cache_path is None:
+        raise RunError(
+            "--dataloader-defer-npy-index-mmap",
+            "it reads the indices that an earlier run has built",
+            "--data-cache-path FOLDER with it",
+        )
     if args.eval_iters and not (args.skip_train or has_validation_data(args)):
         raise RunError(
             f"--eval-iters {args.eval_iters}",
@@ -136,6 +142,7 @@ _OPTIONAL_NUMBERS = (
     ("save_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
+    ("distributed_timeout_minutes", 1),
     ("num_workers", 0),
     ("lr_decay_iters", 1),
     ("lr_decay_samples", 1),
@@ -175,17 +182,15 @@ def _check_all_is_given(args, has_model: bool) -> None:
 
 def _warn_of_balance(args) -> None:
     """Megatron's default coefficient is 0: a few experts would learn, and the others starve."""
-    coefficients = args.moe_aux_loss_coeff
-    listed = coefficients if isinstance(coefficients, list) else [coefficients]
-    kinds = args.moe_router_load_balancing_type
-    kinds = set(kinds if isinstance(kinds, list) else [kinds])
+    coefficients = as_list(args.moe_aux_loss_coeff)
     biased = args.scmoe_expert_bias != "none" or args.moe_router_enable_expert_bias
-    balanced = any(listed) or biased or args.moe_router_force_load_balancing
-    if balanced or kinds & {"sinkhorn", "quantile_balancing"} or args.skip_train:
+    forced = args.moe_router_force_load_balancing
+    chosen = kinds_with_own_choice(args.moe_router_load_balancing_type)
+    if any(coefficients) or biased or forced or chosen or args.skip_train:
         return
     if args.num_experts and args.num_experts > 1 and is_first_rank():
         print(
-            f"WARNING: --moe-aux-loss-coeff {listed[0]}: nothing balances the experts' load; "
+            f"WARNING: --moe-aux-loss-coeff {coefficients[0]}: nothing balances the experts' load; "
             "0.01 is usual",
             flush=True,
         )
@@ -320,6 +325,12 @@ def _check_device(args) -> None:
             "--transformer-impl transformer_engine",
             "Transformer Engine is not installed",
             "--transformer-impl local, or leave the flag out",
+        )
+    if args.moe_latent_size and not HAVE_TE:
+        raise RunError(
+            f"--moe-latent-size {args.moe_latent_size}",
+            "its projections are Transformer Engine's, which is not installed",
+            "leave the flag out",
         )
     if not cpu_backend.is_enabled():
         return

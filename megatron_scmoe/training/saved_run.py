@@ -44,6 +44,11 @@ class SavedRun:
         """Whether it holds a model alone: training begins at iteration 0."""
         return self.path.name == "release"
 
+    def begins_anew(self, args: argparse.Namespace) -> bool:
+        """Whether a run of these arguments takes the weights alone and begins at iteration 0."""
+        names_weights = self.given.startswith("--pretrained-checkpoint")
+        return bool(args.finetune) or self.is_release or names_weights
+
     def optimizer_states(self) -> set[str]:
         """The kinds of tensors of the optimizer that it holds for parameters: exp_avg, ..."""
         if not self.is_distributed:

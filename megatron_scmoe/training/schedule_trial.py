@@ -16,12 +16,13 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args, print_rank_0
 
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, wanted_slot
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.routed_path import RoutedPath
 from megatron_scmoe.overlap.schedule import Schedule, num_slots
+from megatron_scmoe.platform.first_rank import ask_first_rank
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, TUNE_OFF, tune_file
 from megatron_scmoe.training.iterations import Iterations
 from megatron_scmoe.training.trial_record import Record, choose, conditions, name_of
@@ -60,7 +61,7 @@ def candidates(
     Args:
         given: names of the arguments that the command line has.
     """
-    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
+    slot = wanted_slot(scmoe)
     found = [Candidate(slot, scmoe.overlap)]
     if not scmoe.overlap or config.expert_model_parallel_size == 1:
         return found
@@ -116,11 +117,13 @@ class ScheduleTrial:
         layers = [m for model in models for m in model.modules() if isinstance(m, ScMoELayer)]
         self._paths = [layer.path for layer in layers]
         self._own = [path.schedule for path in self._paths]
-        record = _read_on_first_rank(self._file)
+        file, record = self._file, None
+        if file is not None:
+            record = ask_first_rank(lambda: Record.read(file) if Path(file).exists() else None)
         if record is not None:
             self._is_over = True
             self._set(record.chosen)
-            print_rank_0(record.describe(f"from {self._file}"))
+            print_rank_0(record.describe(f"from {file}"))
         return models
 
     def iteration_begins(self, done: int) -> None:
@@ -233,13 +236,18 @@ def prepare(
     """
     if args.scmoe_tune == TUNE_OFF or args.skip_train:
         return None
-    tried = candidates(scmoe, config, given)
-    if len(tried) < 2 or args.rampup_batch_size or args.iterations_to_skip:
+    file, tried = tune_file(args), candidates(scmoe, config, given)
+    varies = args.rampup_batch_size or args.iterations_to_skip
+    if len(tried) < 2 or varies:
+        if file is not None:
+            why = "iterations differ" if varies else f"{tried[0].name} alone is left to the run"
+            print_rank_0(
+                f"> schedules are not tried ({TUNE_FLAG}): {why}; {file} is neither read nor written"
+            )
         return None
     tokens = args.seq_length // args.context_parallel_size
     names = [candidate.name for candidate in tried]
     measured_on = conditions(args, scmoe, config, tokens, names)
-    file = tune_file(args)
     if file is not None and Path(file).exists():
         Record.read(file).check(file, measured_on)
     captures = config.cuda_graph_impl != "none"
@@ -267,13 +275,3 @@ def _in_turns(number: int) -> list[int]:
     """The order of trials: every round the other way, so that a drift meets all alike."""
     there = list(range(number))
     return [each for turn in range(ROUNDS) for each in (there if turn % 2 == 0 else there[::-1])]
-
-
-def _read_on_first_rank(file: str | None) -> Record | None:
-    """The first rank's reading of the file, on every rank; None if there is none."""
-    found: list[Record | None] = [None]
-    if file is not None:
-        if torch.distributed.get_rank() == 0 and Path(file).exists():
-            found = [Record.read(file)]
-        torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]

@@ -29,6 +29,7 @@ from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, TUNE_OFF
 from megatron_scmoe.training import optimizer_state
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
+from megatron_scmoe.validation.settings import kinds_with_own_choice
 
 CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
 """Transformer Engine's variable: the GEMMs of all experts of a rank in one kernel."""
@@ -115,8 +116,8 @@ def describe(chosen: Chosen) -> str:
     return "\n".join([*lines, *(f"  {note}" for note in chosen.notes)])
 
 
-def refusal(args: argparse.Namespace) -> str | None:
-    """What ScMoE or Megatron would say against these parsed arguments; None if nothing.
+def refusal(args: argparse.Namespace) -> ScMoEError | None:
+    """What ScMoE or Megatron would raise against these parsed arguments; None if nothing.
 
     It asks their own checks, on a copy.
     """
@@ -134,7 +135,7 @@ def refusal(args: argparse.Namespace) -> str | None:
             config = megatron_workarounds.transformer_config(args)
         validate(scmoe, config)
     except ScMoEError as error:
-        return str(error)
+        return error
     return None
 
 
@@ -173,9 +174,8 @@ def _fuses_permutation(args: argparse.Namespace) -> bool:
 def _fuses_router(args: argparse.Namespace) -> bool:
     """Its kernels are tested by their authors in fp32 alone, and know neither replay nor sinkhorn."""
     kernels = (moe_utils.fused_topk_with_score_function, moe_utils.fused_moe_aux_loss)
-    balancing = args.moe_router_load_balancing_type
-    kinds = balancing if isinstance(balancing, list) else [balancing]
-    other = {"sinkhorn", "quantile_balancing"}.intersection(kinds) or args.moe_enable_routing_replay
+    chosen = kinds_with_own_choice(args.moe_router_load_balancing_type)
+    other = chosen or args.moe_enable_routing_replay
     is_fp32 = args.moe_router_dtype == "fp32"
     return _has_fast_kernels(args) and None not in kernels and is_fp32 and not other
 
@@ -281,11 +281,11 @@ def _choose_graphs(
         choice = _capturing(modules, now, given)
         if not _goes_on(choice, args, saved):
             return
-        reason = refusal(argparse.Namespace(**vars(now) | choice.values))
-        if reason is None:
+        refused = refusal(argparse.Namespace(**vars(now) | choice.values))
+        if refused is None:
             found.choices.append(choice)
             return
-        reasons.append(reason.split("; accepted: ")[0])
+        reasons.append(refused.without_advice)
     if refusal(now) is None:
         found.notes.append(f"no CUDA graphs: {reasons[-1]}")
 

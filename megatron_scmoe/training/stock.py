@@ -9,7 +9,8 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_scmoe.platform import launch, megatron_workarounds
-from megatron_scmoe.training.pretrain import datasets_provider, forward_step
+from megatron_scmoe.training.datasets import datasets_provider
+from megatron_scmoe.training.forward_step import forward_step
 
 
 def main() -> None:
@@ -23,6 +24,5 @@ def main() -> None:
     megatron_workarounds.apply(args)
     config = core_transformer_config_from_args(args)
     model = megatron_workarounds.gpt_config(args, config)
-    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
     settings = pretrain_cfg_container_from_args(args, model)
     pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)

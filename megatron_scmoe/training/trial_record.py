@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.analysis.slot_tuner import sizes_of
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import InputError, ScMoEConfigError
+from megatron_scmoe.errors import InputError, ScMoEConfigError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
@@ -51,8 +51,7 @@ class Record:
         try:
             found = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"{TUNE_FLAG} {path}", reason, _ACCEPTED) from error
+            raise InputError(f"{TUNE_FLAG} {path}", reason_of(error), _ACCEPTED) from error
         ours = isinstance(found, dict) and set(found) == {"measured_on", "ms", "chosen"}
         if not (
             ours

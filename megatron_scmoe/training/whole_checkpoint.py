@@ -89,7 +89,7 @@ def _check_bytes(flag: str, folder: str, path: Path, step, all_ranks: bool) -> N
 def _set_aside(folder: str, step: int | None, error: InputError, instead: Path) -> None:
     """Rename a damaged checkpoint, or fill in an empty tracker, and say so."""
     damaged = locate.folder_of(folder, step)
-    told = str(error).rpartition("; accepted: ")[0]
+    told = error.without_advice
     if damaged is None:
         locate.write_tracker(folder, instead)  # Megatron ends at an empty one
     elif damaged.is_dir():

@@ -43,7 +43,7 @@ def copied_needs_copy_engines(scmoe: ScMoEConfig, settings: Settings) -> None:
     if not _uses_copy_engines(scmoe) and scmoe.copy_engine_all_to_alls is not None:
         raise ScMoEConfigError(
             f"--scmoe-copy-engine-all-to-alls {' '.join(scmoe.copy_engine_all_to_alls)} "
-            "with --scmoe-exchange collective",
+            f"with --scmoe-exchange {scmoe.exchange}",
             "there are no copy engines to carry them",
             "--scmoe-exchange copy-peer or copy-host",
         )
@@ -106,4 +106,4 @@ def copy_engines_have_their_package(scmoe: ScMoEConfig, settings: Settings) -> N
 
 
 def _uses_copy_engines(scmoe: ScMoEConfig) -> bool:
-    return scmoe.exchange != "collective"
+    return scmoe.exchange in ("copy-host", "copy-peer")

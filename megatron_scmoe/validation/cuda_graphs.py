@@ -5,9 +5,9 @@ import os
 import torch
 from megatron.core.utils import is_torch_min_version
 
-from megatron_scmoe.config import DEFAULT_EXPERT_SLOT, ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, wanted_slot
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.overlap.schedule import slot_behind_second_attention
+from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Boundary, slot_behind_second_attention
 from megatron_scmoe.validation.rule import rule
 from megatron_scmoe.validation.settings import Settings, as_list
 
@@ -118,7 +118,7 @@ def slot_auto_is_not_measured_captured(scmoe: ScMoEConfig, settings: Settings) -
 
 @rule("--scmoe-expert-slot", "--cuda-graph-modules", "--scmoe-tap")
 def dispatch_has_compute_beside_it_in_backward(scmoe: ScMoEConfig, settings: Settings) -> None:
-    slot = DEFAULT_EXPERT_SLOT[scmoe.tap] if scmoe.expert_slot is None else scmoe.expert_slot
+    slot = wanted_slot(scmoe)
     behind = slot_behind_second_attention(scmoe.tap)
     exchanges = scmoe.overlap and (settings.expert_model_parallel_size or 1) > 1
     captures_mlp = _captures_routing(settings) and "mlp" in _modules(settings)
@@ -204,5 +204,6 @@ def _captures_routing(settings: Settings) -> bool:
 
 def _computes_behind_routing(scmoe: ScMoEConfig, settings: Settings) -> bool:
     """Whether compute follows the routing in its graph: the dispatch begins in the midst of it."""
-    has_compute = "mlp" in _modules(settings) or scmoe.tap == "pos3"
+    reads_input = TAP_BOUNDARY[scmoe.tap] is Boundary.PAIR_INPUT
+    has_compute = "mlp" in _modules(settings) or reads_input
     return _captures_routing(settings) and has_compute

@@ -1,6 +1,6 @@
 """Rules of tensor, context and pipeline parallelism."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -103,14 +103,20 @@ def _given_and_nearest(config: TransformerConfig) -> tuple[str, str]:
             )
     virtual = config.virtual_pipeline_model_parallel_size
     if virtual and pairs % size == 0:
-        return (
+        nearest = _nearest_divisors(pairs // size, virtual)
+        blocks = (config.num_layers // (size * number) for number in nearest)
+        return (  # either flag may have been given: Megatron keeps one number
             f"--num-virtual-stages-per-pipeline-rank {virtual}",
-            _nearest_divisor(pairs // size, virtual),
+            f"{_either(nearest)}, which is --num-layers-per-virtual-pipeline-stage {_either(blocks)}",
         )
-    return f"--pipeline-model-parallel-size {size}", _nearest_divisor(pairs, size)
+    return f"--pipeline-model-parallel-size {size}", _either(_nearest_divisors(pairs, size))
 
 
-def _nearest_divisor(number: int, wanted: int) -> str:
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     distance = min(abs(d - wanted) for d in divisors)
-    return " or ".join(str(d) for d in divisors if abs(d - wanted) == distance)
+    return [d for d in divisors if abs(d - wanted) == distance]
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))

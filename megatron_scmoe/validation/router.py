@@ -1,12 +1,9 @@
 """Rules of the router: Megatron's, and this package's own with zero experts and biased choices."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.validation.rule import rule
-from megatron_scmoe.validation.settings import Settings, as_list
+from megatron_scmoe.validation.rule import Refused, rule
+from megatron_scmoe.validation.settings import Settings, as_list, kinds_with_own_choice
 
 
 @rule("--moe-router-topk", "--moe-router-pre-softmax")
@@ -15,7 +12,7 @@ def one_expert_has_a_gradient(scmoe: ScMoEConfig, settings: Settings) -> None:
         settings.moe_router_topk == 1
         and settings.moe_router_score_function == "softmax"
         and not settings.moe_router_pre_softmax
-        and settings.moe_router_load_balancing_type != "sinkhorn"
+        and "sinkhorn" not in as_list(settings.moe_router_load_balancing_type)
     ):
         raise ScMoEConfigError(
             "--moe-router-topk 1 without --moe-router-pre-softmax",
@@ -98,30 +95,30 @@ def fewer_active_experts_need_zero_experts(scmoe: ScMoEConfig, settings: Setting
         )
 
 
-class _NotKnown(NamedTuple):
-    """A setting that the own router does not know: name, flag, advice, which values are meant."""
-
-    name: str
-    flag: str
-    accepted: str
-    is_given: Callable[[Any], object] = bool
-
+_NOT_KNOWN = "it does not know them"
 
 NOT_WITH_OWN_ROUTER = (
-    _NotKnown(
+    Refused(
         "moe_router_load_balancing_type",
         "--moe-router-load-balancing-type",
+        _NOT_KNOWN,
         "aux_loss, seq_aux_loss, global_aux_loss or none",
-        lambda value: {"sinkhorn", "quantile_balancing"}.intersection(as_list(value)),
+        kinds_with_own_choice,
     ),
-    _NotKnown(
+    Refused(
         "moe_expert_capacity_factor",
         "--moe-expert-capacity-factor",
+        _NOT_KNOWN,
         "leave the flag out",
         lambda value: value is not None,
     ),
-    _NotKnown("moe_router_fusion", "--moe-router-fusion", "leave the flag out"),
-    _NotKnown("moe_enable_routing_replay", "--moe-enable-routing-replay", "leave the flag out"),
+    Refused("moe_router_fusion", "--moe-router-fusion", _NOT_KNOWN, "leave the flag out"),
+    Refused(
+        "moe_enable_routing_replay",
+        "--moe-enable-routing-replay",
+        _NOT_KNOWN,
+        "leave the flag out",
+    ),
 )
 """Options of the router that know neither zero experts nor a bias beside softmax scores."""
 
@@ -131,12 +128,8 @@ def own_router_knows_the_options(scmoe: ScMoEConfig, settings: Settings) -> None
     if not scmoe.zero_experts and not _is_biased(scmoe):
         return
     for row in NOT_WITH_OWN_ROUTER:
-        value = getattr(settings, row.name)
-        if value is not None and row.is_given(value):
-            shown = row.flag if value is True else " ".join([row.flag, *map(str, as_list(value))])
-            raise ScMoEConfigError(
-                f"{shown} with {_own_router(scmoe)}", "it does not know them", row.accepted
-            )
+        if given := row.given(settings):
+            raise ScMoEConfigError(f"{given} with {_own_router(scmoe)}", row.reason, row.accepted)
 
 
 @rule("--moe-router-num-groups", "--scmoe-zero-experts", "--scmoe-expert-bias")

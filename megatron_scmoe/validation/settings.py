@@ -49,3 +49,12 @@ def final_config(seen: Settings) -> TransformerConfig | None:
 def as_list(value: Any) -> list[Any]:
     """A setting that Megatron's parser makes a list of, and its configuration may not."""
     return value if isinstance(value, list) else [value]
+
+
+def kinds_with_own_choice(load_balancing: Any) -> set[str]:
+    """Of the kinds of ``--moe-router-load-balancing-type``, those that choose experts in their own way.
+
+    Args:
+        load_balancing: the setting, one kind or a list of them.
+    """
+    return {"sinkhorn", "quantile_balancing"}.intersection(as_list(load_balancing))

@@ -10,13 +10,14 @@ step; ``losses``, the training loss of each step in nats a token.
 import sys
 from pathlib import Path
 
+from megatron_scmoe.platform import launch
 from megatron_scmoe.platform.command_line import run_command
 from studies.quality import train
 
 
 def main(record: Path, tokens: Path, kind: str) -> None:
     """Train as the flags in ``sys.argv`` say, and write the record."""
-    train.prepare()
+    launch.before_megatron()
     import torch
 
     recorder = _Recorder()

@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if not (args.tokens / "train_text_document.idx").is_file():
         raise UsageError(f"--tokens {args.tokens}: it has no train_text_document.idx of data.py")
+    if args.gpus > (visible := len(visible_gpus(args.gpus - 1))):
+        raise UsageError(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES names {visible}")
     args.out.mkdir(parents=True, exist_ok=True)
     args.checkpoints = (args.checkpoints or args.out / "checkpoints").absolute()
     left = with_bases([run for run in runs(args) if not is_done(run, args.out)], args.checkpoints)
@@ -241,11 +243,17 @@ def command(module: str, result: Path, tokens: Path, arm: str, flags: list[str])
 
 
 def environment(gpu: int | None) -> dict[str, str]:
-    """Of such a process: on one GPU, or on the CPU (None)."""
-    where = {"SCMOE_CPU": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    """Of such a process: on one of the GPUs that this one may see, or on the CPU (None)."""
+    where = {"SCMOE_CPU": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible_gpus(gpu)[gpu]}
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     others = {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
     return os.environ | where | others
+
+
+def visible_gpus(most: int = 0) -> list[str]:
+    """What ``CUDA_VISIBLE_DEVICES`` names; the numbers from 0 to ``most`` where it is not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(most + 1))) if named is None else named.replace(" ", "").split(",")
 
 
 class _Process:

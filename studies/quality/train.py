@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scmoe.platform import cpu_backend, log_filters
+from megatron_scmoe.platform import cpu_backend, launch
 from megatron_scmoe.platform.command_line import run_command
 
 EVERY = 10
@@ -37,16 +37,10 @@ WARM_UP = 10
 
 def main(facts: Path, tokens: Path, kind: str) -> None:
     """Train as the flags in ``sys.argv`` say, evaluate, write the facts."""
-    prepare()
+    launch.before_megatron()
     run = _Run(tokens)
     start(tokens, kind)
     facts.write_text(json.dumps(run.facts))
-
-
-def prepare() -> None:
-    """Before anything of Megatron is imported."""
-    cpu_backend.choose()
-    log_filters.install()
 
 
 def start(tokens: Path, kind: str) -> None:
@@ -120,6 +114,7 @@ class _Run:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         from megatron_scmoe.evaluation import perplexity
+        from megatron_scmoe.evaluation.sequences import Sequences
 
         assert self._model is not None
         found = {}
@@ -127,7 +122,7 @@ class _Run:
         for name in sources(self._tokens):
             data = IndexedDataset(str(self._tokens / f"{name}_text_document"))
             stream = np.concatenate([data[row] for row in range(len(data))])
-            sequences = perplexity.Sequences.from_stream(stream, args.seq_length)
+            sequences = Sequences.from_stream(stream, args.seq_length)
             if rows is not None:
                 sequences = sequences.first(rows)
             report = perplexity.evaluate(self._model, sequences, args.vocab_size, EVALUATED_ROWS)

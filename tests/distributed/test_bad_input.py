@@ -12,39 +12,26 @@ import signal
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from tests import harness
+from megatron_scmoe.platform.launch import free_port
+from tests import harness, small_run
+from tests.small_run import EP2
 
-VOCAB = 128
-STEPS = 5
 TRACKER = "latest_checkpointed_iteration.txt"
-MODEL = (
-    "--transformer-impl local --distributed-backend gloo --num-layers 2 --hidden-size 32 "
-    "--num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 --ffn-hidden-size 64 "
-    "--swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope "
-    "--num-experts 4 --moe-layer-freq [0,1]*1 --moe-ffn-hidden-size 32 --moe-router-topk 2 "
-    "--moe-shared-expert-intermediate-size 32 --moe-token-dispatcher-type alltoall "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --num-workers 0 "
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --eval-iters 0 --eval-interval 100 "
-    f"--log-interval 1 --train-iters {STEPS} --distributed-timeout-minutes 1"
-).split()
-EP2 = ("--expert-model-parallel-size", "2")
+FLAGS = [
+    *small_run.MODEL,
+    *small_run.STEPS,
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--global-batch-size", "8"),
+    *("--train-iters", "5", "--distributed-timeout-minutes", "1"),
+]
 CALLS_PER_STEP = 2  # of forward_step: 8 sequences a step, 2 a micro-batch, on 2 ranks
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    prefix = tmp_path_factory.mktemp("data") / "text"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in np.random.default_rng(1).integers(0, VOCAB, (40, 50)):
-        builder.add_document(document, [document.size])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    return small_run.write_dataset(tmp_path_factory.mktemp("data") / "text")
 
 
 @pytest.fixture
@@ -56,7 +43,7 @@ def own_dataset(dataset, tmp_path) -> Path:
 
 
 def flags(dataset: Path, folder: Path | None = None) -> list[str]:
-    words = [*MODEL, "--train-data-path", str(dataset)]
+    words = [*FLAGS, "--train-data-path", str(dataset)]
     if folder is None:
         return words
     return [*words, "--save", str(folder), "--load", str(folder), "--save-interval", "2"]
@@ -101,7 +88,7 @@ class TestFiles:
         assert f"{own_dataset}.idx does not begin like" in self.refusal(*flags(own_dataset))
 
     def test_split_that_leaves_a_part_empty(self, dataset):
-        message = self.refusal(*MODEL, "--data-path", str(dataset))
+        message = self.refusal(*FLAGS, "--data-path", str(dataset))
         assert "falls to the test part of --split 969, 30, 1" in message
 
     def test_assertion_of_megatron_without_a_message(self, dataset, tmp_path):
@@ -191,7 +178,7 @@ def run_until_death(words: list[str], moment: str) -> tuple[list[int | None], st
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        port = harness._free_port()
+        port = free_port()
         processes = [
             harness._context.Process(
                 target=_pretrain_and_die, args=(moment, rank, 2, port, words, str(log))

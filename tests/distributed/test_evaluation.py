@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
-from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.evaluation import perplexity
+from megatron_scmoe.evaluation.sequences import Sequences, logits_file
 from tests import models
 from tests.harness import run_distributed, run_pretrain
 from tests.tools import REPOSITORY, TOOLS, run_tool, tool
@@ -111,7 +113,7 @@ def _evaluate(folder, data, out, layout, run):
     checkpoint = load_model.Checkpoint(folder)
     vars(checkpoint.args).update(run)
     model = load_model.build_model(checkpoint, load_model.Layout(**layout))
-    sequences = perplexity.Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
+    sequences = Sequences.from_stream(np.load(f"{data}/ids.npy"), LENGTH)
     vocab_size = load_model.tokenizer_of(checkpoint).vocab_size
     report = perplexity.evaluate(model, sequences, vocab_size, micro_batch, Path(out))
     return vars(report)
@@ -387,7 +389,7 @@ def test_logits_that_do_not_fit_are_refused_before_the_model_computes(
 
 
 def test_space_for_logits_is_taken_at_once(tmp_path):
-    with perplexity._logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
+    with logits_file(tmp_path / "logits.npy", (4, 1024, 256)):
         (part,) = tmp_path.rglob("logits.npy")
         assert part.stat().st_blocks * 512 >= part.stat().st_size > 4 * 4 * 1024 * 256
 

@@ -9,6 +9,7 @@ from megatron_scmoe.checkpoints import inspect
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.evaluation import perplexity
+from megatron_scmoe.evaluation.sequences import Sequences
 from megatron_scmoe.training import load_model
 from tests import stock
 from tests.distributed.test_training import NO_DROPOUT, TINY
@@ -52,7 +53,7 @@ def test_exported_and_evaluated(trained, tmp_path):
     _, folder = trained
     rows = np.random.default_rng(0).integers(0, 128, (2, 33))
     model = load_model.build_model(load_model.Checkpoint(str(folder)), load_model.Layout())
-    sequences = perplexity.Sequences.from_rows(rows)
+    sequences = Sequences.from_rows(rows)
     report = perplexity.evaluate(model, sequences, 128, 1, tmp_path / "logits.npy")
     assert 3 < report.loss < 6
     megatron_to_hf(folder, tmp_path / "hf")

@@ -7,14 +7,18 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.inference.contexts import DynamicInferenceContext
 from megatron.core.inference.sampling_params import SamplingParams
 
+from megatron_scmoe.cli.model_flags import MAX_TOKENS
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.inference import generation
+from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.training import load_model
 from tests import checkpoints, longcat, text_models
 from tests.harness import run_distributed
@@ -48,6 +52,14 @@ def write(load: Path, out: Path, *flags, prompts=PROMPTS) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+CHUNKS = [(1, 1), (3, 1), (7, 3)]
+"""Tokens of a chunk, and prompts at once; the prompts have 1 to 16 tokens."""
+
+
+def chunks_of(tokens: int) -> tuple:
+    return ("--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", tokens)
+
+
 SEEDED = ("--temperature", 0.9, "--seed", 3)
 
 
@@ -72,6 +84,9 @@ def _alone(models: Path, out: Path) -> dict:
     }
     texts = {name: write(load, out / f"{name}.jsonl", *flags) for name, flags in runs.items()}
     texts[LEARNED] = write(models / LEARNED, out / "learned.jsonl", "--return-log-probs")
+    for chunk, at_once in CHUNKS:
+        flags = ["--micro-batch", at_once, *chunks_of(chunk), *log_probs]
+        texts[f"chunks of {chunk}"] = write(load, out / f"chunks {chunk}.jsonl", *flags)
     word = texts[TAPS_INPUT][2]["generated_text"][3:5]
     texts["stop words"] = write(load, out / "stop.jsonl", "--stop-words", "nowhere", word)
     with contextlib.redirect_stdout(io.StringIO()) as stream:
@@ -198,6 +213,41 @@ def test_the_likeliest_tokens_begin_with_the_one_that_greedy_takes(greedy):
             assert best[1]["log_prob"] <= log_prob
 
 
+@pytest.mark.parametrize("chunk", [chunk for chunk, _ in CHUNKS])
+def test_prompts_in_chunks_have_the_same_texts(alone, greedy, chunk):
+    for line, expected in zip(alone[f"chunks of {chunk}"], greedy, strict=True):
+        assert line["generated_tokens"] == expected["generated_tokens"]
+        for log_probs in ("prompt_log_probs", "generated_log_probs"):
+            np.testing.assert_allclose(line[log_probs], expected[log_probs], atol=1e-5)
+
+
+def test_a_chunk_is_all_that_is_read_at_once(models):
+    """Two prompts of 11 and 14 tokens: 11 columns in chunks of 8 tokens, then a token of each."""
+    (sizes,) = run_distributed(_sizes, 1, str(models / TAPS_INPUT))
+    assert sizes == [8, 8, 6] + [2] * (3 + TOKENS - 1)
+    assert MAX_TOKENS == DynamicInferenceContext.DEFAULT_MAX_TOKENS
+
+
+def _sizes(load: str) -> list[int]:
+    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout())
+    sizes, read = [], CachedModel.read
+
+    def watched(self, tokens, *args, **how):
+        sizes.append(tokens.numel())
+        return read(self, tokens, *args, **how)
+
+    with mock.patch.object(CachedModel, "read", watched):
+        generation.generate(
+            model,
+            [list(range(11)), list(range(14))],
+            SamplingParams(num_tokens_to_generate=TOKENS, top_k=1),
+            VOCAB,
+            micro_batch=2,
+            chunk=8,
+        )
+    return sizes
+
+
 def test_lines_have_the_order_of_the_prompts(greedy):
     assert [line["prompt"] for line in greedy] == PROMPTS
     assert {line["finish_reason"] for line in greedy} == {"length"}
@@ -217,11 +267,11 @@ def test_layouts_write_the_same(models, alone, greedy, tmp_path, layout):
     """One text ends at once, on one of the ranks: the other needs its experts all the same."""
     end = greedy[1]["generated_tokens"][0]
     results = run_distributed(_on_two, 2, models / TAPS_INPUT, tmp_path, end, LAYOUTS[layout])
-    for ended, sampled in results:
+    for ended, sampled, in_chunks in results:
         assert ended[1]["finish_reason"] == "stop"
         for line, expected in zip(ended, greedy, strict=True):
             assert line["generated_tokens"] == cut(expected["generated_tokens"], end)
-        assert sampled == alone["seed 3"]
+        assert sampled == in_chunks == alone["seed 3"]
 
 
 def _on_two(load: Path, out: Path, end: int, layout):
@@ -229,6 +279,7 @@ def _on_two(load: Path, out: Path, end: int, layout):
     return (
         write(load, out / "ended.jsonl", "--termination-id", end, *flags),
         write(load, out / "sampled.jsonl", *SEEDED, *flags),
+        write(load, out / "chunks.jsonl", *SEEDED, *flags, *chunks_of(4)),
     )
 
 
@@ -318,6 +369,16 @@ def test_refusals_before_the_model_is_loaded(models, tmp_path):
         ),
         ((*load, "--prompts", many), "accepted: prompts of 47 tokens or less"),
         ((*some, "--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        (
+            (*some, "--inference-dynamic-batching-max-tokens", 64),
+            "--inference-dynamic-batching-max-tokens 64: accepted with --enable-chunked-prefill",
+        ),
+        ((*some, *chunks_of(0)), "--inference-dynamic-batching-max-tokens 0: a step reads a token"),
+        (
+            (*load, "--prompts", *"abc", *chunks_of(2)),
+            "max-tokens 2: a step reads a token of each of 3 texts at once; accepted is 3 or more, "
+            "or a smaller --micro-batch",
+        ),
         ((*some, "--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
         ((*some, *offload, "--cpu-moe-layers", 0), "--cpu-moe-layers 0: accepted is more than 0"),
         ((*some, *offload), "experts are mapped from files; accepted with --expert-folder DIR"),

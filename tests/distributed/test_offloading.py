@@ -3,13 +3,15 @@
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_scmoe.errors import ScMoEError
-from megatron_scmoe.inference import generation
+from megatron_scmoe.inference import generation, offloading
+from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.inference.expert_store import Key
 from megatron_scmoe.inference.offloading import ExpertOffload, OffloadSettings, offloaded_layers
 from megatron_scmoe.overlap.schedule import Step
@@ -48,11 +50,16 @@ def build(load: Path, settings: OffloadSettings | None = None, dtype=None, at_on
     return model, offload
 
 
-def write(model, prompts=PROMPTS, tokens=TOKENS) -> list[generation.Completion]:
+def write(model, prompts=PROMPTS, tokens=TOKENS, chunk=None) -> list[generation.Completion]:
     """What is written behind prompts, with all bits of the log-probabilities."""
     sampling = SamplingParams(num_tokens_to_generate=tokens, top_k=1, return_log_probs=True)
     return generation.generate(
-        model, prompts, sampling, checkpoints.models.VOCAB, micro_batch=len(prompts)
+        model,
+        prompts,
+        sampling,
+        checkpoints.models.VOCAB,
+        micro_batch=len(prompts),
+        chunk=chunk,
     )
 
 
@@ -66,7 +73,7 @@ def _same_bits(load: Path, folder: Path) -> None:
     resident = write(build(load)[0])
     for settings, at_once in (
         (OffloadSettings(folder=folder), len(PROMPTS)),
-        (OffloadSettings(folder=folder, cache_gb=1.0), 1),
+        (OffloadSettings(folder=folder, cache_gb=1e300), 1),
         (OffloadSettings(folder=folder, layers=1), 1),
     ):
         model, offload = build(load, settings, at_once=at_once)
@@ -117,6 +124,8 @@ class Watched:
     copied: list[Key]
     events: list[str]
     """Steps of the routed path, and requests for experts."""
+    in_chunks: list[tuple[list[Key], list[Key]]]
+    """The first two of each chunk of the same prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +136,7 @@ def watched(models, tmp_path_factory) -> Watched:
 
 def _watch(load: Path, folder: Path) -> Watched:
     model, offload = build(load, OffloadSettings(folder=folder))
-    found = Watched([], [], [])
+    found = Watched([], [], [], [])
     request, row = offload.cache.request, offload.cache._host.row
     offload.cache.request = lambda keys: found.events.append("request") or request(keys)
     offload.cache._host.row = lambda key: found.copied.append(key) or row(key)
@@ -137,6 +146,18 @@ def _watch(load: Path, folder: Path) -> Watched:
             (number, expert) for expert in routing.any(0).nonzero().flatten().tolist()
         )
     write(model, [list(range(16))], 1)
+    chosen, copied = list(found.chosen), list(found.copied)
+    read = CachedModel.read
+
+    def read_chunk(*args, **how):
+        found.chosen.clear(), found.copied.clear()
+        logits = read(*args, **how)
+        found.in_chunks.append((list(found.chosen), list(found.copied)))
+        return logits
+
+    with mock.patch.object(CachedModel, "read", read_chunk):
+        write(model, [list(range(16))], 1, chunk=6)
+    found.chosen, found.copied = chosen, copied
     return found
 
 
@@ -155,6 +176,13 @@ def test_a_prompt_streams_each_expert_once(watched):
     assert len(watched.chosen) > 2 * LAYERS
 
 
+def test_a_prompt_in_chunks_streams_each_expert_once_a_chunk(watched):
+    assert len(watched.in_chunks) == 3
+    for chosen, copied in watched.in_chunks:
+        assert copied == chosen
+        assert len(set(chosen)) == len(chosen) > LAYERS
+
+
 def test_what_cannot_be_offloaded_is_said_in_one_line(models, tmp_path):
     told = run_distributed(_refusals, 2, models / "pos2", tmp_path)[0]
     nbytes = 16384
@@ -167,6 +195,7 @@ def test_what_cannot_be_offloaded_is_said_in_one_line(models, tmp_path):
         f"--expert-folder {tmp_path}/none/a: cannot write there (Not a directory)",
         f"--expert-folder {tmp_path / 'own'}: it holds experts of another checkpoint; accepted:",
         f"--expert-folder {tmp_path / 'own'}: it holds experts in float32; accepted: another folder",
+        "--expert-cache-gb 1: 0.000131 GB for experts do not fit the memory; accepted: less",
     )
     for line, words in zip(told, expected, strict=True):
         assert words in line and "\n" not in line
@@ -192,7 +221,10 @@ def _refusals(load: Path, folder: Path) -> list[str]:
         with pytest.raises(ScMoEError) as refused:
             build(other, settings, **arguments)
         told.append(str(refused.value))
-    return told
+    full = mock.patch.object(offloading, "ExpertCache", side_effect=torch.OutOfMemoryError)
+    with full, pytest.raises(ScMoEError) as refused:
+        build(load, OffloadSettings(folder=own, cache_gb=1.0))
+    return [*told, str(refused.value)]
 
 
 # More experts than memory.

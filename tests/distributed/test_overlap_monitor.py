@@ -40,7 +40,7 @@ def test_overlapped_run_logs_figures_and_trains_to_the_same_bits(tmp_path):
         assert waited == pytest.approx(forward + backward, abs=0.11)
         assert most >= waited - 0.05
         assert 100 * (1 - waited / float(whole)) == pytest.approx(float(hidden), abs=2)
-        assert 0 < float(share) < 100
+        assert 0 <= float(share) < 100  # of a long iteration on a busy machine 0.0 is shown
         assert 1 <= float(load) <= 4
         assert 0 < float(gate) < 1
     assert run.losses == trained(*NEVER).losses

@@ -109,6 +109,15 @@ class TestSchedule:
         for step, rate in run.learning_rates.items():
             assert rate == pytest.approx(straight.learning_rates[step] / 2)
 
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_the_checkpoints_learning_rate_is_kept_if_asked(self, undisturbed, optimizer):
+        straight, folder = undisturbed(optimizer)
+        load = ["--load", str(folder), "--ckpt-step", "4", "--lr", "5e-3"]
+        run = train("1 rank", optimizer, *load, "--use-checkpoint-opt-param-scheduler")
+        assert run.losses[5] == pytest.approx(straight.losses[5], abs=1e-3)
+        rates = {step: straight.learning_rates[step] for step in (5, 6)}
+        assert run.learning_rates == pytest.approx(rates)
+
 
 def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_path):
     _, folder = undisturbed("plain")

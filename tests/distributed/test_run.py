@@ -6,29 +6,30 @@ from functools import partial
 
 import pytest
 
+from megatron_scmoe.config import SPEC
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import UsageError
 from megatron_scmoe.run import main, missing_flags, split_flags
-from tests import harness
-from tests.distributed.test_torchrun import MODEL
+from tests import harness, small_run
+from tests.small_run import EP2
 from tests.tools import REPOSITORY
 
 SCRIPT = str(REPOSITORY / "tests" / "scripts" / "pretrain_as_megatron.py")
 SCMOE = ("--scmoe-tap", "pos3", "--scmoe-combine", "add")
-EP2 = ("--expert-model-parallel-size", "2")
+FLAGS = [*small_run.MODEL, *small_run.STEPS, "--mock-data", "--train-iters", "2"]
 
 run_script = partial(harness.run_pretrain, script=SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def own():
-    run = harness.run_pretrain([*MODEL, *SCMOE, *EP2], world_size=2)
+    run = harness.run_pretrain([*FLAGS, *SCMOE, *EP2], world_size=2)
     assert run.status == 0, run.output
     return run
 
 
 def test_same_losses_as_the_own_entry_point(own):
-    run = run_script([*MODEL, *SCMOE, *EP2], world_size=2)
+    run = run_script([*FLAGS, *SCMOE, *EP2], world_size=2)
     assert run.status == 0, run.output
     assert sorted(own.losses) == [1, 2]
     assert run.losses == own.losses
@@ -37,12 +38,12 @@ def test_same_losses_as_the_own_entry_point(own):
 
 
 def test_flags_may_stand_in_the_environment(own):
-    run = run_script([*MODEL, *EP2], world_size=2, environment={"SCMOE_ARGS": " ".join(SCMOE)})
+    run = run_script([*FLAGS, *EP2], world_size=2, environment={"SCMOE_ARGS": " ".join(SCMOE)})
     assert run.losses == own.losses
 
 
 def test_another_tap_is_another_model(own):
-    run = run_script([*MODEL, *EP2, "--scmoe-tap", "pos2", "--scmoe-combine", "add"], world_size=2)
+    run = run_script([*FLAGS, *EP2, "--scmoe-tap", "pos2", "--scmoe-combine", "add"], world_size=2)
     assert run.status == 0
     assert run.losses != own.losses
 
@@ -58,7 +59,7 @@ def test_another_tap_is_another_model(own):
     ],
 )
 def test_refusals_are_one_line(flags, told):
-    run = run_script([*MODEL, *flags])
+    run = run_script([*FLAGS, *flags])
     assert run.status == 2, run.output
     assert run.error.startswith(told)
     assert run.output.splitlines()[-1].startswith("pretrain_as_megatron.py: error: ")
@@ -86,6 +87,18 @@ def test_nothing_is_chosen_for_speed(tmp_path):
     run = harness.run_pretrain(["--scmoe-tune", "startup"], script=str(tmp_path / "script.py"))
     assert run.status == 2
     assert run.error.startswith("--scmoe-tune: nothing is chosen for speed here")
+
+
+def test_another_spec_is_refused(tmp_path):
+    (tmp_path / "script.py").write_text("")
+    other = ["--spec", "another.module", "spec", "--lr", "1"]
+    run = harness.run_pretrain(other, script=str(tmp_path / "script.py"))
+    assert (run.status, run.error) == (
+        2,
+        "--spec another.module: its model has no ScMoE; accepted: leave the flag out",
+    )
+    own = ["--spec", *SPEC, "--lr", "1"]
+    assert harness.run_pretrain(own, script=str(tmp_path / "script.py")).status == 0
 
 
 def test_modules_beside_the_script_go_first(tmp_path):
@@ -116,7 +129,7 @@ def test_flags_are_told_apart(words, scmoe, others):
 
 
 def test_given_flags_are_not_added():
-    given = ["--spec", "other", "spec", "--distributed-backend=gloo", "--seq-length=32"]
+    given = ["--spec", *SPEC, "--distributed-backend=gloo", "--seq-length=32"]
     added = missing_flags(given)
     assert "--spec" not in added
     assert "--distributed-backend" not in added

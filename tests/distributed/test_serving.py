@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from pathlib import Path
@@ -75,6 +76,12 @@ def server(load, tmp_path_factory):
     limits = ["--inference-max-requests", SLOTS, "--max-queue", QUEUE]
     with Server(*words, *limits) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """A folder for files of experts."""
+    return tmp_path_factory.mktemp("experts")
 
 
 @pytest.fixture(scope="module")
@@ -358,18 +365,27 @@ def test_a_full_queue_is_told_of_at_once(client, server):
 def test_of_200_requests_at_once_none_is_lost(load, server, greedy):
     """More than twenty wait for each slot; lengths differ, so that they join at all tokens."""
     tokenizer = load_model.tokenizer_of(load_model.Checkpoint(str(load)))
+    answers = ask_at_once(server, 200)
+    assert len(answers) == 200
+    assert_right(answers, greedy, tokenizer)
+
+
+def ask_at_once(server, count: int) -> list:
+    """Answers to that many requests; each asks for another length than the one before."""
 
     async def ask_all():
         async with openai.AsyncOpenAI(base_url=server.url, api_key="none") as client:
             return await asyncio.gather(
                 *(
                     complete(client, PROMPTS[i % len(PROMPTS)], max_tokens=1 + i % TOKENS)
-                    for i in range(200)
+                    for i in range(count)
                 )
             )
 
-    answers = asyncio.run(ask_all())
-    assert len(answers) == 200
+    return asyncio.run(ask_all())
+
+
+def assert_right(answers: list, greedy: list[dict], tokenizer) -> None:
     for i, answer in enumerate(answers):
         line = greedy[i % len(PROMPTS)]
         words = Continuation(tokenizer, line["prompt_tokens"])
@@ -387,16 +403,20 @@ def test_health_and_metrics(client, server):
     assert server.output.count("\n") == 1  # no request, good or bad, is a line in the log
 
 
-def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, greedy):
-    """SIGTERM in the middle of a text: it is written to its end, then both ranks end well."""
+def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, greedy, experts):
+    """SIGTERM in the middle of a text: it is written to its end, then both ranks end well.
+
+    Experts are on the host, so that both ranks sum up what their caches do.
+    """
     words = ["--load", load, "--inference-max-requests", 3, "--expert-model-parallel-size", 2]
-    words += ["--max-queue", 2]
+    words += ["--max-queue", 2, "--offload-experts", "--expert-folder", experts]
     with (
         Server(*words, "--served-model-name", NAME, ranks=2) as server,
         openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
     ):
         expected = [line["generated_text"] for line in greedy]
         assert texts(complete(client)) == expected
+        assert metric(server, "scmoe_expert_uses_total") >= 4 * TOKENS  # two layers, top-2
         many = refusal(lambda: complete(client, "A", n=7))
         assert many.body["message"] == "7 texts: this server takes 6 at most."
         refused = refusal(lambda: client.chat.completions.create(model=NAME, messages=MESSAGES))
@@ -408,6 +428,49 @@ def test_with_expert_parallelism_the_texts_are_the_same_until_the_signal(load, g
         assert len(chunks) == LENGTH - 1
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.end() == [0, 0], server.output
+
+
+def test_with_offloaded_experts_the_texts_are_the_same_whoever_comes_and_goes(
+    load, greedy, experts
+):
+    """Three slots for thirty requests, prompts in chunks, and a cache for all experts but a few."""
+    flags = ["--offload-experts", "--expert-folder", experts, "--expert-cache-gb", 9e-5]
+    words = ["--load", load, "--served-model-name", NAME, "--inference-max-requests", 3]
+    words += ["--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 4]
+    tokenizer = load_model.tokenizer_of(load_model.Checkpoint(str(load)))
+    with Server(*words, *flags) as server:
+        answers = ask_at_once(server, 30)
+        found = {
+            name: metric(server, f"scmoe_expert_{name}_total")
+            for name in ("uses", "hits", "copied_bytes", "wait_seconds")
+        }
+        held = float(re.search(r"that of experts (\S+) MiB", server.output)[1])
+    assert_right(answers, greedy, tokenizer)
+    assert found["uses"] > found["hits"] > 0
+    assert found["copied_bytes"] > held * 2**20 > 0
+    assert found["wait_seconds"] > 0
+
+
+def test_caches_that_are_too_small_or_too_large_are_refused(load, experts):
+    (told,) = run_distributed(_refused_caches, 1, load, experts)
+    assert told == [
+        "--expert-cache-gb 2e-05: a layer may need 4 experts at once, of 16384 bytes each; accepted: "
+        "0.001 or more, or a smaller --inference-max-requests",
+        "--inference-max-requests 100000000000: the cache of 100000000000 texts of up to 48 tokens "
+        "does not fit the memory; accepted: fewer, or a smaller --inference-max-seq-length",
+    ]
+
+
+def _refused_caches(load: Path, experts: Path) -> list[str]:
+    told = []
+    for flags in (
+        ("--offload-experts", "--expert-folder", experts, "--expert-cache-gb", 2e-5),
+        ("--inference-max-requests", 10**11),
+    ):
+        with pytest.raises(ScMoEError) as refused:
+            run_tool("serve", "--load", load, "--port", 0, *flags)
+        told.append(str(refused.value))
+    return told
 
 
 def test_refusals_at_the_start(load):
@@ -428,6 +491,24 @@ def test_refusals_at_the_start(load):
         (("--inference-max-seq-length", 64), f"--max-position-embeddings is {LENGTH}; accepted is"),
         (("--load", "absent"), "--load absent"),
         (("--chat-template", "absent"), "--chat-template absent: there is no such file"),
+        (
+            ("--chat-template", load.parent / "small.model"),
+            "small.model: it is not UTF-8; accepted",
+        ),
         (("--tokenizer-model", "no.model"), "--tokenizer-model no.model"),
+        (
+            ("--inference-dynamic-batching-max-tokens", 9),
+            "--inference-dynamic-batching-max-tokens 9: accepted with --enable-chunked-prefill",
+        ),
+        (
+            ("--enable-chunked-prefill", "--inference-dynamic-batching-max-tokens", 9),
+            "a step reads a token of each of 16 texts at once; accepted is 16 or more, or a smaller "
+            "--inference-max-requests",
+        ),
+        (("--expert-cache-gb", 1), "--expert-cache-gb 1.0: accepted with --offload-experts"),
+        (
+            ("--offload-experts",),
+            "experts are mapped from files; accepted with --expert-folder DIR",
+        ),
     ):
         assert words in told("--port", 0, *flags), flags

@@ -5,15 +5,11 @@ import sys
 
 import pytest
 
+from tests import small_run
 from tests.harness import TIMEOUT_S
 from tests.tools import REPOSITORY
 
-MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --swiglu
-    --disable-bias-linear --num-experts 4 --moe-layer-freq [0,1]*1 --moe-router-topk 2
-    --moe-shared-expert-intermediate-size 32 --position-embedding-type rope --normalization RMSNorm
-    --untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 128 --micro-batch-size 2 --lr 1e-3 --moe-aux-loss-coeff 1e-2
-    --log-interval 1 --train-iters 2 --eval-iters 0""".split()
+FLAGS = [*small_run.MODEL, *small_run.STEPS, "--mock-data", "--train-iters", "2"]
 
 
 def torchrun(*words: str, restarts: int = 0, ranks: int = 2) -> tuple[int, list[str]]:
@@ -89,7 +85,7 @@ def test_a_run_that_ends_well_says_nothing_of_itself():
 
 def test_refused_start_of_a_run():
     """Whole screen: what the run chose, torchrun's report, the reason."""
-    status, lines = torchrun("pretrain_gpt_scmoe.py", *MODEL, "--scmoe-expert-slot", "9")
+    status, lines = torchrun("pretrain_gpt_scmoe.py", *FLAGS, "--scmoe-expert-slot", "9")
     assert status != 0
     assert last_words(lines).startswith("pretrain_gpt_scmoe.py: error: --scmoe-expert-slot 9: ")
     assert sum("--scmoe-expert-slot 9" in line for line in lines) == 1

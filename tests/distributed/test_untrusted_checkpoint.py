@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
-from tests import harness
-from tests.distributed.test_advice_trains import FLAGS as MODEL
+from tests import harness, small_run
 
 STEP = 2
-FLAGS = [*MODEL, "--mock-data", "--train-iters", str(STEP), "--eval-iters", "0"]
+FLAGS = [*small_run.MODEL, *small_run.STEPS, "--mock-data", "--train-iters", str(STEP)]
 
 
 class Touch:

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.checkpoints.convert import megatron_to_hf
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
-from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.upcycle import Upcycling, upcycle
 from megatron_scmoe.checkpoints.vocabulary import OUTPUT_LAYER, Padding
 from megatron_scmoe.errors import ConversionError
 from megatron_scmoe.evaluation import perplexity
+from megatron_scmoe.evaluation.sequences import Sequences
 from megatron_scmoe.platform import megatron_workarounds
 from megatron_scmoe.training import load_model
 from tests import models
@@ -119,7 +121,7 @@ def logits(checkpoint, tokens, **layout) -> np.ndarray:
     found = load_model.Checkpoint(str(checkpoint))
     model = load_model.build_model(found, load_model.Layout(**layout))
     out = Path(checkpoint) / "logits.npy"
-    sequences = perplexity.Sequences.from_rows(tokens)
+    sequences = Sequences.from_rows(tokens)
     perplexity.evaluate(model, sequences, found.args.vocab_size, 1, out)
     torch.distributed.barrier()
     return np.load(out)
@@ -647,8 +649,14 @@ CONFIG_REFUSALS = {
     "model_type": ("bert", "model_type is bert; accepted: gpt2, llama, mistral, qwen2, qwen3"),
     "hidden_act": ("gelu", "hidden_act is gelu, which Megatron-Core 0.19.2 cannot compute"),
     "attention_bias": (True, "attention_bias is True"),
-    "vocab_size": (VOCAB + 1, f"embed_tokens.weight has the shape [{VOCAB}, 32], and [302, 32] by"),
-    "num_hidden_layers": (2, "the tensor model.layers.2.input_layernorm.weight has no place"),
+    "vocab_size": (
+        VOCAB + 1,
+        f"weight has the shape [{VOCAB}, 32] instead of [302, 32], by",
+    ),
+    "num_hidden_layers": (
+        2,
+        "model.layers.2.input_layernorm.weight is left over, by config.json",
+    ),
     "intermediate_size": (64, "model.layers.0.mlp.gate_proj.weight has the shape [48, 32]"),
     "rope_parameters": (
         dict(rope_type="yarn", rope_theta=1e4, factor=4.0),
@@ -692,7 +700,8 @@ def test_refuses_more(folders, tmp_path):
     weights = load_file(odd / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, odd / "model.safetensors", metadata={"format": "pt"})
-    assert "no tensor model.layers.1.mlp.up_proj.weight" in refusal(odd, tmp_path / "ckpt", how)
+    told = refusal(odd, tmp_path / "ckpt", how)
+    assert "tensor model.layers.1.mlp.up_proj.weight is missing" in told
     assert "no torch_dist checkpoint" in refusal(tmp_path, tmp_path / "ckpt", how)
 
     upcycle(llama, tmp_path / "ckpt", how)

@@ -2,28 +2,18 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.faults.jobs import ITERATIONS, Job, Outcome
+from tests.small_run import write_dataset
 
 ROWS: list[tuple[str, str, float | None, float | None, str]] = []
 """Fault, what is left, seconds to the end, seconds to be back, the last line."""
 
 
-def make_dataset(prefix: Path, seed: int = 1) -> Path:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in np.random.default_rng(seed).integers(0, 128, (40, 50)):
-        builder.add_document(document, [document.size])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "text")
+    return write_dataset(tmp_path_factory.mktemp("data") / "text")
 
 
 @pytest.fixture(scope="session")

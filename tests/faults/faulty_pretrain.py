@@ -41,9 +41,9 @@ def stopped() -> None:
 
 
 def nan() -> None:
-    from megatron_scmoe.training import pretrain
+    from megatron_scmoe.training import forward_step
 
-    plain = pretrain.loss_function
+    plain = forward_step.loss_function
 
     def loss_function(loss_mask, output):
         if is_time():
@@ -51,7 +51,7 @@ def nan() -> None:
             output = output * math.nan
         return plain(loss_mask, output)
 
-    pretrain.loss_function = loss_function
+    forward_step.loss_function = loss_function
 
 
 def killed_in_a_save() -> None:
@@ -146,9 +146,9 @@ def is_time() -> bool:
 
 def in_the_step(act) -> None:
     """Act as a forward step begins, once."""
-    from megatron_scmoe.training import pretrain
+    from megatron_scmoe.training import forward_step
 
-    plain, acted = pretrain.get_batch, []
+    plain, acted = forward_step.get_batch, []
 
     def get_batch(*args):
         from megatron.training import get_args
@@ -158,7 +158,7 @@ def in_the_step(act) -> None:
             act()
         return plain(*args)
 
-    pretrain.get_batch = get_batch
+    forward_step.get_batch = get_batch
 
 
 def main() -> None:

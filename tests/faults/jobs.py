@@ -12,19 +12,19 @@ from pathlib import Path
 
 import psutil
 
-from tests import tensorboard
+from tests import small_run, tensorboard
 from tests.faults import torchrun
 from tests.harness import _context
 from tests.tools import REPOSITORY
 
 SCRIPT = "tests/faults/faulty_pretrain.py"
-MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --swiglu
-    --disable-bias-linear --num-experts 4 --moe-layer-freq [0,1]*1 --moe-router-topk 2
-    --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 --seq-length 32
-    --position-embedding-type rope --normalization RMSNorm --untie-embeddings-and-output-weights
-    --expert-model-parallel-size 2 --use-distributed-optimizer --micro-batch-size 2
-    --global-batch-size 8 --lr 1e-2 --moe-aux-loss-coeff 1e-2 --tokenizer-type NullTokenizer
-    --vocab-size 128 --num-workers 0 --log-interval 1 --eval-iters 0 --scmoe-tune off""".split()
+FLAGS = [
+    *small_run.MODEL,
+    *small_run.STEPS,
+    *small_run.EP2,
+    *("--global-batch-size", "8", "--lr", "1e-2", "--use-distributed-optimizer"),
+    *("--scmoe-tune", "off"),
+]
 ITERATIONS, INTERVAL = 9, 3
 TIMEOUT_S = 25
 """Of a collective, once the first iteration is done."""
@@ -82,7 +82,7 @@ class Job:
 
     def __init__(self, folder: Path, data: Path, *flags: str):
         self.folder, self.checkpoints = folder, folder / "run"
-        self.flags = [*MODEL, "--train-data-path", str(data), *flags]
+        self.flags = [*FLAGS, "--train-data-path", str(data), *flags]
         self.flags += ["--save", str(self.checkpoints), "--load", str(self.checkpoints)]
         self.flags += ["--save-interval", str(INTERVAL), "--train-iters", str(ITERATIONS)]
         self.flags += ["--data-cache-path", str(folder / "cache")]

@@ -1,5 +1,6 @@
 """What happens to a job when something happens to it, and that the same command goes on."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -187,13 +188,13 @@ def test_half_a_folder_and_stale_locks_are_written_over(job, whole, row):
 
 
 def test_the_data_is_replaced(job, whole, tmp_path, row):
-    from tests.faults.conftest import make_dataset
+    from tests.small_run import write_dataset
 
-    own = make_dataset(tmp_path / "own")
+    own = write_dataset(tmp_path / "own")
     job = Job(tmp_path, own)
     assert job.run("none", "--exit-interval", str(INTERVAL)).status == 0
     kept = shutil.copytree(tmp_path, tmp_path.with_name("kept"))
-    make_dataset(own, seed=2)
+    write_dataset(own, seed=2)
 
     end = job.run()
     assert end.status == 1
@@ -214,24 +215,27 @@ def test_clocks_disagree(job, whole, row):
     row("one clock an hour ahead", "3", None, goes_on(job, whole))
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("flags", [(), ASYNC], ids=["synchronous", "asynchronous"])
-def test_sigterm_twice(flags, job, whole, row):
-    """To the ranks, as Slurm sends it; the second comes while the first is obeyed."""
+def test_a_signal_twice(flags, number, job, whole, row):
+    """To every process but torchrun, as Slurm sends it; the second while the first is obeyed."""
     import psutil
 
     def twice(process, screen):
         while " iteration        4/" not in screen.text:
             time.sleep(0.02)
-        ranks = psutil.Process(process.pid).children()
         for _ in range(2):
-            for rank in ranks:
-                rank.send_signal(signal.SIGTERM)
+            for helper in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    helper.send_signal(getattr(signal, number))
             time.sleep(0.05)
 
-    end = job.run("none", "--exit-signal-handler", *flags, during=twice)
+    words = ("--exit-signal-handler", "--exit-signal", number, "--num-workers", "2", *flags)
+    end = job.run("none", *words, during=twice)
 
     assert end.status == 0, end.screen.text[-3000:]
+    assert "resource_tracker" not in end.screen.text
     saved = job.saved()[-1]
     assert 4 <= saved < ITERATIONS
     back = goes_on(job, whole, *flags, saved=saved)
-    row(f"SIGTERM twice {' '.join(flags[:1])}", "the step it came in", None, back)
+    row(f"{number} twice {' '.join(flags[:1])}", "the step it came in", None, back)

@@ -12,9 +12,9 @@ pytestmark = test_gpu.pytestmark
 
 
 @test_gpu.requires_multi_gpu
-def test_a_run_goes_on_with_its_optimizer_on_another_layout(tmp_path):
+def test_a_run_saved_while_it_trained_goes_on_with_its_optimizer_on_another_layout(tmp_path):
     flags = [*test_gpu.FLAGS, "--use-distributed-optimizer", "--train-iters", "10"]
-    saved = ["--save", str(tmp_path), "--save-interval", "5"]
+    saved = ["--save", str(tmp_path), "--save-interval", "5", "--async-save"]
     whole = run_pretrain([*flags, *test_gpu.EP2.split(), *saved], 2)
     assert whole.status == 0, whole.output[-2000:]
     resumed = run_pretrain([*flags, "--load", str(tmp_path), "--ckpt-step", "5"], 1)

@@ -8,7 +8,7 @@ import torch
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight
 from megatron_scmoe.overlap.copy_engine import rings
-from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
+from megatron_scmoe.overlap.exchanges import exchange_for
 from tests.gpu.rank_sets import EXACT, GPUS
 from tests.gpu.test_gpu import (
     CAPTURABLE,

@@ -10,7 +10,7 @@ import torch
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.async_all_to_all import AllToAll, Flight, OnLaunchStream
 from megatron_scmoe.overlap.copy_engine import rings
-from megatron_scmoe.overlap.copy_engine.exchange import exchange_for
+from megatron_scmoe.overlap.exchanges import exchange_for
 from tests.gpu.test_gpu import pytestmark, requires_multi_gpu  # noqa: F401  (skips this module too)
 from tests.harness import run_distributed
 

@@ -14,7 +14,7 @@ class Lost(RuntimeError):
 
 def main() -> None:
     how, rank = sys.argv[1], int(os.environ["RANK"])
-    print(f"rank {rank} has begun", flush=True)
+    print(f"rank {rank} has begun\n", end="", flush=True)  # in one piece beside the other rank's
     if how == "all refuse":
         raise UsageError("--flag 1: it is odd; accepted: 2")
     if how == "one refuses" and rank == 1:

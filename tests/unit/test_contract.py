@@ -20,6 +20,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training import pretrain, resuming, run_checks, run_defaults
 from megatron_scmoe.validation import router, unsupported
+from megatron_scmoe.validation.rule import Refused
 from megatron_scmoe.validation.rules import validate
 from megatron_scmoe.validation.settings import Settings, names_of_settings
 
@@ -104,7 +105,7 @@ def test_a_name_that_neither_has_is_an_error():
 
 
 def test_a_renamed_setting_is_an_error_not_a_pass(monkeypatch):
-    row = unsupported.Unsupported("mtp_layers", "--mtp-num-layers", "no block", "leave it out")
+    row = Refused("mtp_layers", "--mtp-num-layers", "no block", "leave it out")
     monkeypatch.setattr(unsupported, "UNSUPPORTED", (row,))
     with pytest.raises(AttributeError, match="mtp_layers"):
         validate(ScMoEConfig(), validation_settings())

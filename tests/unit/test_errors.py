@@ -96,6 +96,12 @@ class TestOwnErrors:
         kinds += [ScMoEConfigError, SettingsError, TraceError, UsageError]
         assert all(issubclass(kind, ScMoEError) for kind in kinds)
 
+    def test_a_refusal_is_read_in_parts_and_travels_between_processes(self):
+        error = pickle.loads(pickle.dumps(InputError("--load x", "it is empty", "another")))
+        assert str(error) == "--load x: it is empty; accepted: another"
+        assert error.without_advice == "--load x: it is empty"
+        assert SettingsError("hidden").without_advice == "hidden"
+
     def test_what_megatron_refuses_is_one(self):
         for refusal in (AssertionError("two\n  lines"), ValueError("two lines")):
             with pytest.raises(SettingsError, match=r"^two lines$"), judged_by_megatron():

@@ -6,13 +6,14 @@ import time
 import pytest
 import torch
 
-from tests import harness
-from tests.distributed.test_bad_input import MODEL
+from megatron_scmoe.platform.launch import free_port
+from tests import harness, small_run
 from tests.resident import RankFailure, ResidentRanks
 
 pytestmark = pytest.mark.slow
 
-EP2 = [*MODEL, "--mock-data", "--expert-model-parallel-size", "2"]
+FLAGS = [*small_run.MODEL, *small_run.STEPS, "--mock-data", "--train-iters", "5"]
+EP2 = [*FLAGS, *small_run.EP2]
 
 
 @pytest.fixture
@@ -23,14 +24,14 @@ def ranks():
 
 
 def pretrain(ranks, log, flags, world_size=2) -> harness.Run:
-    task = (world_size, harness._free_port(), flags, str(log))
+    task = (world_size, free_port(), flags, str(log))
     statuses = ranks.call(harness._status_of_pretrain, world_size, 120, *task)
     return harness.Run(max(statuses), log.read_text())
 
 
 def test_runs_in_a_row_are_those_of_fresh_ranks(ranks, tmp_path):
     fresh = harness.run_pretrain(EP2, 2)
-    saving = [*MODEL, "--mock-data", "--save", str(tmp_path / "saved")]
+    saving = [*FLAGS, "--save", str(tmp_path / "saved")]
     alone = pretrain(ranks, tmp_path / "0", saving, world_size=1)
     assert alone.status == 0, alone.output
     assert (tmp_path / "saved" / "iter_0000005").is_dir()

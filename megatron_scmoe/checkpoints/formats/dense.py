@@ -5,7 +5,6 @@ compute as transformers does is refused with the name of the field in config.jso
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from megatron_scmoe.checkpoints.lazy_tensor import (
     naming,
 )
 from megatron_scmoe.checkpoints.model_arguments import DTYPES
-from megatron_scmoe.checkpoints.parameter_mapping import Shape
 from megatron_scmoe.checkpoints.safetensors_folder import (
     read_config,
     read_generation_config,
@@ -99,7 +97,6 @@ def _read(
         config.tie_word_embeddings, found, form.prefix + form.embedding
     )
     mapping = form.mapping(config, is_tied)
-    _check(folder, found, mapping.hf_shapes)
     tensors = mapping.to_megatron({name: tensor.cast(target) for name, tensor in found.items()})
     if OUTPUT_LAYER in tensors:
         flags = [*flags, "--untie-embeddings-and-output-weights"]
@@ -183,21 +180,3 @@ def _note_on_others(found: Tensors, target: torch.dtype) -> list[str]:
         return []
     names = " and ".join(str(d).removeprefix("torch.") for d in sorted(others, key=str))
     return [f"cast to {str(target).removeprefix('torch.')}: tensors of {names}"]
-
-
-def _check(folder: Path, found: Mapping[str, LazyTensor], expected: Mapping[str, Shape]) -> None:
-    """Refuse tensors that are missing, left over or of another shape than config.json says."""
-    for name, shape in expected.items():
-        if name not in found:
-            raise ConversionError(f"{folder}: there is no tensor {name}")
-        if tuple(found[name].shape) != shape:
-            raise ConversionError(
-                f"{folder}: the tensor {name} has the shape {list(found[name].shape)}, and "
-                f"{list(shape)} by config.json"
-            )
-    left_over = sorted(found.keys() - expected.keys())
-    if left_over:
-        raise ConversionError(
-            f"{folder}: the tensor {left_over[0]} has no place in the model "
-            f"({len(left_over)} left over)"
-        )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.validation.settings import kinds_with_own_choice
 
 Refusal = tuple[str, str, Callable[[Any], bool]]
 """An argument's name, its flag, and which of its values the format has."""
@@ -81,10 +82,7 @@ IN_NO_FORMAT: tuple[Refusal, ...] = (
     (
         "moe_router_load_balancing_type",
         "--moe-router-load-balancing-type",
-        lambda value: (
-            not {"sinkhorn", "quantile_balancing"}
-            & set(value if isinstance(value, list) else [value])
-        ),
+        lambda value: not kinds_with_own_choice(value),
     ),
 )
 """Of all formats that are exported to; each adds its own."""

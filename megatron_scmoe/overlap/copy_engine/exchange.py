@@ -9,35 +9,32 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_scmoe.config import AllToAllName, ScMoEConfig
+from megatron_scmoe.config import AllToAllName
 from megatron_scmoe.overlap.async_all_to_all import AllToAll
-from megatron_scmoe.overlap.copy_engine.rings import CopyEngines
+from megatron_scmoe.overlap.copy_engine.rings import CopyEngines, Memory
 
 
-def exchange_for(group: ProcessGroup, scmoe: ScMoEConfig) -> Callable[..., AllToAll]:
-    """What makes a group's all-to-alls; copy engines at the first call, which all its ranks make.
+def by_copy_engines(
+    group: ProcessGroup, memory: Memory, chosen: Collection[AllToAllName] | None
+) -> Callable[..., AllToAll]:
+    """What makes a group's all-to-alls; the engines are made at the first call, by all its ranks.
 
     Args:
-        group: the expert-parallel group; one of a single rank has nothing to exchange.
-        scmoe: its ``exchange`` and ``copy_engine_all_to_alls`` count.
-
-    Returns:
-        What takes the arguments of :class:`~megatron_scmoe.overlap.async_all_to_all.AllToAll`.
+        group: the expert-parallel group.
+        memory: where the slots lie.
+        chosen: names of the all-to-alls that the engines carry; None for all.
 
     Raises:
         CopyEngineError: see :class:`CopyEngines`.
     """
-    if scmoe.exchange == "collective" or group.size() == 1:
-        return AllToAll
-    chosen = scmoe.copy_engine_all_to_alls
     copied = frozenset(get_args(AllToAllName) if chosen is None else chosen)
-    return partial(CopyEngineAllToAll, _engines_of(group, scmoe.exchange), copied)
+    return partial(CopyEngineAllToAll, _engines_of(group, memory), copied)
 
 
 @functools.cache
-def _engines_of(group: ProcessGroup, exchange: str) -> CopyEngines:
+def _engines_of(group: ProcessGroup, memory: Memory) -> CopyEngines:
     """The engines of a group, which all its layers share as long as the process lives."""
-    return CopyEngines(group, "host" if exchange == "copy-host" else "peer")
+    return CopyEngines(group, memory)
 
 
 class CopyEngineAllToAll(AllToAll):

@@ -234,6 +234,7 @@ class CopyEngines:
         return self._together(lambda: self._pin(self._memory.data_ptr(), size))
 
     def _pin(self, address: int, size: int) -> int:
+        """The address by which the GPU knows memory of the host, pinned from now on."""
         _call(driver.cuMemHostRegister(address, size, driver.CU_MEMHOSTREGISTER_DEVICEMAP))
         return int(_call(driver.cuMemHostGetDevicePointer(address, 0)))
 

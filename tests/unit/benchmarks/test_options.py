@@ -1,9 +1,18 @@
 """Options of step_time.py: the shape they make, and what cannot be measured."""
 
+import sys
+
 import pytest
 
 from megatron_scmoe.platform.command_line import UsageError
 from tests.benchmarks import benchmark
+
+
+def test_a_process_started_alone_says_how_it_is_started(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/step_time.py", "--shape", "cpu"])
+    with pytest.raises(UsageError, match="torchrun --nproc-per-node N benchmarks/step_time"):
+        benchmark("launched").check_launched()
 
 
 @pytest.mark.parametrize(

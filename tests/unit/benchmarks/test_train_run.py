@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scmoe.platform.command_line import UsageError
+from megatron_scmoe.platform.launch import free_port
 from tests import harness
 from tests.benchmarks import BENCHMARKS, RESULTS, benchmark, environment
 
@@ -426,7 +427,7 @@ def test_stock_trains_through_the_same_loop(system, tmp_path):
     layout = settings.Layout(ranks=2, expert=2)
     words = settings.flags(variant(f"{system}/defaults"), shape, "gloo", layout, 1, True, True)
     words += settings.run_flags(3, None, on_cpu=True)
-    task = (2, harness._free_port(), words, str(tmp_path / "log"))
+    task = (2, free_port(), words, str(tmp_path / "log"))
     ranks = [
         harness._context.Process(target=_stock, args=(str(tmp_path / f"{rank}.json"), rank, *task))
         for rank in range(2)

@@ -25,7 +25,8 @@ from megatron_scmoe.checkpoints.inspect import count_parameters, describe
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags
 from megatron_scmoe.checkpoints.safetensors_folder import write_safetensors
-from megatron_scmoe.checkpoints.torch_dist import _Writer, read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import _Writer, write_megatron
 from megatron_scmoe.errors import ConversionError
 from tests import checkpoints, models
 from tests.tools import TOOLS, tool

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from megatron_scmoe.checkpoints.output_folder import new_folder
 from megatron_scmoe.checkpoints.safetensors_folder import write_safetensors
-from megatron_scmoe.checkpoints.torch_dist import write_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.errors import ConversionError
 from tests.lazy import A, lazy
 

@@ -11,12 +11,8 @@ from megatron.core import dist_checkpointing
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.output_folder import new_folder
-from megatron_scmoe.checkpoints.torch_dist import (
-    _extra_states,
-    _Writer,
-    read_megatron,
-    write_megatron,
-)
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import _extra_states, _Writer, write_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError
 from tests import models

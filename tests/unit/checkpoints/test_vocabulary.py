@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
-from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.vocabulary import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -22,7 +23,8 @@ from megatron_scmoe.checkpoints.vocabulary import (
     set_rows,
 )
 from megatron_scmoe.errors import ConversionError
-from megatron_scmoe.evaluation.perplexity import HuggingFaceModel, Sequences
+from megatron_scmoe.evaluation.hugging_face import HuggingFaceModel
+from megatron_scmoe.evaluation.sequences import Sequences
 from tests import checkpoints, models
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
-from megatron_scmoe.checkpoints.torch_dist import read_megatron, write_megatron
+from megatron_scmoe.checkpoints.torch_dist import read_megatron
+from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.errors import ScMoEError
 from tests import checkpoints, models
 from tests.tools import tool

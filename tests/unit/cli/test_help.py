@@ -45,6 +45,9 @@ COMMANDS = {
     "benchmarks/train_run.py": ("--flags RUN=FLAGS", "(default: 2)"),
 }
 
+WITHOUT_SCMOE = {"examples/pretrain_baseline.py"}
+"""Commands that take no flag of ScMoE, and show none."""
+
 STARTED_BY_OTHERS = {"benchmarks/train_rank.py"}
 """Programs that no user starts: they take no flags of their own."""
 
@@ -62,6 +65,8 @@ def test_help(command):
     assert run.stdout.startswith("usage: ")
     for words in COMMANDS[command]:
         assert words in run.stdout
+    if command in WITHOUT_SCMOE:
+        assert "--scmoe-" not in run.stdout
     imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
     assert not imported & {"torch._dynamo", "sympy"}
     said = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
@@ -118,6 +123,20 @@ class TestMegatronsParser:
     def test_an_unknown_flag_is_one_line(self):
         with pytest.raises(UsageError, match=r"^unrecognized arguments: --other \(see --help\)$"):
             self.parser().parse_args(["--other"])
+
+    @pytest.mark.parametrize("word", ["--flagg", "--flg=3"])
+    def test_an_unknown_flag_that_is_almost_a_flag(self, word):
+        told = f"^unrecognized arguments: {word}; the nearest: --flag \\(see --help\\)$"
+        with pytest.raises(UsageError, match=told):
+            self.parser().parse_args([word])
+
+    def test_a_file_of_settings_is_refused_before_it_is_read(self):
+        def add(parser):
+            parser.add_argument("--yaml-cfg")
+            return parser
+
+        with pytest.raises(UsageError, match=r"--yaml-cfg: none\.yaml: settings come from flags"):
+            prepare_parser(add, argparse.ArgumentParser()).parse_args(["--yaml-cfg", "none.yaml"])
 
     def test_formatter(self):
         assert self.parser().formatter_class is HelpFormatter

@@ -52,3 +52,16 @@ def test_the_text_ends_before_the_first_of_several_stop_words():
     continuation = Continuation(Bytes(), b"p", ["dd", "c"])
     assert continuation.text(b"abcdd") == "ab"
     assert continuation.stops(b"abc") and not continuation.stops(b"abd")
+
+
+def test_a_prompt_that_ends_in_half_a_character_leaves_it_to_the_text():
+    whole = "a\N{EURO SIGN}b".encode()  # the sign has three bytes
+    for count in (2, 3):
+        continuation = Continuation(Bytes(), whole[:count], ["b"])
+        assert continuation.text(whole[count:3]) == ""
+        assert continuation.new_text(whole[count:4]) == "\N{EURO SIGN}"
+        assert continuation.stops(whole[count:])
+
+
+def test_a_prompt_may_end_in_the_replacement_character():
+    assert "".join(shown("xy", prompt="a\N{REPLACEMENT CHARACTER}")) == "xy"

@@ -188,6 +188,17 @@ def test_the_loop_keeps_what_is_set():
 # Token dispatchers.
 
 
+@row("MoEAlltoAllTokenDispatcher.dispatch_preprocess")
+def test_a_padded_decode_is_of_the_first_model():
+    assert "if moe_layer_cache is None" in source(
+        "megatron.core.inference.utils.set_decode_expert_padding"
+    )
+    assert "self.capacity = get_capacity(" in source("MoEAlltoAllTokenDispatcher.preprocess")
+    assert "drop_and_pad=self.drop_and_pad" in source(
+        "MoEAlltoAllTokenDispatcher.dispatch_preprocess"
+    )
+
+
 @row("MoEAlltoAllTokenDispatcher.cuda_dtoh_point")
 def test_sizes_are_copied_late_with_graphs():
     text = source("MoEAlltoAllTokenDispatcher.__init__")

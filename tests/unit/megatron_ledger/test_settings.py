@@ -174,6 +174,17 @@ def test_megatron_still_says_it():
         assert begins in text_constants(module), (module, message)
 
 
+@row("logging.Filter")
+def test_pytorch_still_says_it():
+    said = "".join(
+        text_constants(f"torch.distributed.{module}")
+        for module in ("checkpoint.state_dict_loader", "checkpoint.utils", "_shard._utils")
+    )
+    for message, _ in log_filters._WARNINGS_OF_LOADING:
+        name = " of load has"  # of the function
+        assert all(part in said for part in message.replace(name, " of | has").split("|"))
+
+
 def text_constants(module: str) -> str:
     """All text in a module, formatted parts left out."""
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())

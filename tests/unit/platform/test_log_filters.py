@@ -8,7 +8,11 @@ import pytest
 
 from megatron_scmoe.platform import cpu_backend, log_filters
 
-ON_IMPORT = [*log_filters._WARNINGS_ON_IMPORT, *log_filters._WARNINGS_OF_A_GPU]
+WARNINGS = [
+    *log_filters._WARNINGS_ON_IMPORT,
+    *log_filters._WARNINGS_OF_LOADING,
+    *log_filters._WARNINGS_OF_A_GPU,
+]
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def module_of(pattern: str) -> str:
     return re.sub(r"\\b|\.\*|\$|\\", "", pattern)
 
 
-@pytest.mark.parametrize(("message", "module"), ON_IMPORT)
+@pytest.mark.parametrize(("message", "module"), WARNINGS)
 def test_warnings(message, module, installed):
     warn(message, module_of(module))
     assert not installed

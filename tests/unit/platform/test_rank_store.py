@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from megatron_scmoe.platform import rank_store
 from tests.harness import run_distributed
 
@@ -23,6 +25,13 @@ def _store_of_the_group():
 def test_all_ranks_hear_all_answers():
     answers = ["answer of 0", "answer of 1"]
     assert run_distributed(ask, 2) == [(answers, "heard"), (answers, "heard")]
+
+
+def test_what_ranks_said_before_a_restart_is_forgotten(monkeypatch):
+    store = torch.distributed.HashStore()
+    rank_store._ours(store).set("beat/0", "old")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not rank_store._ours(store).check(["beat/0"])
 
 
 def test_one_rank_hears_itself(monkeypatch):

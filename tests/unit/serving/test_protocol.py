@@ -73,6 +73,12 @@ def test_what_the_server_does_anyway_may_be_asked_for():
         (dict(stop=["x"] * 17), "stop", "accepted are at most 16 strings"),
         (dict(top_k=3, top_p=0.5), "top_k", "'top_k' and 'top_p' exclude each other"),
         (dict(user="u" * 99, n="n" * 99), "n", "..."),
+        ({"x\n" * 999: 1}, "x " * 18 + "x...", "supplied: x x x"),
+        (
+            dict(stream_options={"usage": True}),
+            "stream_options",
+            "Unrecognized request argument supplied: stream_options.usage",
+        ),
     ],
 )
 def test_what_is_refused(fields, param, told):
@@ -88,6 +94,28 @@ def test_what_is_refused(fields, param, told):
 def test_a_body_that_is_no_object(body):
     with pytest.raises(ApiError, match=r"The body of the request is not a JSON object\."):
         parse(CompletionRequest, body)
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"model": "\\udc80"', "model"),
+        ('"prompt": ["A", "\\uDC80"]', "prompt"),
+        ('"stop": "\\ud83d"', "stop"),
+        ('"\\udc80": 1', None),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_text(field, param):
+    """It would be part of the answer, which is UTF-8."""
+    with pytest.raises(ApiError, match="it is no text that UTF-8 can hold") as refused:
+        parse(CompletionRequest, f'{{"model": "m", "prompt": "A", {field}}}'.encode())
+    assert refused.value.param == param
+    json.dumps(refused.value.body(), ensure_ascii=False).encode()
+
+
+def test_a_whole_pair_is_text_and_so_is_what_looks_like_half_of_one():
+    body = rb'{"model": "m", "prompt": "\ud83d\ude00 \\udc80"}'
+    assert parse(CompletionRequest, body).prompts == ["\N{GRINNING FACE} \\udc80"]
 
 
 @pytest.mark.parametrize(

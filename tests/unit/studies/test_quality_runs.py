@@ -100,6 +100,17 @@ def test_seven_routed_experts_and_a_shared_one_are_as_many_as_top2_has():
     assert pos2 - totals["pos2-7"] == pytest.approx(4 * 9 * 256**2, rel=0.01)
 
 
+def test_a_run_gets_one_of_the_gpus_that_may_be_seen(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run.environment(3)["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
+    assert run.environment(1)["CUDA_VISIBLE_DEVICES"] == "3"
+    (tmp_path / "train_text_document.idx").touch()
+    flags = f"--tokens {tmp_path} --arms top2 --gpus 3 --out {tmp_path}".split()
+    with pytest.raises(UsageError, match=r"--gpus 3: CUDA_VISIBLE_DEVICES names 2$"):
+        run.main(flags)
+
+
 def test_arms_of_a_seed_are_trained_alike():
     words = arms.training_flags(SIZES["10m"], 3, 10**6, 1e-3)
     for name in ARMS:

@@ -3,21 +3,16 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_scmoe.errors import InputError
 from megatron_scmoe.training import data_identity
 from megatron_scmoe.training.saved_run import SavedRun
+from tests.small_run import write_dataset
 
 
 def write(prefix: Path, seed: int, documents: int = 40) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in np.random.default_rng(seed).integers(0, 128, (documents, 50)):
-        builder.add_document(document, [document.size])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+    return str(write_dataset(prefix, documents, seed))
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Whom the others wait for, told from beats."""
 
+import json
 import re
 import threading
 import time
 
 import pytest
+import torch
 
 from megatron_scmoe.platform.command_line import LAST_WORD_S
 from megatron_scmoe.training.heartbeats import (
@@ -12,6 +14,7 @@ from megatron_scmoe.training.heartbeats import (
     Heartbeats,
     LostRankError,
     _place_of_main_thread,
+    _read,
     judge,
 )
 
@@ -42,6 +45,20 @@ def test_a_rank_that_waits_for_nobody_hangs():
     assert judge(now, after(now)).startswith(
         "rank 2 on node2 hangs in iteration 12, at data.py:7 (f): the others waited"
     )
+
+
+def test_a_rank_that_never_began_is_named_and_not_waited_for():
+    store = torch.distributed.HashStore()
+    store.set("beat/0", json.dumps(beats({"is_failing": True})[0]))
+    earlier = _read(store, 2)
+    now = [*after(earlier[:1]), None]
+    assert judge(earlier, now).startswith("rank 1 has begun no iteration: it hangs before")
+
+
+def test_a_rank_that_hangs_goes_before_stages_that_have_not_begun():
+    now = [*beats({"place": "data.py:7 (f)"}), None, None]
+    assert judge(now, [*after(now[:1]), None, None]).startswith("rank 0 on node0 hangs")
+    assert judge([None, None], [None, None]) is None
 
 
 @pytest.mark.parametrize("places", [(None, None), ("a.py:1 (f)", "b.py:2 (g)")])

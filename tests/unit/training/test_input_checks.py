@@ -242,6 +242,13 @@ class TestWhatNamesADataset:
         message = refused("--data-path", data, data, "0.7", data)
         assert message.startswith("--data-path: weights and prefixes do not alternate")
 
+    def test_object_storage_needs_a_folder_for_the_index(self, refused, accepted, tmp_path):
+        assert refused("--data-path", "s3://bucket/data") == (
+            "--data-path s3://bucket/data: its index is copied here, and there is no folder for it; "
+            "accepted: --object-storage-cache-path FOLDER with it"
+        )
+        accepted("--data-path", "s3://bucket/data", "--object-storage-cache-path", tmp_path)
+
     def test_list_of_prefixes(self, refused, accepted, data, tmp_path):
         file = tmp_path / "list"
         file.write_text(f"0.5 {data}\n0.5 {data}")

@@ -311,6 +311,12 @@ class TestOptimizer:
         out = capsys.readouterr().out
         assert "decay over 160 samples, not 80" in out and "warmup of 24 samples, not 0" in out
 
+    @pytest.mark.parametrize(("decay", "is_over"), [(3, True), (4, False)])
+    def test_a_decay_that_is_over_is_warned_of(self, decay, is_over, capsys):
+        optimizer_state.settle_schedule(self.run(lr_decay_iters=decay), self.saved())
+        warned = "WARNING: that decay is over, as 24 samples are done" in capsys.readouterr().out
+        assert warned == is_over
+
     def test_the_same_schedule_is_left_alone(self, capsys):
         args = self.run()
         optimizer_state.settle_schedule(args, self.saved())

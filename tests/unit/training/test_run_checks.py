@@ -115,6 +115,10 @@ def test_a_checkpoint_may_bring_the_model():
         ("--lr-warmup-fraction 1.0", "--lr-warmup-fraction 1.0"),
         ("--lr-decay-iters 0", "--lr-decay-iters 0"),
         ("--log-timers-to-tensorboard", "--tensorboard-dir FOLDER with it"),
+        ("--bf16 --fp16", "^--bf16 with --fp16: .*accepted: one of them"),
+        ("--distributed-timeout-minutes 0", "--distributed-timeout-minutes 0: it is too small"),
+        ("--checkpoint-activations", "accepted: --recompute-activations"),
+        ("--dataloader-defer-npy-index-mmap", "accepted: --data-cache-path FOLDER with it"),
     ],
 )
 def test_refusals(words, told):
@@ -141,6 +145,7 @@ def test_a_run_needs_its_length():
         "--profile",
         "--record-memory-history",
         "--optimizer-cuda-graph",
+        "--moe-latent-size 16",
     ],
 )
 def test_what_needs_a_gpu(words):

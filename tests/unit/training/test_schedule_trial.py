@@ -45,6 +45,16 @@ def test_what_is_tried(settings, given, changes, names):
     assert [each.name.removeprefix("overlapped, slot ") for each in found] == names
 
 
+def test_a_file_that_no_trial_needs_is_named(capsys):
+    args = Namespace(scmoe_tune="x.json", skip_train=False)
+    args.rampup_batch_size = args.iterations_to_skip = None
+    config = models.transformer_config(ep=1)
+    assert schedule_trial.prepare(args, ScMoEConfig(), config, (), Iterations()) is None
+    assert (
+        "overlapped, slot 1 alone is left to the run; x.json is neither" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("own", "other", "kept"), [(100, 99.5, "a"), (100, 98, "b"), (90, 98, "a")]
 )

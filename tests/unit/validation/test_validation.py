@@ -301,6 +301,7 @@ def test_gates_need_a_shared_expert(combine):
         "--num-layers 7 --moe-layer-freq 1 --scmoe-tap pos1",
         "--moe-token-dispatcher-type allgather --no-scmoe-overlap",
         "--moe-router-topk 1 --moe-router-pre-softmax",
+        "--moe-router-topk 1 --moe-router-load-balancing-type sinkhorn",  # its weight is a sigmoid
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 4",
         # Pos-1 with its own norm reads nothing of the preceding block: pairs may be split.
         "--scmoe-tap pos1 --recompute-granularity full --recompute-method block "
@@ -319,7 +320,12 @@ def test_accepted(flags):
 
 PIPELINES = [
     (dict(pp=4), 12, "--pipeline-model-parallel-size 4", "accepted: 3"),
-    (dict(pp=2, vpp=2), 4, "--num-virtual-stages-per-pipeline-rank 2", "accepted: 1"),
+    (
+        dict(pp=2, vpp=2),
+        4,
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "accepted: 1, which is --num-layers-per-virtual-pipeline-stage 2",
+    ),
     (
         dict(pp=2, num_layers_in_first_pipeline_stage=3),
         8,

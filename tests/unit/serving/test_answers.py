@@ -1,0 +1,27 @@
+"""What an answer tells of text that is not whole, or that some clients would cut."""
+
+import json
+
+from megatron_scmoe.inference.slots import Place
+from megatron_scmoe.serving.answers import ChatAnswer, Written
+from megatron_scmoe.serving.app import _event
+
+WORDS = {1: "\N{LATIN SMALL LETTER E WITH ACUTE}", 2: "\N{REPLACEMENT CHARACTER}"}
+
+
+def test_half_a_character_has_no_bytes():
+    """A client would join them to another character."""
+    answer = ChatAnswer("m", WORDS.__getitem__, with_log_probs=True)
+    written = Written(places=[(Place(1, -0.5, [(1, -0.5), (2, -1.0)]), 0), (Place(2, -1.0), 1)])
+    first, second = answer.chunk(0, written)["choices"][0]["logprobs"]["content"]
+    assert first["bytes"] == [0xC3, 0xA9]
+    assert [top["bytes"] for top in first["top_logprobs"]] == [[0xC3, 0xA9], None]
+    assert second["bytes"] is None
+
+
+def test_an_event_is_one_line_for_every_client():
+    data = {"text": "a\u2028b\x85c\nd\N{EURO SIGN}"}
+    event = _event(data)
+    assert event.isascii() and event.endswith("\n\n")
+    (line, _) = event.splitlines()
+    assert json.loads(line.removeprefix("data: ")) == data

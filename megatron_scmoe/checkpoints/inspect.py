@@ -71,8 +71,8 @@ def count_parameters(tensors: Tensors, args: argparse.Namespace) -> tuple[int, i
 
 
 def millions(count: int) -> str:
-    """A parameter count for people: 1.70 B, 323 M, 45312."""
-    for size, unit in ((1e9, "B"), (1e6, "M")):
+    """A parameter count for people: 1.70 B, 323 M, 45.3 K."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)

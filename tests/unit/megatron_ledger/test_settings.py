@@ -174,7 +174,6 @@ def test_megatron_still_says_it():
         assert begins in text_constants(module), (module, message)
 
 
-@row("logging.Filter")
 def test_pytorch_still_says_it():
     said = "".join(
         text_constants(f"torch.distributed.{module}")

@@ -1,7 +1,8 @@
 """Asynchronous saves with Megatron's own writer (``--async-strategy mcore``), made to end.
 
 A rank hands a checkpoint to a process of its own, which writes while training goes on. If that process
-ends, Megatron waits for it for ever; if the rank is killed, the process stays.
+ends, Megatron waits for it for ever; if the rank is killed, the process stays. And what already lies in
+the host's memory is written as it is by then: with the next step in it.
 """
 
 import atexit
@@ -14,16 +15,18 @@ from multiprocessing.managers import SyncManager
 
 import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import WriteBucket
 
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.child_processes import end_with_parent, started_deaf_to
 from megatron_scmoe.training.failed_saves import SaveError
 
 _plain_loop = async_utils.PersistentAsyncCaller.async_loop
+_plain_preload = filesystem_async.FileSystemWriterAsync.preload_tensors
 
 
 def install(exit_signal: signal.Signals) -> None:
-    """Let Megatron's writer end with its rank, and the rank with its writer.
+    """Let Megatron's writer end with its rank, the rank with its writer, and copy what it is given.
 
     Args:
         exit_signal: at which a rank saves and stops (``--exit-signal``); the writer goes on.
@@ -31,6 +34,7 @@ def install(exit_signal: signal.Signals) -> None:
     with started_deaf_to(exit_signal):  # the writer's process comes of the fork server
         _share_results()
     atexit.register(_kill_writer)
+    filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(copied_to_host)
     caller = async_utils.PersistentAsyncCaller
     caller.async_loop = staticmethod(write_until_done)
     caller.schedule_async_call = _with_a_living_writer(caller.schedule_async_call)
@@ -42,6 +46,28 @@ def write_until_done(*args) -> None:
     end_with_parent()
     cpu_backend.enable_if_no_gpu()
     _plain_loop(*args)
+
+
+def copied_to_host(
+    write_buckets: list[WriteBucket], non_blocking: bool = True
+) -> list[WriteBucket]:
+    """Tensors as they are now, in the writer's process, while its rank waits; training changes its own.
+
+    Megatron's copies those on a GPU. Of others the process has what the rank has: shared memory.
+    """
+    on_host = [
+        [tensor.device.type == "cpu" for _, tensor in tensors]
+        for _, _, (_, tensors) in write_buckets
+    ]
+    copied = []
+    for bucket, shared in zip(_plain_preload(write_buckets, non_blocking), on_host, strict=True):
+        file, key, (objects, tensors) = bucket
+        own = [
+            (item, tensor.clone() if is_shared else tensor)
+            for (item, tensor), is_shared in zip(tensors, shared, strict=True)
+        ]
+        copied.append((file, key, (objects, own)))
+    return copied
 
 
 def _kill_writer() -> None:

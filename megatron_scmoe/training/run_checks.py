@@ -340,6 +340,12 @@ def _check_device(args) -> None:
             "it needs GPUs, and this run is on the CPU",
             "gloo, or leave the flag out",
         )
+    if args.async_save and args.async_strategy != "mcore":
+        raise RunError(
+            f"--async-strategy {args.async_strategy}",
+            "on the CPU it would write tensors that the next step is changing",
+            "mcore, or leave the flag out",
+        )
     for flag in _gpu_flags(args):
         raise RunError(flag, "it needs a GPU, and this run is on the CPU", "leave the flag out")
 

@@ -63,7 +63,8 @@ def choose(given: argparse.Namespace) -> dict:
         wanted["save_interval"] = INTERVAL
     if given.async_save:
         wanted["use_persistent_ckpt_worker"] = True
-        if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        has_nvrx = importlib.util.find_spec("nvidia_resiliency_ext") is not None
+        if cpu_backend.is_enabled() or not has_nvrx:
             wanted["async_strategy"] = "mcore"
     if given.seq_length is not None:
         wanted["max_position_embeddings"] = given.seq_length

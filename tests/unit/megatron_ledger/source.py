@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -48,7 +49,7 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
-        *(PersistentAsyncCaller,),
+        *(FileSystemWriterAsync, PersistentAsyncCaller),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
         *(Attention, FusedScaleMaskSoftmax),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),

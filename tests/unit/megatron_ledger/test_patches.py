@@ -115,6 +115,13 @@ def test_the_writer_divides_by_the_number_of_gpus_and_is_not_ended():
     assert "prctl" not in loop
 
 
+@row("FileSystemWriterAsync.preload_tensors")
+def test_tensors_of_the_host_are_not_copied():
+    method = source("FileSystemWriterAsync.preload_tensors")
+    assert 'tensor.to("cpu", non_blocking=non_blocking)' in method.replace("'", '"')
+    assert "clone" not in method
+
+
 @row("PersistentAsyncCaller.schedule_async_call")
 def test_a_dead_writer_is_given_work():
     assert "is_alive" not in source("PersistentAsyncCaller.schedule_async_call")

@@ -1,9 +1,13 @@
 """The process that writes asynchronously and its rank end together."""
 
+import pickle
+from functools import partial
 from multiprocessing import JoinableQueue
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing.strategies import async_utils
 
 from megatron_scmoe.training import async_saves
@@ -16,6 +20,23 @@ def writer(monkeypatch):
     process = SimpleNamespace(exitcode=None, is_alive=lambda: process.exitcode is None)
     monkeypatch.setattr(async_utils.PersistentAsyncCaller, "_persistent_process", process)
     return process
+
+
+def test_what_training_changes_afterwards_is_not_written():
+    weight = torch.zeros(3)
+    bucket = (Path("shard"), "shard", ([("object", b"0")], [("weight", weight)]))
+
+    [(file, key, (objects, tensors))] = async_saves.copied_to_host([bucket])
+    weight += 1  # the next step
+
+    assert (file, key, objects) == (Path("shard"), "shard", [("object", b"0")])
+    assert [(name, tensor.tolist()) for name, tensor in tensors] == [("weight", [0, 0, 0])]
+
+
+def test_the_writer_gets_that_copy_by_its_name():
+    """It is another process, which has Megatron's own method in its class."""
+    asked = pickle.loads(pickle.dumps(partial(async_saves.copied_to_host, [], True)))
+    assert asked.func is async_saves.copied_to_host
 
 
 def test_work_is_given_to_a_living_writer_only(writer):

@@ -140,6 +140,7 @@ def test_a_run_needs_its_length():
         "--moe-grouped-gemm",
         "--tensorboard-dir x --log-memory-to-tensorboard",
         "--distributed-backend nccl",
+        "--save x --async-save --async-strategy nvrx",
         "--transformer-impl transformer_engine",
         "--fp8-format hybrid",
         "--profile",

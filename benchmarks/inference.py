@@ -8,8 +8,9 @@ Every rank has sequences of its own and a part of the experts. A prefill reads p
 length and micro-batch, and gives the logits behind the last token. A decode reads one token of each
 sequence behind a key-value cache, for every batch size; its time is that of one token, with the greedy
 choice of the next. It is measured twice, the second time with padded experts, which exchange no sizes
-(megatron_scmoe/inference/expert_padding.py); stock models are padded in the same way. The systems take turns, so that drift of the machine hits all alike; medians over
-the rounds are reported, of the slowest rank.
+(megatron_scmoe/inference/expert_padding.py); stock models are padded in the same way. The systems take
+turns, so that drift of the machine hits all alike; medians over the rounds are reported, of the slowest
+rank.
 """
 
 from argparse import Namespace

@@ -47,7 +47,7 @@ def inference_section(results: dict[str, dict]) -> Iterator[str]:
         "Milliseconds, medians; the slowest rank counts. A prefill reads the prompts of a rank and "
         "gives the logits behind their last tokens. A decode reads one token of each text; the number "
         "is of texts on a rank. Padded: each token goes to every expert, and counts where it was "
-        "chosen, so that no rank waits for sizes (`--decode-padding on`; stock models are padded alike). "
+        "chosen, so that no rank waits for sizes (`--decode-padding on`; stock models are padded too). "
         "Greedy choice, no sampling, no tokenizer. Routing is forced to be balanced.\n"
     )
     for name, result in results.items():

@@ -76,14 +76,17 @@ class Decode:
         tried = self._trials.setdefault(texts.bit_length(), _Trial())
         name = self._wanted if self._wanted != AUTO else tried.kept or tried.left[0]
         self._set(name)
-        self._padding.set(rows is not None and self._padding.applies(rows))
+        pads = rows is not None and self._padding.applies(rows)
+        if pads:
+            self._padding.set(True)
         began = clock()
         try:
             yield
             took = clock() - began
         finally:
             self._set(OVERLAPPED)
-            self._padding.set(False)
+            if pads:
+                self._padding.set(False)
         if self._wanted == AUTO and tried.kept is None:
             tried.took[tried.left.pop(0)].append(took)
             if not tried.left:

@@ -55,19 +55,14 @@ def copied_to_host(
 
     Megatron's copies those on a GPU. Of others the process has what the rank has: shared memory.
     """
-    on_host = [
-        [tensor.device.type == "cpu" for _, tensor in tensors]
-        for _, _, (_, tensors) in write_buckets
-    ]
-    copied = []
-    for bucket, shared in zip(_plain_preload(write_buckets, non_blocking), on_host, strict=True):
-        file, key, (objects, tensors) = bucket
-        own = [
-            (item, tensor.clone() if is_shared else tensor)
-            for (item, tensor), is_shared in zip(tensors, shared, strict=True)
+    own = []
+    for file, key, (objects, tensors) in write_buckets:
+        copies = [
+            (item, tensor.clone() if tensor.device.type == "cpu" else tensor)
+            for item, tensor in tensors
         ]
-        copied.append((file, key, (objects, own)))
-    return copied
+        own.append((file, key, (objects, copies)))
+    return _plain_preload(own, non_blocking)
 
 
 def _kill_writer() -> None:

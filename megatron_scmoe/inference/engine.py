@@ -17,6 +17,7 @@ from megatron_scmoe.inference.generation import LENGTH, STOP
 from megatron_scmoe.inference.offloading import ExpertOffload
 from megatron_scmoe.inference.slots import Place, Slots, Text, Written
 from megatron_scmoe.inference.text import Continuation
+from megatron_scmoe.platform.first_rank import ask_first_rank
 
 BEAT_S = 30
 """How long the other ranks hear nothing while there is nothing to do; collectives have a time limit."""
@@ -219,8 +220,4 @@ def _step(slots: Slots, experts: ExpertOffload | None, leaving, joining) -> list
 
 def _tell_ranks(command):
     """The first rank's command, on every rank."""
-    if torch.distributed.get_world_size() == 1:
-        return command
-    box = [command]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return ask_first_rank(lambda: command)

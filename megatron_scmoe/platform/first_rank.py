@@ -11,6 +11,8 @@ def ask_first_rank[Found](find: Callable[[], Found]) -> Found:
     Args:
         find: called on the first rank alone; what it gives can be pickled.
     """
+    if torch.distributed.get_world_size() == 1:
+        return find()
     found: list = [find() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found, src=0)
     answer: Found = found[0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_scmoe.config import AUTO, OFF, ON, DecodePadding
 from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.inference.offloading import OffloadedExperts
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.platform import cpu_backend
 
@@ -115,6 +116,6 @@ def _why_not(layer: MoELayer) -> str | None:
     if isinstance(layer, ScMoELayer):
         if len(layer.token_dispatchers) > 1:
             return f"the model has --scmoe-chunks {len(layer.token_dispatchers)}"
-        if layer.path.on_dispatch is not None:
+        if isinstance(layer.experts, OffloadedExperts):
             return "with --offload-experts, experts that only pad would be fetched"
     return None

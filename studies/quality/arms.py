@@ -26,7 +26,7 @@ class Size:
     heads: int
     learning_rate: float
     tokens: int
-    batch: int = 128
+    batch: int = 32
     """Sequences a step, and a micro-batch."""
     sequence: int = 512
     vocabulary: int = 8192

@@ -25,7 +25,7 @@ CURVE_POINTS = 10
 """How often a part of the held-out text is evaluated on the way; twice as often with ``--load``, and
 at the start."""
 
-CURVE_ROWS = 128
+CURVE_ROWS = 64
 """Rows of each source of that part. On a CPU, where runs are tries, the end has no more either."""
 
 EVALUATED_ROWS = 32

@@ -1,6 +1,9 @@
 """Padded experts in a decode: no sizes are exchanged, and the texts are those without padding."""
 
+from pathlib import Path
+
 import pytest
+from megatron.core import parallel_state
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer.moe import token_dispatcher
 
@@ -9,9 +12,10 @@ from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import expert_padding, generation
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.expert_padding import ExpertPadding
-from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.inference.offloading import OffloadSettings, connect
 from megatron_scmoe.training import load_model
 from tests import checkpoints, text_models
+from tests.distributed.test_offloading import build
 from tests.harness import run_distributed
 
 TOKENS = 6
@@ -117,12 +121,15 @@ def _refusals(folder: str) -> list[str]:
     for flags in (
         "--scmoe-chunks 2",
         "--moe-token-dispatcher-type allgather --no-scmoe-overlap",
-        "",
+        "offloaded",
     ):
-        model = checkpoints.build(checkpoints.arguments("pos2", *flags.split()))
-        if not flags:
-            layer = next(each for each in model.modules() if isinstance(each, ScMoELayer))
-            layer.path.on_dispatch = lambda counts: None
+        if flags == "offloaded":
+            checkpoints.save(checkpoints.arguments("pos2"), Path(folder))
+            parallel_state.destroy_model_parallel()
+            model, offload = build(Path(folder), OffloadSettings(folder=Path(folder) / "experts"))
+            connect(model, offload.cache, at_the_gate=False)
+        else:
+            model = checkpoints.build(checkpoints.arguments("pos2", *flags.split()))
         assert not ExpertPadding(model, AUTO).applies(1)
         with pytest.raises(ScMoEConfigError) as refusal:
             Decode(model, AUTO, ON)

@@ -126,8 +126,8 @@ def test_converted_and_continued_models_see_the_same_text_in_a_new_order():
 
 
 def test_an_epoch_is_rounded_up_to_whole_steps():
-    assert arms.iterations(SIZES["10m"], 128 * 512) == 1
-    assert arms.iterations(SIZES["10m"], 128 * 512 + 1) == 2
+    assert arms.iterations(SIZES["10m"], 32 * 512) == 1
+    assert arms.iterations(SIZES["10m"], 32 * 512 + 1) == 2
 
 
 # --- runner ---

@@ -7,10 +7,11 @@
 Every rank has sequences of its own and a part of the experts. A prefill reads prompts of the shape's
 length and micro-batch, and gives the logits behind the last token. A decode reads one token of each
 sequence behind a key-value cache, for every batch size; its time is that of one token, with the greedy
-choice of the next. It is measured twice, the second time with padded experts, which exchange no sizes
-(megatron_scmoe/inference/expert_padding.py); stock models are padded in the same way. The systems take
-turns, so that drift of the machine hits all alike; medians over the rounds are reported, of the slowest
-rank.
+choice of the next. It is measured three times: as Megatron does it; with padded experts, which exchange
+no sizes (megatron_scmoe/inference/expert_padding.py); and, on GPUs, with these in a CUDA graph
+(megatron_scmoe/inference/decode_graphs.py). Stock models are padded and captured in the same way. The
+systems take turns, so that drift of the machine hits all alike; medians over the rounds are reported,
+of the slowest rank.
 """
 
 from argparse import Namespace
@@ -19,7 +20,7 @@ from functools import partial
 from itertools import product
 
 from inference_options import parse
-from inference_page import BENCHMARK, decode_key, inference_table
+from inference_page import BENCHMARK, HOW, IN_GRAPHS, PLAIN, decode_key, inference_table
 from launched import check_launched
 
 from megatron_scmoe.platform.command_line import asks_for_help, run_tool
@@ -39,7 +40,9 @@ from report import write
 from systems import build_all, switch
 
 from megatron_scmoe.config import ON, ScMoEConfig
+from megatron_scmoe.inference.decode_graphs import DecodeGraphs
 from megatron_scmoe.inference.expert_padding import ExpertPadding
+from megatron_scmoe.overlap.cuda_graph import can_capture
 
 
 def main() -> None:
@@ -71,9 +74,9 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        for batch, pads in product(options.batch_sizes, (False, True)):
-            padding.set(pads)
-            took[decode_key(batch, pads)] = _decode(model, batch, options)
+        for batch, how in product(options.batch_sizes, HOW if can_capture() else HOW[:2]):
+            padding.set(how != PLAIN)
+            took[decode_key(batch, how)] = _decode(model, batch, how == IN_GRAPHS, options)
         padding.set(False)
         for key, ms in took.items():
             if counts:
@@ -94,15 +97,18 @@ def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:
     }
 
 
-def _decode(model, batch: int, options: Namespace) -> float:
+def _decode(model, batch: int, in_graphs: bool, options: Namespace) -> float:
     """Milliseconds of a token."""
-    sequences = _Sequences(model, batch, options.context + options.tokens)
+    sequences = _Sequences(model, batch, options.context + options.tokens + in_graphs)
     tokens = sequences.read(_random_tokens(batch, options.context, options.sizes.vocab))
+    read = sequences.read_in_graph if in_graphs else sequences.read
+    if in_graphs:
+        tokens = read(tokens)  # captures
 
     def run() -> None:
         chosen = tokens
         for _ in range(options.tokens):
-            chosen = sequences.read(chosen)
+            chosen = read(chosen)
 
     return timed(run) / options.tokens
 
@@ -116,16 +122,29 @@ class _Sequences:
         self._wrapper = GPTInferenceWrapper(model, context)
         self._wrapper.prep_model_for_inference()
         self._read = 0
+        self._graphs = DecodeGraphs(model, context, self._forward) if can_capture() else None
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read the next tokens, int64 [b, n], and give the likeliest behind them, [b, 1]."""
-        end = self._read + tokens.shape[1]
-        positions = torch.arange(self._read, end, device=tokens.device).expand_as(tokens)
-        logits = self._wrapper.run_one_forward_step(
-            dict(tokens=tokens, position_ids=positions, attention_mask=None)
-        )
-        self._read = end
+        logits = self._forward(tokens, self._positions(tokens))
+        self._read += tokens.shape[1]
         return logits[:, -1:].argmax(-1)
+
+    def read_in_graph(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same of one token of each."""
+        key = len(tokens), ""
+        logits = self._graphs.read(key, tokens, self._positions(tokens), self._read, None)
+        self._read += 1
+        return logits.argmax(-1)
+
+    def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        end = self._read + tokens.shape[1]
+        return torch.arange(self._read, end, device=tokens.device).expand_as(tokens)
+
+    def _forward(self, tokens, positions, mask=None) -> torch.Tensor:
+        return self._wrapper.run_one_forward_step(
+            dict(tokens=tokens, position_ids=positions, attention_mask=mask)
+        )
 
 
 def _random_tokens(batch: int, length: int, vocab: int) -> torch.Tensor:

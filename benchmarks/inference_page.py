@@ -19,9 +19,13 @@ def is_inference(result: dict) -> bool:
     return isinstance(result, dict) and result.get("benchmark") == BENCHMARK
 
 
-def decode_key(batch: int, pads: bool = False) -> str:
+PLAIN, PADDED, IN_GRAPHS = HOW = ("", "padded", "graphs")
+"""How a token is computed: sizes are exchanged; experts are padded; and all is in a CUDA graph."""
+
+
+def decode_key(batch: int, how: str = PLAIN) -> str:
     """Where a result has the time of one token of a batch."""
-    return f"decode_{batch}_padded_ms" if pads else f"decode_{batch}_ms"
+    return f"decode_{batch}_{how}_ms" if how else f"decode_{batch}_ms"
 
 
 def inference_table(result: dict) -> str:
@@ -48,6 +52,7 @@ def inference_section(results: dict[str, dict]) -> Iterator[str]:
         "gives the logits behind their last tokens. A decode reads one token of each text; the number "
         "is of texts on a rank. Padded: each token goes to every expert, and counts where it was "
         "chosen, so that no rank waits for sizes (`--decode-padding on`; stock models are padded too). "
+        "In graphs: padded, and a token is one launch (`--decode-cuda-graphs on`; stock models too). "
         "Greedy choice, no sampling, no tokenizer. Routing is forced to be balanced.\n"
     )
     for name, result in results.items():
@@ -85,7 +90,8 @@ def _names(result: dict) -> dict[str, str]:
     names = {"prefill": "prefill_ms"}
     for batch in result["batch_sizes"]:
         names[f"decode, {batch}"] = decode_key(batch)
-        names[f"decode, {batch}, padded"] = decode_key(batch, pads=True)
+        names[f"decode, {batch}, padded"] = decode_key(batch, PADDED)
+        names[f"decode, {batch}, in graphs"] = decode_key(batch, IN_GRAPHS)
     measured = next(iter(result["systems"].values()))
     return {what: key for what, key in names.items() if key in measured}
 

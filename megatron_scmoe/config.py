@@ -21,6 +21,8 @@ AUTO, OVERLAPPED, SERIAL = get_args(DecodeSchedule)
 DecodePadding = Literal["auto", "on", "off"]
 _, ON, OFF = get_args(DecodePadding)
 
+DecodeGraphsUse = Literal["auto", "on", "off"]
+
 
 def slot_or_auto(text: str) -> int | str:
     """The ``type`` of ``--scmoe-expert-slot``."""

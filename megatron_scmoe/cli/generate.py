@@ -233,7 +233,7 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
     )
     if offload is not None:
         offload.attach(model, checkpoint.path, at_once)
-    decode = Decode(model, args.decode_schedule, args.decode_padding)
+    decode = Decode(model, args.decode_schedule, args.decode_padding, args.decode_cuda_graphs)
     texts = [Continuation(tokenizer, prompt, args.stop_words) for prompt in ids]
     streams = len(prompts) == 1 and not (
         args.output_path or args.return_log_probs or args.top_n_logprobs

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import get_args
 
-from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodeGraphsUse, DecodePadding, DecodeSchedule
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError
 
 MAX_TOKENS = 16384
@@ -30,6 +30,11 @@ def add_text_flags(parser: OneLineParser) -> None:
         "--decode-padding", choices=get_args(DecodePadding), default=AUTO,
         help="send tokens behind the prompts to every expert, so that no rank waits for their numbers; "
         "auto does for a few texts at once (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode-cuda-graphs", choices=get_args(DecodeGraphsUse), default=AUTO,
+        help="launch a token's kernels, all-to-alls included, at once; auto does on GPUs where experts "
+        "can be padded (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--enable-chunked-prefill", action="store_true",

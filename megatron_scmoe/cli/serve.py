@@ -173,7 +173,14 @@ def load_slots(args: Namespace, load: str, offload):
         offload.attach(model, checkpoint.path, texts, "--inference-max-requests")
     try:
         slots = Slots(
-            model, vocab_size, size, length, args.decode_schedule, args.decode_padding, chunk
+            model,
+            vocab_size,
+            size,
+            length,
+            args.decode_schedule,
+            args.decode_padding,
+            chunk,
+            args.decode_cuda_graphs,
         )
     except RuntimeError as error:
         if not lacks_memory(error):

@@ -8,6 +8,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from megatron_scmoe.inference.decode_graphs import DecodeGraphs
 from megatron_scmoe.inference.decode_schedule import Decode
 
 
@@ -28,16 +29,43 @@ class CachedModel:
         self.context = StaticInferenceContext(rows, columns)
         self._wrapper = GPTInferenceWrapper(model, self.context)
         self._wrapper.prep_model_for_inference()
+        self._graphs: DecodeGraphs | None = None
 
     def decode(
-        self, texts: int, tokens: Tensor, positions: Tensor, *, alike: bool = True, **how
+        self,
+        texts: int,
+        tokens: Tensor,
+        positions: Tensor,
+        *,
+        row: int = 0,
+        column: int = 0,
+        mask: Tensor | None = None,
+        last_only: bool = True,
+        alike: bool = True,
+        from_first: bool = True,
     ) -> Tensor:
         """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together.
 
-        ``alike`` says whether all have as many rows.
+        Args:
+            alike: whether all ranks have as many rows.
+            from_first: whether all of them have theirs from the first row on.
         """
-        with self._decode.token(texts, len(tokens) if alike else None):
-            return self.read(tokens, positions, **how)
+        with self._decode.token(texts, len(tokens) if alike else None) as key:
+            if key is None or not from_first:
+                return self.read(
+                    tokens, positions, row=row, column=column, mask=mask, last_only=last_only
+                )
+            if self._graphs is None:
+                self._graphs = DecodeGraphs(self.module, self.context, self._forward)
+            logits = self._graphs.read(key, tokens, positions, column, mask)
+            return logits.float().cpu()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """The forward that graphs have: the host's numbers of rows and columns do not count in it."""
+        self.context.batch_size_offset = self.context.sequence_len_offset = 0
+        return self._wrapper.run_one_forward_step(
+            dict(tokens=tokens, position_ids=positions, attention_mask=mask)
+        )
 
     def read(
         self,

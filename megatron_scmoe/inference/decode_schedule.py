@@ -12,9 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_scmoe.config import AUTO, OVERLAPPED, SERIAL, DecodePadding, DecodeSchedule
-from megatron_scmoe.inference.expert_padding import ExpertPadding
+from megatron_scmoe.config import (
+    AUTO,
+    OFF,
+    ON,
+    OVERLAPPED,
+    SERIAL,
+    DecodeGraphsUse,
+    DecodePadding,
+    DecodeSchedule,
+)
+from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.inference import decode_graphs
+from megatron_scmoe.inference.decode_graphs import Key
+from megatron_scmoe.inference.expert_padding import MOST_ROWS, MOST_ROWS_OF_GRAPHS, ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -43,6 +57,11 @@ class Decode:
             rank, there is nothing to choose, and nothing is tried.
         wanted: ``auto``, or the schedule to have.
         padding: see :class:`ExpertPadding`.
+        graphs: whether tokens are computed in CUDA graphs (decode_graphs.py); ``auto`` does where it
+            can.
+
+    Raises:
+        ScMoEConfigError: if ``on`` is wanted of a model that cannot.
     """
 
     def __init__(
@@ -50,6 +69,7 @@ class Decode:
         model: torch.nn.Module,
         wanted: DecodeSchedule = AUTO,
         padding: DecodePadding = AUTO,
+        graphs: DecodeGraphsUse = AUTO,
     ):
         layers = [module for module in model.modules() if isinstance(module, ScMoELayer)]
         self._layers = [layer for layer in layers if layer.scmoe.overlap]
@@ -62,11 +82,20 @@ class Decode:
         can_pay = any(layer.config.expert_model_parallel_size > 1 for layer in layers)
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
-        self._padding = ExpertPadding(model, padding)
+        reason = None if graphs == OFF else _why_no_graphs(model, padding)
+        if graphs == ON and reason:
+            raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
+        in_graphs = graphs != OFF and reason is None
+        self._padding = ExpertPadding(
+            model, padding, MOST_ROWS_OF_GRAPHS if in_graphs else MOST_ROWS
+        )
+        self._in_graphs = in_graphs
 
     @contextmanager
-    def token(self, texts: int, rows: int | None) -> Iterator[None]:
+    def token(self, texts: int, rows: int | None) -> Iterator[Key | None]:
         """Give the model the schedule of one token, and its own one back.
+
+        What is given is the graph to compute it in; None for none.
 
         Args:
             texts: how many texts of all ranks have one; the same number on every rank.
@@ -81,7 +110,8 @@ class Decode:
             self._padding.set(True)
         began = clock()
         try:
-            yield
+            in_graph = self._in_graphs and (pads or self._padding.is_void)
+            yield (rows, name) if rows is not None and in_graph else None
             took = clock() - began
         finally:
             self._set(OVERLAPPED)
@@ -103,6 +133,19 @@ class Decode:
     def _set(self, name: str) -> None:
         for layer, schedule in zip(self._layers, self._schedules[name], strict=True):
             layer.path.schedule = schedule
+
+
+def _why_no_graphs(model: torch.nn.Module, padding: DecodePadding) -> str | None:
+    """Why a decode of a model cannot be in graphs, if it cannot."""
+    if (reason := decode_graphs.why_not(model)) is not None:
+        return reason
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        return "the model is in pipeline stages"
+    if (reason := ExpertPadding(model, AUTO).why_not) is not None:
+        return reason
+    if padding == OFF and any(isinstance(module, MoELayer) for module in model.modules()):
+        return f"with --decode-padding {OFF} the host waits for the experts' numbers of tokens"
+    return None
 
 
 def _faster(tried: _Trial) -> str:

@@ -27,28 +27,35 @@ from megatron_scmoe.platform import cpu_backend
 MOST_ROWS = 256
 """Of all experts together, that a rank sends in one all-to-all, if ``auto`` is to pad."""
 
+MOST_ROWS_OF_GRAPHS = 4096
+"""The same where padding is what lets a decode be in CUDA graphs."""
+
 
 class ExpertPadding:
     """Pads the experts of a model, ScMoE's or Megatron's own, while it reads few tokens.
 
     Args:
         model: this rank's part of it.
-        wanted: ``auto`` pads up to :data:`MOST_ROWS` rows, where sizes have to be waited for and the
-            model can be padded.
+        wanted: ``auto`` pads up to ``most_rows``, where sizes have to be waited for and the model can
+            be padded.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
     """
 
-    def __init__(self, model: nn.Module, wanted: DecodePadding):
+    def __init__(self, model: nn.Module, wanted: DecodePadding, most_rows: int = MOST_ROWS):
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         dispatchers = [layer.token_dispatcher for layer in layers]
         waits = any(each.ep_size > 1 for each in dispatchers) or not cpu_backend.is_enabled()
         refusals = [reason for reason in map(_why_not, layers) if reason]
-        if wanted == ON and refusals:
-            raise ScMoEConfigError(f"--decode-padding {ON}", refusals[0], f"{AUTO}, {OFF}")
+        self.why_not = refusals[0] if refusals else None
+        """Why the model cannot be padded, if it cannot."""
+        self.is_void = not layers
+        """Whether the model has no experts."""
+        if wanted == ON and self.why_not:
+            raise ScMoEConfigError(f"--decode-padding {ON}", self.why_not, f"{AUTO}, {OFF}")
         self._dispatchers = [] if refusals else list(map(_Padded, dispatchers))
-        self._most = {ON: float("inf"), OFF: 0}.get(wanted, MOST_ROWS if waits else 0)
+        self._most = {ON: float("inf"), OFF: 0}.get(wanted, most_rows if waits else 0)
         self._experts = max((each.num_experts for each in self._dispatchers), default=0)
 
     def applies(self, tokens: int) -> bool:

@@ -30,7 +30,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_scmoe.config import AUTO, DecodePadding, DecodeSchedule
+from megatron_scmoe.config import AUTO, DecodeGraphsUse, DecodePadding, DecodeSchedule
 from megatron_scmoe.inference.cached_model import CachedModel
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.sampling import choose, likeliest, random_numbers
@@ -101,6 +101,7 @@ class Slots:
         schedule: DecodeSchedule = AUTO,
         padding: DecodePadding = AUTO,
         chunk: int | None = None,
+        graphs: DecodeGraphsUse = AUTO,
     ):
         self._group = parallel_state.get_data_parallel_group()
         self._own_rank = self._group.rank()
@@ -117,7 +118,7 @@ class Slots:
         self._column = 0
         """Where the next token of those that run goes."""
         self._chunk = chunk
-        self._decode = Decode(model, schedule, padding)
+        self._decode = Decode(model, schedule, padding, graphs)
         self._model = CachedModel(model, self._per_rank + 1, length, self._decode)
         self._may_move = not self._model.module.config.multi_latent_attention
         with torch.inference_mode(), InferenceMode.active():
@@ -348,6 +349,7 @@ class Slots:
             torch.tensor([[row.last] for row in rows]),
             lengths[:, None],
             alike=self._are_alike,
+            from_first=all(self._rows),
             column=self._column,
             mask=mask[:, None, None],
         )
@@ -357,7 +359,9 @@ class Slots:
         """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if beside:
-            self._model.decode(beside, zero, zero, alike=self._are_alike, row=self._per_rank)
+            self._model.decode(
+                beside, zero, zero, row=self._per_rank, alike=self._are_alike, from_first=False
+            )
         else:
             self._model.read(zero, zero, row=self._per_rank)
 

@@ -1,14 +1,60 @@
-"""Gate and encode inside a CUDA graph: what the graph holds of the routed path, in one object.
+"""CUDA graphs: of a whole function, and gate and encode in the graph of a block of training.
 
-The dense block's graph computes them (model/transformer_layer.py). A replay runs no Python, so what
+The latter are in the dense block's graph (model/transformer_layer.py). A replay runs no Python, so what
 later steps read of the routing comes out of the graph as tensors and is put back where they look.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_scmoe.overlap.async_all_to_all import CompletedExchange, Flight, event_in_graph
 from megatron_scmoe.overlap.schedule import Step
+from megatron_scmoe.platform import cpu_backend
+
+WARM_UPS = 2
+"""Calls before a capture: libraries allocate their memory, and NCCL connects."""
+
+
+def can_capture() -> bool:
+    """Whether there is a GPU."""
+    return not cpu_backend.is_enabled()
+
+
+def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Capture what ``run`` enqueues, all-to-alls on other streams included.
+
+    Args:
+        run: reads and writes tensors that stay where they are; nothing in it may wait for the device.
+
+    Returns:
+        What does the same again, and returns the tensor that ``run`` returned, filled anew.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        output = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+@functools.cache
+def _pool():
+    """Memory that all graphs share: one replays after the other, and its output is read before."""
+    return torch.cuda.graph_pool_handle()
+
 
 CAPTURED_STEPS = (Step.ROUTE, Step.PERMUTE)
 """The steps of the routed path that a graph takes."""

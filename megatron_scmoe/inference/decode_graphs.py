@@ -1,0 +1,176 @@
+"""A decode in CUDA graphs: one launch for the forward of a token, all-to-alls included.
+
+A token's kernels are done sooner than the host can launch them one by one. A graph is of one number of
+rows, so all else that changes from token to token has to be a tensor on the device: where the cache is
+written, and which columns a row sees. Megatron's static cache takes both from the host. While a
+:class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
+under a mask, with PyTorch's scaled dot-product attention.
+
+No size may have to be waited for, so experts are padded (expert_padding.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.attention import Attention, SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from megatron_scmoe.overlap.cuda_graph import can_capture, capture
+
+Key = tuple[int, str]
+"""Rows, and the schedule by its name."""
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of tokens [b, 1], their positions [b, 1] and what they do not see [b, 1, 1, columns]: logits."""
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model's attention cannot be in such a graph, if it cannot."""
+    if not can_capture():
+        return "it needs a GPU"
+    for module in model.modules():
+        if not isinstance(module, Attention):
+            continue
+        config = module.config
+        if type(module) is not SelfAttention:
+            return f"the model's attention is {type(module).__name__}"
+        if config.window_size is not None:
+            return "the model's attention has a window"
+        if config.softmax_type != "vanilla":
+            return f"the model has --softmax-type {config.softmax_type}"
+    return None
+
+
+class DecodeGraphs:
+    """The graphs of one cache.
+
+    Args:
+        model: this rank's part of it, for which :func:`why_not` knows nothing.
+        context: the cache.
+        forward: computes one token of each row with them, from tensors on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: StaticInferenceContext,
+        forward: Forward,
+    ):
+        self._context, self._forward = context, forward
+        self._column = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self._attentions = [
+            _Attention(module, context, self._column)
+            for module in model.modules()
+            if isinstance(module, SelfAttention)
+        ]
+        self._graphs: dict[Key, _Graph] = {}
+
+    @torch.inference_mode()
+    def read(
+        self, key: Key, tokens: Tensor, positions: Tensor, column: int, mask: Tensor | None
+    ) -> Tensor:
+        """Read one token of each row into the cache.
+
+        The first time with a key takes several forwards. All ranks have to ask for the same keys.
+
+        Args:
+            tokens: int64 [b, 1].
+            positions: of the tokens in their texts, int64 [b, 1].
+            column: where they go.
+            mask: bool [b or 1, 1, 1, column + 1], True where a token does not see a column; None if it
+                sees all.
+
+        Returns:
+            Logits [b, 1, v]; the next token's take their place.
+        """
+        hidden = torch.ones(len(tokens), 1, 1, self._context.max_sequence_length, dtype=torch.bool)
+        hidden[..., : column + 1] = False if mask is None else mask
+        self._column.fill_(column)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._forget_what_is_behind(column)
+            inputs = [_own(each) for each in (tokens, positions, hidden)]
+            graph = self._graphs[key] = _Graph(inputs, capture(lambda: self._compute(*inputs)))
+        else:
+            for own, new in zip(graph.inputs, (tokens, positions, hidden), strict=True):
+                own.copy_(new)
+        return graph.replay()
+
+    def _forget_what_is_behind(self, column: int) -> None:
+        """Of columns that nobody has written yet, what memory holds by chance may be NaN: 0 * NaN."""
+        if not self._graphs:
+            for memories in self._context.key_value_memory_dict.values():
+                for memory in memories:
+                    memory[column:] = 0
+
+    def _compute(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+        for attention in self._attentions:
+            attention.set(True)
+        try:
+            return self._forward(tokens, positions, hidden)
+        finally:
+            for attention in self._attentions:
+                attention.set(False)
+
+
+class _Graph:
+    """A graph, and the tensors that it reads."""
+
+    def __init__(self, inputs: list[Tensor], replay: Callable[[], Tensor]):
+        self.inputs, self.replay = inputs, replay
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the device, with memory for each element."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+class _Attention:
+    """An attention, two methods of which are replaced for as long as it is set."""
+
+    def __init__(self, attention: SelfAttention, context: StaticInferenceContext, column: Tensor):
+        self._attention, self._context, self._column = attention, context, column
+        scale = attention.config.softmax_scale
+        self._scale = scale or 1 / math.sqrt(attention.hidden_size_per_attention_head)
+        self._rotary: Any = (
+            None  # graphs read it, and Megatron keeps only what was asked for lately
+        )
+
+    def set(self, replaced: bool) -> None:
+        """Replace them, or give them back."""
+        for module, name, method in (
+            (self._attention, "_adjust_key_value_for_inference", self._write),
+            (self._attention.core_attention, "forward", self._attend),
+        ):
+            if replaced:
+                module.__dict__[name] = method
+            else:
+                module.__dict__.pop(name, None)
+
+    def _write(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        """Of Megatron's arguments and results, as for its static cache; [1, b, heads, d] each."""
+        memories = self._context.key_value_memory_dict[self._attention.layer_number]
+        keys, values = (memory[:, : key.shape[1]] for memory in memories)
+        keys.index_copy_(0, self._column, key)
+        values.index_copy_(0, self._column, value)
+        if rotary_pos_emb is not None:
+            self._rotary = of_queries, of_keys = rotary_pos_emb
+            rotary_pos_emb = of_queries.index_select(0, self._column), of_keys[: len(keys)]
+        return query, keys, values, rotary_pos_emb, AttnMaskType.arbitrary, None
+
+    def _attend(self, query, key, value, attention_mask, *args, **kwargs) -> Tensor:
+        """[1, b, heads * d] of a query [1, b, heads, d], keys and values [columns, b, groups, d]."""
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        output = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask.logical_not(),
+            scale=self._scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,129 @@
+"""What a decode computes in CUDA graphs is what it computes without.
+
+There is no graph on a CPU: here one is replayed by computing it again, with the same tensors. Real ones
+are in tests/gpu/test_decode_graphs.py.
+"""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.transformer.attention import SelfAttention
+
+from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED
+from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.inference import decode_graphs, generation
+from megatron_scmoe.inference.decode_schedule import Decode
+from megatron_scmoe.training import load_model
+from tests import checkpoints, text_models
+from tests.distributed import test_expert_padding, test_slots
+from tests.harness import run_distributed
+
+KINDS = [text_models.TAPS_INPUT, text_models.LEARNED]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    text_models.save(folder, text_models.train_tokenizer(folder), *KINDS)
+    return folder
+
+
+def captures() -> tuple[mock._patch, list]:
+    """A stand-in for graphs, and what is called once for each of them."""
+    captured = []
+
+    def capture(run):
+        captured.append(run)
+        return run
+
+    patches = mock.patch.multiple(decode_graphs, can_capture=lambda: True, capture=capture)
+    return patches, captured
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_write_the_texts_of_a_decode_without(models, kind, ranks):
+    layout = load_model.Layout(expert=ranks)
+    for without, within, graphs in run_distributed(_generate, ranks, str(models / kind), layout):
+        assert graphs == 2  # the second round has other rows and another cache
+        assert [text.tokens for text in within] == [text.tokens for text in without]
+        for one, other in zip(within, without, strict=True):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=test_slots.ROUNDING)
+
+
+def _generate(load: str, layout: load_model.Layout) -> tuple:
+    model = load_model.build_model(load_model.Checkpoint(load), layout)
+    sampling = generation.SamplingParams(
+        num_tokens_to_generate=test_expert_padding.TOKENS, top_k=1, return_log_probs=True
+    )
+    patches, captured = captures()
+    texts = []
+    with patches, mock.patch.object(SelfAttention, "_allocate_memory", _full_of_nan):
+        for graphs in (OFF, ON):
+            texts.append(
+                generation.generate(
+                    model,
+                    [(5, 9, 2, 7), (3, 4), (8, 8, 1), (6,)],
+                    sampling,
+                    text_models.VOCAB,
+                    micro_batch=2 // torch.distributed.get_world_size(),
+                    decode=Decode(model, OVERLAPPED, ON, graphs),
+                )
+            )
+    return *texts, len(captured)
+
+
+def _full_of_nan(attention, columns, rows, size, dtype) -> torch.Tensor:
+    """As memory may be that nobody has written."""
+    groups = attention.num_query_groups_per_partition
+    return torch.full((columns, rows, groups, size), float("nan"), dtype=dtype)
+
+
+def test_texts_join_and_leave_a_batch_in_graphs(models):
+    load = str(models / text_models.TAPS_INPUT)
+    (expected,) = run_distributed(_one_by_one, 1, load)
+    for found, graphs in run_distributed(_in_slots, 2, load):
+        assert graphs > 1
+        test_slots.assert_same(found, expected)
+
+
+def _one_by_one(load: str) -> list[tuple]:
+    return test_slots._generate(*test_slots._model(load, load_model.Layout()))
+
+
+def _in_slots(load: str) -> tuple[list[tuple], int]:
+    model, args = test_slots._model(load, load_model.Layout(expert=2))
+    patches, captured = captures()
+    with patches:
+        found, _ = test_slots._join_and_leave(model, args)
+    return found, len(captured)
+
+
+def test_on_is_refused_where_there_is_no_graph():
+    (refused,) = run_distributed(_refusals, 1)
+    given = "--decode-cuda-graphs on: "
+    assert refused == [
+        given + "it needs a GPU; accepted: auto, off",
+        given + "with --decode-padding off the host waits for the experts' numbers of tokens; "
+        "accepted: auto, off",
+        given + "the model has --scmoe-chunks 2; accepted: auto, off",
+    ]
+
+
+def _refusals() -> list[str]:
+    checkpoints.models.init_parallel()
+    patches, _ = captures()
+    refused = []
+    with pytest.raises(ScMoEConfigError) as refusal:
+        Decode(checkpoints.build(checkpoints.arguments("pos2")), AUTO, AUTO, ON)
+    refused.append(str(refusal.value))
+    with patches:
+        for flags, padding in (([], OFF), (["--scmoe-chunks", "2"], AUTO)):
+            model = checkpoints.build(checkpoints.arguments("pos2", *flags))
+            Decode(model, AUTO, padding, AUTO)
+            with pytest.raises(ScMoEConfigError) as refusal:
+                Decode(model, AUTO, padding, ON)
+            refused.append(str(refusal.value))
+    return refused

@@ -1,0 +1,58 @@
+"""CUDA graphs of a decode, all-to-alls and Transformer Engine's experts in them.
+
+Needs one GPU, two for the exchange, and Transformer Engine.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.utils import InferenceMode
+
+from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED, SERIAL
+from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_schedule import Decode
+from tests.benchmarks import benchmark
+from tests.gpu.rank_sets import GPUS
+from tests.gpu.test_offloading import pytestmark  # noqa: F401
+from tests.harness import run_distributed
+
+CONTEXT, TOKENS, ROWS = 12, 6, 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("schedule", [OVERLAPPED, SERIAL])
+def test_graphs_give_the_logits_of_a_decode_without(ranks, schedule):
+    if ranks > GPUS:
+        pytest.skip("needs two GPUs")
+    for without, within, again, graphs in run_distributed(_logits, ranks, schedule):
+        assert graphs == 1
+        scale = without.std()
+        assert (within - without).abs().max() < 0.1 * scale  # bf16, summed in another order
+        assert torch.equal(within, again)
+
+
+def _logits(schedule: str) -> tuple:
+    """Of each token behind the same prompts, without graphs and with them; and how many there are."""
+    offloading = benchmark("offloading")
+    shape = replace(offloading.SHAPES["gpt2-small"], blocks=4, vocab=1000)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=torch.distributed.get_world_size()
+    )
+    found, graphs = [], 0
+    with torch.no_grad(), InferenceMode.active():
+        model = offloading.build(shape, None)
+        generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+        tokens = torch.randint(shape.vocab, (ROWS, CONTEXT + TOKENS), generator=generator)
+        for use in (OFF, ON, AUTO):
+            cached = CachedModel(model, ROWS, 64, Decode(model, schedule, AUTO, use))
+            positions = torch.arange(CONTEXT + TOKENS).expand(ROWS, -1)
+            cached.read(tokens[:, :CONTEXT], positions[:, :CONTEXT])
+            logits = [
+                cached.decode(ROWS, tokens[:, at : at + 1], positions[:, at : at + 1], column=at)
+                for at in range(CONTEXT, CONTEXT + TOKENS)
+            ]
+            found.append(torch.cat(logits, 1))
+            graphs = len(cached._graphs._graphs) if cached._graphs else 0
+    return *found, graphs

@@ -89,7 +89,8 @@ class Decode:
         self._padding = ExpertPadding(
             model, padding, MOST_ROWS_OF_GRAPHS if in_graphs else MOST_ROWS
         )
-        self._in_graphs = in_graphs
+        self.in_graphs = in_graphs
+        """Whether tokens are computed in graphs, where there are not too many."""
 
     @contextmanager
     def token(self, texts: int, rows: int | None) -> Iterator[Key | None]:
@@ -110,7 +111,7 @@ class Decode:
             self._padding.set(True)
         began = clock()
         try:
-            in_graph = self._in_graphs and (pads or self._padding.is_void)
+            in_graph = self.in_graphs and (pads or self._padding.is_void)
             yield (rows, name) if rows is not None and in_graph else None
             took = clock() - began
         finally:

@@ -303,8 +303,9 @@ class Slots:
         if not any(self._rows):
             return []
         written = []
-        if own:
-            logits = self._read_last(own)
+        count = self._rows_of_graph()
+        if own or count:
+            logits = self._read_last(own, count)
             written = [
                 Written(r.text.key, self._choose(r, behind)) for r, behind in zip(own, logits)
             ]
@@ -340,20 +341,35 @@ class Slots:
             return []
         return [Written(text.key, self._choose(row, logits[-1]), row.prompt)]
 
-    def _read_last(self, rows: list["_Row"]) -> Tensor:
-        """Logits [b, v] behind the last token of each row."""
-        lengths = torch.tensor([row.length for row in rows])
+    def _rows_of_graph(self) -> int:
+        """How many rows each rank reads for a token in a graph; 0 for those that it has, without one.
+
+        A rank reads rows without a text up to the next power of two: graphs are few then, and all ranks
+        have the same one. Not the row of a prompt that is on its way.
+        """
+        if not self._decode.in_graphs:
+            return 0
+        most = max(map(len, self._rows))
+        free = self._per_rank - any(self._reading)
+        return min(1 << (most - 1).bit_length(), free) if most <= free else 0
+
+    def _read_last(self, rows: list["_Row"], count: int = 0) -> Tensor:
+        """Logits [b, v] behind the last token of each row; read are ``count`` rows, if more."""
+        lengths = torch.zeros(max(len(rows), count), dtype=torch.int64)
+        tokens = torch.zeros_like(lengths)
+        lengths[: len(rows)] = torch.tensor([row.length for row in rows])
+        tokens[: len(rows)] = torch.tensor([row.last for row in rows])
         mask = torch.arange(self._column + 1) < self._column - lengths[:, None]
         logits = self._model.decode(
             self._running,
-            torch.tensor([[row.last] for row in rows]),
+            tokens[:, None],
             lengths[:, None],
-            alike=self._are_alike,
-            from_first=all(self._rows),
+            alike=count > 0 or self._are_alike,
+            from_first=count > 0,
             column=self._column,
             mask=mask[:, None, None],
         )
-        return logits[:, -1, : self._vocab_size]
+        return logits[: len(rows), -1, : self._vocab_size]
 
     def _read_spare(self, beside: int = 0) -> None:
         """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""

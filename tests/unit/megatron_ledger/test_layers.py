@@ -293,6 +293,8 @@ def test_keys_are_cached_before_they_are_rotated():
     assert forward.index("_adjust_key_value_for_inference(") < forward.index(
         "apply_rotary_pos_emb("
     )
+    assert "sequence_start = inference_context.sequence_len_offset" in text  # the host's
+    assert "apply_module(self.core_attention)(" in forward
 
 
 @row("FusedScaleMaskSoftmax.forward_torch_softmax")

@@ -19,7 +19,7 @@ from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
-from megatron_scmoe.overlap.cuda_graph import can_capture, capture
+from megatron_scmoe.overlap.cuda_graph import can_capture, capture, new_pool
 
 Key = tuple[int, str]
 """Rows, and the schedule by its name."""
@@ -68,6 +68,7 @@ class DecodeGraphs:
             if isinstance(module, SelfAttention)
         ]
         self._graphs: dict[Key, _Graph] = {}
+        self._pool = new_pool()
 
     @torch.inference_mode()
     def read(
@@ -94,7 +95,8 @@ class DecodeGraphs:
         if graph is None:
             self._forget_what_is_behind(column)
             inputs = [_own(each) for each in (tokens, positions, hidden)]
-            graph = self._graphs[key] = _Graph(inputs, capture(lambda: self._compute(*inputs)))
+            replay = capture(lambda: self._compute(*inputs), self._pool)
+            graph = self._graphs[key] = _Graph(inputs, replay)
         else:
             for own, new in zip(graph.inputs, (tokens, positions, hidden), strict=True):
                 own.copy_(new)

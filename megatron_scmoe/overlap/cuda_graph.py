@@ -4,7 +4,6 @@ The latter are in the dense block's graph (model/transformer_layer.py). A replay
 later steps read of the routing comes out of the graph as tensors and is put back where they look.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -23,11 +22,20 @@ def can_capture() -> bool:
     return not cpu_backend.is_enabled()
 
 
-def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def new_pool():
+    """Memory that graphs may share: one replays after the other, and its output is read before.
+
+    It is there as long as one of them is: graphs that end together have one of their own.
+    """
+    return torch.cuda.graph_pool_handle() if can_capture() else None
+
+
+def capture(run: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
     """Capture what ``run`` enqueues, all-to-alls on other streams included.
 
     Args:
         run: reads and writes tensors that stay where they are; nothing in it may wait for the device.
+        pool: as of :func:`new_pool`.
 
     Returns:
         What does the same again, and returns the tensor that ``run`` returned, filled anew.
@@ -40,7 +48,7 @@ def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = run()
 
     def replay() -> Tensor:
@@ -48,12 +56,6 @@ def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return output
 
     return replay
-
-
-@functools.cache
-def _pool():
-    """Memory that all graphs share: one replays after the other, and its output is read before."""
-    return torch.cuda.graph_pool_handle()
 
 
 CAPTURED_STEPS = (Step.ROUTE, Step.PERMUTE)

@@ -34,7 +34,7 @@ def captures() -> tuple[mock._patch, list]:
     """A stand-in for graphs, and what is called once for each of them."""
     captured = []
 
-    def capture(run):
+    def capture(run, pool):
         captured.append(run)
         return run
 

@@ -3,7 +3,7 @@
     python -m studies.quality.report
 
 reads results/*.json and results/parity/*.json beside this file and writes RESULTS.md, results.png,
-conversion.png and parity.png there.
+hours.png, conversion.png and parity.png there.
 """
 
 import json
@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
-from studies.quality import report_conversion, report_parity
+from studies.quality import report_conversion, report_hours, report_parity
 from studies.quality.arms import ARMS, SIZES
 
 HERE = Path(__file__).parent
@@ -35,15 +35,18 @@ def main(argv: list[str] | None = None) -> None:
     results, parity = read(args.results), read(args.results / "parity")
     if not results and not parity:
         raise UsageError(f"--results {args.results}: it has no results")
-    conversion, of_parity = (args.picture.with_stem(name) for name in ("conversion", "parity"))
+    hours, conversion, of_parity = (
+        args.picture.with_stem(name) for name in ("hours", "conversion", "parity")
+    )
     parts = [
         page(from_nothing(results), args.picture.name),
+        report_hours.section(_compared(results), hours.name),
         report_conversion.section(results, conversion.name),
         report_parity.section(parity, of_parity.name),
     ]
     with atomic_write(args.page) as (file,):
         file.write_text("\n\n".join(part.rstrip("\n") for part in parts if part) + "\n")
-    _draw_all(results, parity, args.picture, conversion, of_parity)
+    _draw_all(results, parity, args.picture, hours, conversion, of_parity)
     print(f"wrote {args.page} and its pictures")
 
 
@@ -137,13 +140,20 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 def _draw_all(
-    results: list[dict], parity: list[dict], path: Path, of_conversion: Path, of_parity: Path
+    results: list[dict],
+    parity: list[dict],
+    path: Path,
+    of_hours: Path,
+    of_conversion: Path,
+    of_parity: Path,
 ) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     if from_nothing(results):
         draw(from_nothing(results), path)
+    if compared := _compared(results):
+        report_hours.draw(compared, of_hours)
     if report_conversion.pairs(results):
         report_conversion.draw(results, of_conversion)
     if parity:
@@ -155,6 +165,16 @@ def _by_size(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
     for result in results:
         groups[result["size"], result["tokens_asked"]].append(result)
     return groups
+
+
+def _compared(results: list[dict]) -> dict[tuple[str, int], dict[str, list[dict]]]:
+    """Results at the usual rate by size and tokens, then by arm, where there is the baseline."""
+    found = {}
+    for key, group in sorted(_by_size(from_nothing(results)).items(), key=_in_order):
+        arms = _by_arm(_at_the_usual_rate(group, key[0]))
+        if len(arms) > 1 and BASELINE in arms:
+            found[key] = arms
+    return found
 
 
 def _by_arm(results: list[dict]) -> dict[str, list[dict]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_scmoe.platform.command_line import UsageError
-from studies.quality import arms, report, run
+from studies.quality import arms, report, report_hours, run
 from studies.quality.arms import ARMS, SIZES
 from studies.quality.watch import has_been
 from tests.benchmarks import environment
@@ -232,7 +232,7 @@ def result(arm: str, seed: int, a: float, b: float, **changes) -> dict:
         "iterations": 100,
         "learning_rate": SIZES["10m"].learning_rate,
         "validation": {"books": {"loss": a}, "manuals": {"loss": b}},
-        "validation_curve": [[50, a + 1], [100, (a + b) / 2]],
+        "validation_curve": [[50, a + 1], [99, a + 0.1], [100, (a + b) / 2]],
         "routers": {"1": {"load_max": 1.25, "entropy": 0.5}},
         "tokens_per_second": 1000,
         **sizes,
@@ -276,6 +276,35 @@ def test_the_page_and_the_picture_come_from_the_files(tmp_path):
     assert rows[1] == "| pos2 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 |"
     assert rows[2] == "| pos2 | 3.0000 | 2.5000 |"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| 10m | pos2 | NVLink, 4 GPUs |" in page.read_text()
+    assert picture.with_stem("hours").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arm_is_sooner_by_fewer_tokens_and_by_shorter_steps(tmp_path, monkeypatch):
+    """It is where top-2 ends with 3/4 of the tokens, and its steps take 2/3 of the time: 2x."""
+    runs = {
+        "top2/a": 300.0,
+        "top2/b": 310.0,
+        "scmoe/a": 250.0,
+        "scmoe/b": 200.0,
+        "scmoe-serial/a": 9.0,
+    }
+    file = tmp_path / "link.json"
+    file.write_text(json.dumps({"runs": {name: {"iteration_ms": ms} for name, ms in runs.items()}}))
+    assert report_hours.step_times("link", tmp_path) == {"top2": 300.0, "pos2": 200.0}
+    monkeypatch.setattr(report_hours, "LINKS", {"a link": "link"})
+    times = report_hours.step_times
+    monkeypatch.setattr(report_hours, "step_times", lambda name: times(name, tmp_path))
+    curve = {"tokens": 100, "iterations": 100}
+    arms = {
+        "top2": [curve | {"validation_curve": [[50, 5.0], [100, 3.0], [100, 9.9]]}],
+        "pos2": [curve | {"validation_curve": [[50, 4.0], [100, 2.0], [100, 9.9]]}],
+    }
+    (row,) = report_hours._rows({("10m", 100): arms})
+    assert row == "| 10m | pos2 | a link | 0.667 of top-2's | 75% | 2.00x |"
+    arms["pos2"][0]["validation_curve"][1][1] = 3.1
+    (row,) = report_hours._rows({("10m", 100): arms})
+    assert row.endswith("| more than all | not reached |")
 
 
 # --- what is counted in a model ---

@@ -1,0 +1,138 @@
+"""The report's part on time: how much sooner an arm reaches top-2's loss on a slow and on a fast link.
+
+The study's models are too small to be trained on several GPUs. So time comes from whole runs of large
+ones (benchmarks/train_run.py): a step of an arm is taken to last as long, compared with a step of top-2,
+as it did there.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+from megatron_scmoe.platform.atomic_write import atomic_write
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+LINKS = {
+    "host-staged, 2 GPUs": "2xh200-medium-staged-train",
+    "host-staged, 4 GPUs": "4xh200-wide-staged-train",
+    "NVLink, 2 GPUs": "2xh200-fine-native-train",
+    "NVLink, 4 GPUs": "4xh200-fine-native-train",
+}
+"""Files of the benchmarks, by what is said of them."""
+
+BASELINE = "top2"
+SYSTEMS = {"top2": "top2", "shared": "shared", "pos2": "scmoe"}
+"""Systems of the benchmarks, by arm."""
+
+Curve = list[tuple[float, float]]
+"""Tokens, and validation loss in nats a token."""
+
+
+def step_times(name: str, folder: Path = BENCHMARKS) -> dict[str, float]:
+    """Milliseconds of an iteration by arm, each with the settings that were fastest."""
+    runs = json.loads((folder / f"{name}.json").read_text())["runs"]
+    found = {}
+    for arm, system in SYSTEMS.items():
+        times = [run["iteration_ms"] for full, run in runs.items() if full.split("/")[0] == system]
+        if times:
+            found[arm] = min(times)
+    return found
+
+
+def mean_curve(results: list[dict]) -> Curve:
+    """Over the seeds of an arm, of the part of the text that is evaluated on the way.
+
+    A stored curve's last point is of the whole text, and left out.
+    """
+    step = results[0]["tokens"] / results[0]["iterations"]
+    curves = [result["validation_curve"][:-1] for result in results]
+    return [
+        (points[0][0] * step, mean(loss for _, loss in points))
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def reached_at(curve: Curve, loss: float) -> float | None:
+    """Tokens at which a curve first is at a loss, on the line between two points, or None."""
+    if curve[0][1] <= loss:
+        return curve[0][0]
+    for (begin, above), (end, below) in pairwise(curve):
+        if below <= loss:
+            return begin + (end - begin) * (above - loss) / (above - below)
+    return None
+
+
+def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) -> str:
+    """In Markdown; empty without results.
+
+    Args:
+        groups: results by size and tokens, then by arm.
+    """
+    rows = list(_rows(groups))
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "## Time",
+            "",
+            "How much sooner an arm is at the loss that top-2 ends with. A step of it is taken to "
+            "last as long, compared with top-2's, as in whole runs of the benchmarks "
+            "(`benchmarks/RESULTS.md`). *Tokens*: the share of top-2's that it needs. The learning "
+            "rate is that of the whole run then, not decayed yet, which is against the arm.",
+            "",
+            f"![Loss against time]({picture})",
+            "",
+            "| size | arm | link | step | tokens | sooner |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _rows(groups) -> Iterator[str]:
+    for (size, _), arms in groups.items():
+        for arm in SYSTEMS:
+            if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
+                continue
+            base = mean_curve(arms[BASELINE])
+            needed = reached_at(mean_curve(arms[arm]), base[-1][1])
+            for link, name in LINKS.items():
+                times = step_times(name)
+                if arm not in times:
+                    continue
+                share = times[arm] / times[BASELINE]
+                if needed is None:
+                    rest = "more than all | not reached"
+                else:
+                    tokens = needed / base[-1][0]
+                    rest = f"{tokens:.0%} | {1 / (share * tokens):.2f}x"
+                yield f"| {size} | {arm} | {link} | {share:.3f} of top-2's | {rest} |"
+
+
+def draw(groups: dict[tuple[str, int], dict[str, list[dict]]], path: Path) -> None:
+    """A row for each size: loss against time on a slow link, and on a fast one."""
+    from matplotlib import pyplot
+
+    links = [next(link for link in LINKS if link.startswith(kind)) for kind in ("host", "NVLink")]
+    figure, axes = pyplot.subplots(
+        len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
+    )
+    for row, ((size, tokens), arms) in zip(axes, groups.items()):
+        for axis, link in zip(row, links):
+            times = step_times(LINKS[link])
+            for arm in SYSTEMS:
+                if arm in arms and arm in times:
+                    curve = mean_curve(arms[arm])
+                    share = times[arm] / times[BASELINE] / curve[-1][0]
+                    points = [(at * share, loss) for at, loss in curve]
+                    axis.plot(*zip(*points), marker=".", label=arm)
+            axis.set_title(f"{size}, {tokens / 1e6:g} M tokens, {link}")
+            axis.set_xlabel("time, of that of top2's run")
+            axis.set_ylabel("validation loss")
+            axis.legend(fontsize="small")
+    with atomic_write(path) as (file,):
+        figure.savefig(file, format="png", dpi=100)
+    pyplot.close(figure)

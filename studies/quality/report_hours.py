@@ -1,7 +1,7 @@
 """The report's part on time: how much sooner an arm reaches top-2's loss on a slow and on a fast link.
 
 The study's models are too small to be trained on several GPUs. So time comes from whole runs of large
-ones (benchmarks/train_run.py): a step of an arm is taken to last as long, compared with a step of top-2,
+ones (benchmarks/train_run.py): a step of an arm is taken to last as long, compared with one of top-2,
 as it did there.
 """
 

@@ -130,7 +130,7 @@ read_shape() {
 # set_run_flags: set RUN_FLAGS, what this run reads, writes and logs.
 set_run_flags() {
     local data
-    : "${SAVE_INTERVAL:=1000}" "${EVAL_INTERVAL:=500}" "${ASYNC_SAVE:=0}" "${SKIP_DAMAGED:=0}"
+    : "${SAVE_INTERVAL:=1000}" "${EVAL_INTERVAL:=500}" "${ASYNC_SAVE:=1}" "${SKIP_DAMAGED:=0}"
     if [[ ${MOCK_DATA:-} == 1 ]]; then
         RUN_FLAGS=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$VOCABULARY")
     else

@@ -11,7 +11,6 @@
 : "${TENSOR_PARALLEL:=1}"
 : "${PIPELINE_PARALLEL:=1}"  # has to divide the 2 pairs of blocks
 : "${EXPERT_PARALLEL:=2}"  # the ranks that share the experts
-: "${ASYNC_SAVE:=1}"  # tried here; ../README.md
 
 VOCABULARY=512  # for made-up data
 read_shape cpu

@@ -434,13 +434,11 @@ def test_other_launchers_are_refused():
     assert "error: LAUNCHER=mpirun: accepted: torchrun, ft_launcher" in finished.stderr
 
 
-def test_asynchronous_saves_are_on_where_they_were_tried():
-    cpu = EXAMPLES / "cpu" / "train.sh"
-    on_cpu = dry_run(cpu, DATA | {"GPUS_PER_NODE": "2"})
-    assert "--async-save" in on_cpu
-    assert "--async-save" not in dry_run(cpu, DATA | {"GPUS_PER_NODE": "2", "ASYNC_SAVE": "0"})
-    assert "--async-save" not in dry_run(EXAMPLE / "train.sh", DATA)
-    assert "--async-save" in dry_run(EXAMPLE / "train.sh", DATA | {"ASYNC_SAVE": "1"})
+def test_saves_are_asynchronous_but_by_choice_and_in_baselines():
+    train = EXAMPLE / "train.sh"
+    assert "--async-save" in dry_run(train, DATA)
+    assert "--async-save" not in dry_run(train, DATA | {"ASYNC_SAVE": "0"})
+    assert "--async-save" not in dry_run(train, DATA | {"BASELINE": "top2"})
 
 
 def test_a_damaged_checkpoint_is_skipped_by_choice():
@@ -537,6 +535,7 @@ def test_the_flags_train(tmp_path):
         " --eval-iters 1 --num-workers 0 --transformer-impl local --distributed-backend gloo"
     )
     variables = MOCK | {"CHECKPOINT_DIR": str(tmp_path), "GPUS_PER_NODE": "1", "NUM_EXPERTS": "2"}
+    variables["ASYNC_SAVE"] = "0"
     flags = pretrain_flags(dry_run(TRAIN, variables, "--", *smaller))
     for flag in ("--save", "--save-interval"):  # the checkpoint has tests of its own
         place = flags.index(flag)

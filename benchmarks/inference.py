@@ -36,6 +36,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
     GPTInferenceWrapper,
 )
 from megatron.core.inference.utils import InferenceMode
+from megatron.core.transformer.moe.router import Router
 from report import write
 from systems import build_all, switch
 
@@ -76,12 +77,21 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
         del sequences  # its cache
         for batch, how in product(options.batch_sizes, HOW if can_capture() else HOW[:2]):
             padding.set(how != PLAIN)
+            _balance(model, how != IN_GRAPHS)  # random numbers are no part of a graph
             took[decode_key(batch, how)] = _decode(model, batch, how == IN_GRAPHS, options)
         padding.set(False)
+        _balance(model, True)
         for key, ms in took.items():
             if counts:
                 found.setdefault(name, {}).setdefault(key, []).append(ms)
     return {name: summary(found[name]) for name in models}
+
+
+def _balance(model, forced: bool) -> None:
+    """Force routing to be balanced, or not: padded experts have as many rows either way."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.config.moe_router_force_load_balancing = forced
 
 
 def describe_run(options: Namespace, scmoe: ScMoEConfig) -> dict:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megatron_scmoe.overlap.cuda_graph import can_capture, capture, new_pool
@@ -29,10 +30,12 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why a model's attention cannot be in such a graph, if it cannot."""
+    """Why a model cannot be in such a graph, if it cannot: experts aside (expert_padding.py)."""
     if not can_capture():
         return "it needs a GPU"
     for module in model.modules():
+        if isinstance(module, Router) and module.config.moe_router_force_load_balancing:
+            return "with --moe-router-force-load-balancing routing is random"
         if not isinstance(module, Attention):
             continue
         config = module.config

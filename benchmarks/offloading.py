@@ -7,7 +7,7 @@ One process, random weights; on a GPU bf16, the shape's whole number of blocks, 
 memory. On the CPU they are in files, which the system's page cache holds after the first reading. The
 router decides. Tokens are sampled with the same seed, so that every mode computes the same.
 
-    resident      all experts on the device
+    resident      all experts on the device; on a GPU tokens are in CUDA graphs
     blocking      experts are fetched when they are to compute
     overlapped    experts are fetched when the gate has chosen them
     cached        the same, with a cache of a quarter of all experts
@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+from offloading_page import BENCHMARK, memory_of, printed
 from shapes import SHAPES, Shape
 
 from megatron_scmoe.platform.command_line import (
@@ -32,7 +33,7 @@ from megatron_scmoe.platform.command_line import (
     run_tool,
 )
 
-MODES = ("resident", "blocking", "overlapped", "cached")
+OFFLOADED = ("blocking", "overlapped", "cached")
 
 
 def parse() -> Namespace:
@@ -100,9 +101,10 @@ def main() -> None:
             shape = SHAPES[name]
             blocks = options.blocks or shape.of_blocks or shape.blocks
             found[name] = measure_shape(replace(shape, blocks=blocks), options, Path(folder))
-            print(table(name, found[name]), flush=True)
+            print(printed(name, found[name]), flush=True)
     run = {name: getattr(options, name) for name in ("prompt_length", "tokens", "batch")}
-    write(machine.describe() | run | {"shapes": found}, options.json, None)
+    marked = {"benchmark": BENCHMARK, **machine.describe(), **run, "shapes": found}
+    write(marked, options.json, None)
     torch.distributed.destroy_process_group()
 
 
@@ -138,9 +140,8 @@ def measure_shape(shape: Shape, options: Namespace, folder: Path) -> dict:
         "experts": total,
         "modes": modes,
         "memory_saved": {
-            mode: 1 - memory_of(modes[mode]) / memory_of(modes["resident"]) for mode in MODES[1:]
+            mode: 1 - memory_of(modes[mode]) / memory_of(modes["resident"]) for mode in OFFLOADED
         },
-        "hidden_share": {key: hidden_share(modes, key) for key in ("prefill_ms", "token_ms")},
     }
 
 
@@ -273,37 +274,6 @@ def on_the_host(experts: dict, packing: Packing, folder: Path) -> HostExperts:
         else:
             memory[layer] = rows
     return MappedExperts(files, packing.nbytes, 0) if machine.ON_CPU else PinnedExperts(memory)
-
-
-def hidden_share(modes: dict, key: str) -> float | None:
-    """(blocking - overlapped) / (blocking - resident); None if blocking adds nothing."""
-    resident, blocking, overlapped = (modes[mode][key] for mode in MODES[:3])
-    return (blocking - overlapped) / (blocking - resident) if blocking > resident else None
-
-
-def memory_of(row: dict) -> float:
-    """The peak where there is one, else that of the weights, in MB."""
-    return row["peak_memory_mb"] or row["memory_mb"]
-
-
-def table(name: str, found: dict) -> str:
-    """What is printed of a shape."""
-    lines = [
-        f"{name}: {found['experts']} experts of {found['expert_mb']:.1f} MB",
-        f"{'':<12}{'prefill ms':>12}{'ms a token':>12}{'memory MB':>12}{'saved':>8}{'hits':>7}"
-        f"{'MB a token':>12}{'waited ms':>11}  same output",
-    ]
-    for mode, row in found["modes"].items():
-        line = (
-            f"{mode:<12}{row['prefill_ms']:>12.2f}{row['token_ms']:>12.2f}{memory_of(row):>12.0f}"
-        )
-        if mode != "resident":
-            line += f"{found['memory_saved'][mode]:>8.1%}{row['hit_rate']:>7.0%}"
-            line += f"{row['copied_mb']:>12.1f}{row['waited_ms']:>11.2f}  {row['same_output']}"
-        lines.append(line)
-    shares = {key: share for key, share in found["hidden_share"].items() if share is not None}
-    lines += [f"hidden share, {key}: {share:.2f}" for key, share in shares.items()]
-    return "\n".join(lines)
 
 
 def free_memory() -> None:

@@ -10,11 +10,12 @@ than their record) is in results/notes.toml.
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 from inference_page import inference_section, is_inference
+from offloading_page import is_offloading, offloading_section
 from report import plot, plot_by_ranks
 from rerun import command as rerun_command
 from result import TIMES, baseline, measured_keys, read_result, speed
@@ -79,7 +80,10 @@ def page(folder: Path) -> str:
     intro = (folder / "intro.md").read_text()
     sections = (line for group in groups for line in _section(group, folder))
     intro = intro.replace("{whole runs}\n", _lines(whole_runs(folder)))
-    intro = intro.replace("{inference}\n", _lines(inference_section(_inference(folder))))
+    inference = _marked(folder, is_inference)
+    intro = intro.replace("{inference}\n", _lines(inference_section(inference)))
+    offloading = _marked(folder, is_offloading)
+    intro = intro.replace("{offloading}\n", _lines(offloading_section(offloading)))
     return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
         (*sections, *_operator_times(results, folder))
     )
@@ -101,10 +105,10 @@ def read_all(folder: Path) -> list[dict]:
     return sorted(results, key=_order)
 
 
-def _inference(folder: Path) -> dict[str, dict]:
-    """The results of inference.py in a folder, by name."""
+def _marked(folder: Path, is_of: Callable[[dict], bool]) -> dict[str, dict]:
+    """The results of one benchmark in a folder, by name."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in found.items() if is_inference(result)}
+    return {name: result for name, result in found.items() if is_of(result)}
 
 
 def title(result: dict) -> str:

@@ -21,7 +21,7 @@ def measured(folder: Path) -> tuple[dict, str]:
     with offloading.torch.no_grad():
         options = Namespace(prompt_length=6, tokens=4, batch=1)
         found = offloading.measure_shape(shape, options, folder)
-    return found, offloading.table("cpu", found)
+    return found, benchmark("offloading_page").printed("cpu", found)
 
 
 def check(found: dict) -> None:

@@ -7,9 +7,9 @@
 Every rank has sequences of its own and a part of the experts. A prefill reads prompts of the shape's
 length and micro-batch, and gives the logits behind the last token. A decode reads one token of each
 sequence behind a key-value cache, for every batch size; its time is that of one token, with the greedy
-choice of the next. It is measured three times: as Megatron does it; with padded experts, which exchange
-no sizes (megatron_scmoe/inference/expert_padding.py); and, on GPUs, with these in a CUDA graph
-(megatron_scmoe/inference/decode_graphs.py). Stock models are padded and captured in the same way. The
+choice of the next. It is measured as Megatron does it; with padded experts, which exchange no sizes
+(megatron_scmoe/inference/expert_padding.py); and, where collectives can be captured, with these in a
+CUDA graph (megatron_scmoe/inference/decode_graphs.py). Stock models are treated in the same way. The
 systems take turns, so that drift of the machine hits all alike; medians over the rounds are reported,
 of the slowest rank.
 """
@@ -41,7 +41,7 @@ from report import write
 from systems import build_all, switch
 
 from megatron_scmoe.config import ON, ScMoEConfig
-from megatron_scmoe.inference.decode_graphs import DecodeGraphs
+from megatron_scmoe.inference.decode_graphs import CAPTURES_COLLECTIVES, DecodeGraphs
 from megatron_scmoe.inference.expert_padding import ExpertPadding
 from megatron_scmoe.overlap.cuda_graph import can_capture
 
@@ -75,7 +75,9 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        for batch, how in product(options.batch_sizes, HOW if can_capture() else HOW[:2]):
+        for batch, how in product(
+            options.batch_sizes, HOW if CAPTURES_COLLECTIVES and can_capture() else HOW[:2]
+        ):
             padding.set(how != PLAIN)
             _balance(model, how != IN_GRAPHS)  # random numbers are no part of a graph
             took[decode_key(batch, how)] = _decode(model, batch, how == IN_GRAPHS, options)

@@ -1,4 +1,4 @@
-"""A decode in CUDA graphs: one launch for the forward of a token, all-to-alls included.
+"""A decode in CUDA graphs: one launch for the forward of a token.
 
 A token's kernels are done sooner than the host can launch them one by one. A graph is of one number of
 rows, so all else that changes from token to token has to be a tensor on the device: where the cache is
@@ -6,7 +6,9 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 :class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
 under a mask, with PyTorch's scaled dot-product attention.
 
-No size may have to be waited for, so experts are padded (expert_padding.py).
+No size may have to be waited for, so experts are padded (expert_padding.py). Ranks that share experts or
+layers are not captured yet: on two H200 the capture of NCCL's all-to-all ended with
+cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
 """
 
 import math
@@ -21,6 +23,9 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megatron_scmoe.overlap.cuda_graph import can_capture, capture, new_pool
+
+CAPTURES_COLLECTIVES = False
+"""Whether collectives may be in a graph."""
 
 Key = tuple[int, str]
 """Rows, and the schedule by its name."""

@@ -142,6 +142,12 @@ def _why_no_graphs(model: torch.nn.Module, padding: DecodePadding) -> str | None
         return reason
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         return "the model is in pipeline stages"
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    if max(sizes) > 1 and not decode_graphs.CAPTURES_COLLECTIVES:
+        return "ranks share the model, and collectives are not captured"
     if (reason := ExpertPadding(model, AUTO).why_not) is not None:
         return reason
     if padding == OFF and any(isinstance(module, MoELayer) for module in model.modules()):

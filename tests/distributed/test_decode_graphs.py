@@ -38,7 +38,9 @@ def captures() -> tuple[mock._patch, list]:
         captured.append(run)
         return run
 
-    patches = mock.patch.multiple(decode_graphs, can_capture=lambda: True, capture=capture)
+    patches = mock.patch.multiple(
+        decode_graphs, can_capture=lambda: True, capture=capture, CAPTURES_COLLECTIVES=True
+    )
     return patches, captured
 
 
@@ -99,6 +101,26 @@ def _in_slots(load: str) -> tuple[list[tuple], int]:
     with patches:
         found, _ = test_slots._join_and_leave(model, args)
     return found, len(captured)
+
+
+def test_ranks_that_share_a_model_are_not_captured(models):
+    """NCCL's collectives were not, when it was tried."""
+    load = str(models / text_models.TAPS_INPUT)
+    for refused in run_distributed(_refused_on_two_ranks, 2, load):
+        assert refused == (
+            "--decode-cuda-graphs on: ranks share the model, and collectives are not captured; "
+            "accepted: auto, off"
+        )
+
+
+def _refused_on_two_ranks(load: str) -> str:
+    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout(expert=2))
+    with (
+        mock.patch.object(decode_graphs, "can_capture", lambda: True),
+        pytest.raises(ScMoEConfigError) as refusal,
+    ):
+        Decode(model, AUTO, AUTO, ON)
+    return str(refusal.value)
 
 
 def test_on_is_refused_where_there_is_no_graph():

@@ -75,9 +75,8 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        for batch, how in product(
-            options.batch_sizes, HOW if CAPTURES_COLLECTIVES and can_capture() else HOW[:2]
-        ):
+        in_graphs = CAPTURES_COLLECTIVES and can_capture()
+        for batch, how in product(options.batch_sizes, HOW if in_graphs else HOW[:2]):
             padding.set(how != PLAIN)
             _balance(model, how != IN_GRAPHS)  # random numbers are no part of a graph
             took[decode_key(batch, how)] = _decode(model, batch, how == IN_GRAPHS, options)

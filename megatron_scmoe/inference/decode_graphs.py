@@ -6,8 +6,8 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 :class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
 under a mask, with PyTorch's scaled dot-product attention.
 
-No size may have to be waited for, so experts are padded (expert_padding.py). Ranks that share experts or
-layers are not captured yet: on two H200 the capture of NCCL's all-to-all ended with
+No size may have to be waited for, so experts are padded (expert_padding.py). Ranks that share experts
+or layers are not captured yet: on two H200 the capture of NCCL's all-to-all ended with
 cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
 """
 

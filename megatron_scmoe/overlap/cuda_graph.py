@@ -14,7 +14,7 @@ from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.platform import cpu_backend
 
 WARM_UPS = 2
-"""Calls before a capture: libraries allocate their memory, and NCCL connects."""
+"""Calls before a capture, in which libraries allocate their memory."""
 
 
 def can_capture() -> bool:
@@ -31,7 +31,7 @@ def new_pool():
 
 
 def capture(run: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
-    """Capture what ``run`` enqueues, all-to-alls on other streams included.
+    """Capture what ``run`` enqueues, on other streams too.
 
     Args:
         run: reads and writes tensors that stay where they are; nothing in it may wait for the device.

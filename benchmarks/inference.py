@@ -8,8 +8,8 @@ Every rank has sequences of its own and a part of the experts. A prefill reads p
 length and micro-batch, and gives the logits behind the last token. A decode reads one token of each
 sequence behind a key-value cache, for every batch size; its time is that of one token, with the greedy
 choice of the next. It is measured as Megatron does it; with padded experts, which exchange no sizes
-(megatron_scmoe/inference/expert_padding.py); and, where collectives can be captured, with these in a
-CUDA graph (megatron_scmoe/inference/decode_graphs.py). Stock models are treated in the same way. The
+(megatron_scmoe/inference/expert_padding.py); and, with --graphs, with these in a CUDA graph
+(megatron_scmoe/inference/decode_graphs.py). Stock models are treated in the same way. The
 systems take turns, so that drift of the machine hits all alike; medians over the rounds are reported,
 of the slowest rank.
 """
@@ -23,7 +23,7 @@ from inference_options import parse
 from inference_page import BENCHMARK, HOW, IN_GRAPHS, PLAIN, decode_key, inference_table
 from launched import check_launched
 
-from megatron_scmoe.platform.command_line import asks_for_help, run_tool
+from megatron_scmoe.platform.command_line import UsageError, asks_for_help, run_tool
 
 if __name__ == "__main__" and asks_for_help():
     parse()  # shows it and ends, before the seconds that the imports below take
@@ -41,7 +41,7 @@ from report import write
 from systems import build_all, switch
 
 from megatron_scmoe.config import ON, ScMoEConfig
-from megatron_scmoe.inference.decode_graphs import CAPTURES_COLLECTIVES, DecodeGraphs
+from megatron_scmoe.inference.decode_graphs import DecodeGraphs
 from megatron_scmoe.inference.expert_padding import ExpertPadding
 from megatron_scmoe.overlap.cuda_graph import can_capture
 
@@ -50,6 +50,8 @@ def main() -> None:
     """Build the systems, measure them in turn, report."""
     options = parse()
     check_launched()
+    if options.graphs and not can_capture():
+        raise UsageError("--graphs: there is no GPU; accepted: without it")
     scmoe = ScMoEConfig(tap=options.tap, combine="add", expert_slot=options.slot)
     machine.initialise(None, False)
     models = build_all(options.systems, options.sizes, scmoe)
@@ -75,8 +77,7 @@ def measure(models: dict, scmoe: ScMoEConfig, options: Namespace) -> dict[str, d
         sequences = _Sequences(model, shape.micro_batch, shape.sequence)
         took = {"prefill_ms": timed(partial(sequences.read, prompts))}
         del sequences  # its cache
-        in_graphs = CAPTURES_COLLECTIVES and can_capture()
-        for batch, how in product(options.batch_sizes, HOW if in_graphs else HOW[:2]):
+        for batch, how in product(options.batch_sizes, HOW if options.graphs else HOW[:2]):
             padding.set(how != PLAIN)
             _balance(model, how != IN_GRAPHS)  # random numbers are no part of a graph
             took[decode_key(batch, how)] = _decode(model, batch, how == IN_GRAPHS, options)
@@ -133,7 +134,7 @@ class _Sequences:
         self._wrapper = GPTInferenceWrapper(model, context)
         self._wrapper.prep_model_for_inference()
         self._read = 0
-        self._graphs = DecodeGraphs(model, context, self._forward) if can_capture() else None
+        self._graphs = DecodeGraphs(model, context)
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read the next tokens, int64 [b, n], and give the likeliest behind them, [b, 1]."""
@@ -144,7 +145,9 @@ class _Sequences:
     def read_in_graph(self, tokens: torch.Tensor) -> torch.Tensor:
         """The same of one token of each."""
         key = len(tokens), ""
-        logits = self._graphs.read(key, tokens, self._positions(tokens), self._read, None)
+        logits = self._graphs.read(
+            self._forward, key, tokens, self._positions(tokens), self._read, None
+        )
         self._read += 1
         return logits.argmax(-1)
 

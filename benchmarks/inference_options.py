@@ -37,6 +37,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="tokens in the cache before the first decode (default: 128)")  # fmt: skip
     parser.add_argument("--tokens", type=positive, default=8, metavar="N",
         help="decoded in a row for one measurement (default: 8)")  # fmt: skip
+    parser.add_argument("--graphs", action="store_true",
+        help="on GPUs: measure decodes in CUDA graphs too, with collectives in them")  # fmt: skip
     parser.add_argument("--tap", choices=sorted(TAP_BOUNDARY), help="default: pos2")
     parser.add_argument("--slot", type=int, metavar="N", help="default: the tap's")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N",

@@ -106,6 +106,8 @@ def _parts(result: dict) -> Iterator[str]:
         if sizes[name] != getattr(shape, name):
             yield f"--{name.replace('_', '-')} {sizes[name]}"
     yield f"--batch-sizes {' '.join(map(str, result['batch_sizes']))}"
+    if decode_key(result["batch_sizes"][0], IN_GRAPHS) in next(iter(result["systems"].values())):
+        yield "--graphs"
     yield f"--tap {result['tap']}"
     if result["slot"] is not None:
         yield f"--slot {result['slot']}"

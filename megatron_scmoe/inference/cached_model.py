@@ -56,8 +56,8 @@ class CachedModel:
                     tokens, positions, row=row, column=column, mask=mask, last_only=last_only
                 )
             if self._graphs is None:
-                self._graphs = DecodeGraphs(self.module, self.context, self._forward)
-            logits = self._graphs.read(key, tokens, positions, column, mask)
+                self._graphs = DecodeGraphs(self.module, self.context)
+            logits = self._graphs.read(self._forward, key, tokens, positions, column, mask)
             return logits.float().cpu()
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

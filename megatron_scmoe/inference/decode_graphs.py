@@ -6,9 +6,9 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 :class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
 under a mask, with PyTorch's scaled dot-product attention.
 
-No size may have to be waited for, so experts are padded (expert_padding.py). Ranks that share experts
-or layers are not captured yet: on two H200 the capture of NCCL's all-to-all ended with
-cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
+No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives have
+to be asked for: on four H200 they were captured with NCCL_P2P_DISABLE=1, and timed, but not compared; over
+NVLink a capture ended with cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
 """
 
 import math
@@ -23,9 +23,6 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megatron_scmoe.overlap.cuda_graph import can_capture, capture, new_pool
-
-CAPTURES_COLLECTIVES = False
-"""Whether collectives may be in a graph."""
 
 Key = tuple[int, str]
 """Rows, and the schedule by its name."""
@@ -59,16 +56,10 @@ class DecodeGraphs:
     Args:
         model: this rank's part of it, for which :func:`why_not` knows nothing.
         context: the cache.
-        forward: computes one token of each row with them, from tensors on the device.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        context: StaticInferenceContext,
-        forward: Forward,
-    ):
-        self._context, self._forward = context, forward
+    def __init__(self, model: nn.Module, context: StaticInferenceContext):
+        self._context = context
         self._column = torch.zeros(1, dtype=torch.int64, device="cuda")
         self._attentions = [
             _Attention(module, context, self._column)
@@ -80,13 +71,22 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def read(
-        self, key: Key, tokens: Tensor, positions: Tensor, column: int, mask: Tensor | None
+        self,
+        forward: Forward,
+        key: Key,
+        tokens: Tensor,
+        positions: Tensor,
+        column: int,
+        mask: Tensor | None,
     ) -> Tensor:
         """Read one token of each row into the cache.
 
         The first time with a key takes several forwards. All ranks have to ask for the same keys.
 
         Args:
+            forward: computes one token of each row with the cache, from tensors on the device. It is
+                not kept, so that graphs go when their owner does: NCCL's end waits for those that have
+                collectives.
             tokens: int64 [b, 1].
             positions: of the tokens in their texts, int64 [b, 1].
             column: where they go.
@@ -103,7 +103,7 @@ class DecodeGraphs:
         if graph is None:
             self._forget_what_is_behind(column)
             inputs = [_own(each) for each in (tokens, positions, hidden)]
-            replay = capture(lambda: self._compute(*inputs), self._pool)
+            replay = capture(lambda: self._compute(forward, inputs), self._pool)
             graph = self._graphs[key] = _Graph(inputs, replay)
         else:
             for own, new in zip(graph.inputs, (tokens, positions, hidden), strict=True):
@@ -117,11 +117,11 @@ class DecodeGraphs:
                 for memory in memories:
                     memory[column:] = 0
 
-    def _compute(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+    def _compute(self, forward: Forward, inputs: list[Tensor]) -> Tensor:
         for attention in self._attentions:
             attention.set(True)
         try:
-            return self._forward(tokens, positions, hidden)
+            return forward(*inputs)
         finally:
             for attention in self._attentions:
                 attention.set(False)

@@ -58,7 +58,7 @@ class Decode:
         wanted: ``auto``, or the schedule to have.
         padding: see :class:`ExpertPadding`.
         graphs: whether tokens are computed in CUDA graphs (decode_graphs.py); ``auto`` does where it
-            can.
+            can and no collective is in them.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
@@ -82,7 +82,7 @@ class Decode:
         can_pay = any(layer.config.expert_model_parallel_size > 1 for layer in layers)
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
-        reason = None if graphs == OFF else _why_no_graphs(model, padding)
+        reason = None if graphs == OFF else _why_no_graphs(model, padding, graphs)
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
         in_graphs = graphs != OFF and reason is None
@@ -136,7 +136,9 @@ class Decode:
             layer.path.schedule = schedule
 
 
-def _why_no_graphs(model: torch.nn.Module, padding: DecodePadding) -> str | None:
+def _why_no_graphs(
+    model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
+) -> str | None:
     """Why a decode of a model cannot be in graphs, if it cannot."""
     if (reason := decode_graphs.why_not(model)) is not None:
         return reason
@@ -146,8 +148,8 @@ def _why_no_graphs(model: torch.nn.Module, padding: DecodePadding) -> str | None
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-    if max(sizes) > 1 and not decode_graphs.CAPTURES_COLLECTIVES:
-        return "ranks share the model, and collectives are not captured"
+    if wanted == AUTO and max(sizes) > 1:
+        return "ranks share the model"
     if (reason := ExpertPadding(model, AUTO).why_not) is not None:
         return reason
     if padding == OFF and any(isinstance(module, MoELayer) for module in model.modules()):

@@ -38,9 +38,7 @@ def captures() -> tuple[mock._patch, list]:
         captured.append(run)
         return run
 
-    patches = mock.patch.multiple(
-        decode_graphs, can_capture=lambda: True, capture=capture, CAPTURES_COLLECTIVES=True
-    )
+    patches = mock.patch.multiple(decode_graphs, can_capture=lambda: True, capture=capture)
     return patches, captured
 
 
@@ -99,28 +97,22 @@ def _in_slots(load: str) -> tuple[list[tuple], int]:
     model, args = test_slots._model(load, load_model.Layout(expert=2))
     patches, captured = captures()
     with patches:
-        found, _ = test_slots._join_and_leave(model, args)
+        found, _ = test_slots._join_and_leave(model, args, graphs=ON)
     return found, len(captured)
 
 
-def test_ranks_that_share_a_model_are_not_captured(models):
-    """NCCL's collectives were not, when it was tried."""
+def test_a_collective_in_a_graph_has_to_be_asked_for(models):
+    """NCCL's could not be captured over NVLink."""
     load = str(models / text_models.TAPS_INPUT)
-    for refused in run_distributed(_refused_on_two_ranks, 2, load):
-        assert refused == (
-            "--decode-cuda-graphs on: ranks share the model, and collectives are not captured; "
-            "accepted: auto, off"
-        )
+    assert run_distributed(_in_graphs, 2, load) == [{AUTO: False, ON: True}] * 2
+    assert run_distributed(_in_graphs, 1, load) == [{AUTO: True, ON: True}]
 
 
-def _refused_on_two_ranks(load: str) -> str:
-    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout(expert=2))
-    with (
-        mock.patch.object(decode_graphs, "can_capture", lambda: True),
-        pytest.raises(ScMoEConfigError) as refusal,
-    ):
-        Decode(model, AUTO, AUTO, ON)
-    return str(refusal.value)
+def _in_graphs(load: str) -> dict[str, bool]:
+    ranks = torch.distributed.get_world_size()
+    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout(expert=ranks))
+    with captures()[0]:
+        return {use: Decode(model, AUTO, AUTO, use).in_graphs for use in (AUTO, ON)}
 
 
 def test_on_is_refused_where_there_is_no_graph():

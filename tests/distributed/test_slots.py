@@ -281,9 +281,9 @@ def _sampling(index: int) -> dict:
     return dict(top_k=1) if index % 2 == 0 else dict(top_k=0, temperature=0.9)
 
 
-def _join_and_leave(model, args, chunk: int | None = None) -> tuple[list[tuple], set[str]]:
+def _join_and_leave(model, args, chunk: int | None = None, **how) -> tuple[list[tuple], set[str]]:
     """What :func:`_generate` gives, and in what company texts have joined."""
-    slots = Slots(model, _vocabulary(args), SLOTS, 32, chunk=chunk)
+    slots = Slots(model, _vocabulary(args), SLOTS, 32, chunk=chunk, **how)
     told = dict(log_probs=True, prompt_log_probs=True)
     texts = [
         Text(index, prompt, **_sampling(index), seed=index, **told)

@@ -6,9 +6,9 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 :class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
 under a mask, with PyTorch's scaled dot-product attention.
 
-No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives have
-to be asked for: on four H200 they were captured with NCCL_P2P_DISABLE=1, and timed, but not compared; over
-NVLink a capture ended with cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
+No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives
+have to be asked for: on four H200 they were captured with NCCL_P2P_DISABLE=1, and timed, but not
+compared; over NVLink a capture ended with cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
 """
 
 import math

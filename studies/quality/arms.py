@@ -44,8 +44,8 @@ class Size:
 
 SIZES = {
     "10m": Size(8, 256, 4, learning_rate=2e-3, tokens=100_000_000),
-    "30m": Size(12, 384, 6, learning_rate=1.5e-3, tokens=100_000_000),
-    "90m": Size(12, 640, 10, learning_rate=1e-3, tokens=100_000_000),
+    "30m": Size(12, 384, 6, learning_rate=7e-4, tokens=100_000_000),
+    "90m": Size(12, 640, 10, learning_rate=5e-4, tokens=100_000_000),
     "tiny": Size(2, 64, 2, 2e-3, tokens=20_000, batch=4, sequence=64),
 }
 """By active parameters, embeddings left out; ``tiny`` tries the programs out."""

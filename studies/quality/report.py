@@ -106,10 +106,14 @@ def page(results: list[dict], picture: str) -> str:
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Left: difference to the baseline by arm, a dot a seed. Right: loss against tokens."""
+    """Left: difference to the baseline by arm, a dot a seed. Right: loss against tokens, mean of seeds.
+
+    Sizes and lengths with one seed alone, such as those of a sweep, are left out if there are others.
+    """
     from matplotlib import pyplot
 
     groups = sorted(_by_size(results).items(), key=_in_order)
+    groups = [(key, group) for key, group in groups if _has_seeds(group)] or groups
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )
@@ -121,16 +125,16 @@ def draw(results: list[dict], path: Path) -> None:
             left.plot(differences, [row] * len(differences), "o", alpha=0.5, color=f"C{row % 10}")
             if differences:
                 middle, half = interval(differences)
-                left.errorbar(middle, row, xerr=half or 0, fmt="|", color="black", capsize=4)
+                shown = half if half and len(differences) > 2 else 0  # two give no scale
+                left.errorbar(middle, row, xerr=shown, fmt="|", color="black", capsize=4)
         left.axvline(0, color="grey", linewidth=1)
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         left.set_title(f"{size}, {tokens / 1e6:g} M tokens")
         left.set_xlabel(f"validation loss less that of {BASELINE} with the same seed")
         for name, runs in arms.items():
-            curve = runs[0]["validation_curve"]
-            step = runs[0]["tokens"] / runs[0]["iterations"]
-            right.plot([n * step / 1e6 for n, _ in curve], [y for _, y in curve], label=name)
+            curve = report_hours.mean_curve(runs)
+            right.plot([at / 1e6 for at, _ in curve], [y for _, y in curve], label=name)
         right.set_xlabel("million tokens")
         right.set_ylabel("validation loss")
         right.legend(fontsize="x-small", ncols=2)
@@ -168,10 +172,11 @@ def _by_size(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 
 def _compared(results: list[dict]) -> dict[tuple[str, int], dict[str, list[dict]]]:
-    """Results at the usual rate by size and tokens, then by arm, where there is the baseline."""
+    """Results at the usual rate by size and tokens, then by arm: those of several seeds."""
     found = {}
     for key, group in sorted(_by_size(from_nothing(results)).items(), key=_in_order):
         arms = _by_arm(_at_the_usual_rate(group, key[0]))
+        arms = {name: runs for name, runs in arms.items() if _has_seeds(runs)}
         if len(arms) > 1 and BASELINE in arms:
             found[key] = arms
     return found
@@ -193,6 +198,10 @@ def _in_order(item) -> tuple[int, int]:
 
 def _at_the_usual_rate(group: list[dict], size: str) -> list[dict]:
     return [r for r in group if math.isclose(r["learning_rate"], SIZES[size].learning_rate)]
+
+
+def _has_seeds(group: list[dict]) -> bool:
+    return len({result["seed"] for result in group}) > 1
 
 
 def _has_sweep(group: list[dict]) -> bool:

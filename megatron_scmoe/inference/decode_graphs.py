@@ -7,8 +7,8 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 under a mask, with PyTorch's scaled dot-product attention.
 
 No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives
-have to be asked for: on four H200 they were captured with NCCL_P2P_DISABLE=1, and timed, but not
-compared; over NVLink a capture ended with cudaErrorStreamCaptureInvalidated (PyTorch 2.11, NCCL 2.28).
+have to be asked for: they were captured and timed on four H200, with NCCL_P2P_DISABLE=1, but not compared
+with a decode without yet.
 """
 
 import math

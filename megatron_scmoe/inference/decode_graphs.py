@@ -7,8 +7,8 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 under a mask, with PyTorch's scaled dot-product attention.
 
 No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives
-have to be asked for: they were captured and timed on four H200, with NCCL_P2P_DISABLE=1, but not compared
-with a decode without yet.
+have to be asked for: they were captured and timed on four H200, with NCCL_P2P_DISABLE=1, but not yet
+compared with a decode without.
 """
 
 import math

@@ -22,6 +22,9 @@ from megatron_scmoe.platform.first_rank import ask_first_rank
 BEAT_S = 30
 """How long the other ranks hear nothing while there is nothing to do; collectives have a time limit."""
 
+SUM_UP_S = 1.0
+"""How old what is known of the experts' caches may be while texts are being written."""
+
 BROKEN = "The model failed; the server's log has the reason."
 CLOSING = "The server is shutting down."
 
@@ -66,7 +69,8 @@ class Engine:
     """The first rank's loop. ``run`` keeps one thread; everything else may be called on any.
 
     Args:
-        experts: what has the model's experts, if they are offloaded; summed up with each step.
+        experts: what has the model's experts, if they are offloaded; summed up every :data:`SUM_UP_S`
+            seconds, and when a text ends.
     """
 
     def __init__(self, slots: Slots, experts: ExpertOffload | None = None):
@@ -77,6 +81,7 @@ class Engine:
         self._running: dict[int, Job] = {}
         self._leaving: set[int] = set()
         self._ends_at: float | None = None
+        self._summed_up_at = 0.0
 
     @property
     def size(self) -> int:
@@ -122,11 +127,13 @@ class Engine:
             is_done = self.is_closing and not self._running
             joining = [] if is_done else self._admit()
             leaving, self._leaving = self._leaving, set()
-            _tell_ranks((is_done, leaving, [job.text for job in joining]))
+            sums_up = self._sums_up()
+            _tell_ranks((is_done, leaving, [job.text for job in joining], sums_up))
             if is_done:
                 return
             try:
-                written = _step(self._slots, self.experts, leaving, [job.text for job in joining])
+                experts = self.experts if sums_up else None
+                written = _step(self._slots, experts, leaving, [job.text for job in joining])
             except Exception:
                 self._fail(self._running.values(), BROKEN)
                 self._running.clear()
@@ -137,6 +144,15 @@ class Engine:
                 continue
             for item in written:
                 self._deliver(item)
+
+    def _sums_up(self) -> bool:
+        """Whether this step sums up: it may be the last one of a text, or the last sum is old."""
+        ends = any(job.max_tokens <= len(job.tokens) + 1 for job in self._running.values())
+        now = time.monotonic()
+        if self._running and not ends and now < self._summed_up_at + SUM_UP_S:
+            return False
+        self._summed_up_at = now
+        return True
 
     def _receive(self) -> None:
         """Take what was asked for since; wait for it if there is nothing else to do."""
@@ -204,10 +220,10 @@ class Engine:
 def follow(slots: Slots, experts: ExpertOffload | None = None) -> None:
     """What every other rank does while the first one runs an :class:`Engine`."""
     while True:
-        is_done, leaving, joining = _tell_ranks(None)
+        is_done, leaving, joining, sums_up = _tell_ranks(None)
         if is_done:
             return
-        _step(slots, experts, leaving, joining)
+        _step(slots, experts if sums_up else None, leaving, joining)
 
 
 def _step(slots: Slots, experts: ExpertOffload | None, leaving, joining) -> list[Written]:

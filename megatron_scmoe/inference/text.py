@@ -1,9 +1,13 @@
 """From generated ids to text: stop words, and text that a terminal may already be shown."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 _CONTEXT = 16
-"""Tokens of the prompt that are decoded with those behind it: more change nothing but the time."""
+"""Tokens that are decoded with those behind them: more change nothing but the time."""
+
+_ANEW = 64
+"""Tokens that may be decoded with each new one; the text of those before is kept."""
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers decode some bytes of a character to, while the others are not there."""
@@ -20,11 +24,10 @@ class Continuation:
 
     def __init__(self, tokenizer, prompt: Sequence[int], stop_words: Sequence[str] = ()):
         self._tokenizer = tokenizer
-        self._prompt = list(prompt[-_CONTEXT:])
-        self._prompt_text = tokenizer.detokenize(self._prompt)
+        context = list(prompt[-_CONTEXT:])
+        self._begin = self._kept = _Kept([], "", context, tokenizer.detokenize(context))
         self._stop_words = tuple(stop_words)
         self._shown = 0
-        self._decoded: tuple[list[int], str] = ([], "")
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of all ids, up to the first stop word."""
@@ -51,16 +54,22 @@ class Continuation:
         return new
 
     def _decode(self, ids: Sequence[int]) -> str:
-        """The text of all ids; that of the last call is kept.
+        """The text of all ids.
 
-        Decoded alone, they may lose a space. A prompt of ids may end in half a character: it belongs
-        to the text that has the other half.
+        Decoded alone, they may lose a space, so they are with those before them. A prompt of ids may
+        end in half a character: it belongs to the text that has the other half.
         """
-        if self._decoded[0] != list(ids):
-            text = self._tokenizer.detokenize([*self._prompt, *ids])
-            skip = _common_length(self._prompt_text, text)
-            self._decoded = (list(ids), text[skip:])
-        return self._decoded[1]
+        whole, kept = list(ids), self._kept
+        if whole[: len(kept.ids)] != kept.ids:
+            kept = self._begin
+        anew = whole[len(kept.ids) :]
+        decoded = self._tokenizer.detokenize([*kept.context, *anew])
+        text = kept.text + decoded[_common_length(kept.context_text, decoded) :]
+        if len(anew) >= _ANEW and decoded[-1:].isalnum():  # a space may still go, with what follows
+            context = [*kept.context, *anew][-_CONTEXT:]
+            kept = _Kept(whole, text, context, self._tokenizer.detokenize(context))
+        self._kept = kept
+        return text
 
     def _possible_stop(self, text: str) -> int:
         """How many of the last characters may be the first ones of a stop word."""
@@ -71,6 +80,17 @@ class Continuation:
             if text.endswith(word[:length])
         ]
         return max(lengths, default=0)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Text that no token behind it will change."""
+
+    ids: list[int]
+    text: str
+    context: list[int]
+    """The last ones of them, or of the prompt."""
+    context_text: str
 
 
 def _common_length(one: str, other: str) -> int:

@@ -65,3 +65,46 @@ def test_a_prompt_that_ends_in_half_a_character_leaves_it_to_the_text():
 
 def test_a_prompt_may_end_in_the_replacement_character():
     assert "".join(shown("xy", prompt="a\N{REPLACEMENT CHARACTER}")) == "xy"
+
+
+LONG = (
+    "don't go . \N{EURO SIGN}5 naïve \N{EN DASH} 漢字 \N{GRINNING FACE}! It 's 3.5 , we 've\n\tseen; "
+    * 40
+)
+
+
+def test_a_long_text_is_the_one_of_all_its_tokens():
+    """Words, signs that a tokenizer may draw to the word before them, characters of many bytes."""
+    assert "".join(shown(LONG, "<never>")) == LONG
+    assert "".join(shown(LONG + "<end> and more", "<end>")) == LONG
+
+
+class Closing(Bytes):
+    """Also closes the gap before a full stop, as Hugging Face's clean-up does."""
+
+    def detokenize(self, ids) -> str:
+        return super().detokenize(ids).replace(" .", ".")
+
+
+def test_a_space_may_still_go_when_the_next_token_comes():
+    ids = (("x" * 61 + " . ") * 9).encode()
+    continuation = Continuation(Closing(), b"p")
+    for count in range(1, len(ids) + 1):
+        text = continuation.text(ids[:count])
+        assert text == Closing().detokenize(ids[:count])
+
+
+def test_of_a_long_text_only_the_last_tokens_are_decoded_anew():
+    sizes = []
+
+    class Counting(Bytes):
+        def detokenize(self, ids) -> str:
+            sizes.append(len(ids))
+            return super().detokenize(ids)
+
+    continuation = Continuation(Counting(), b"p" * 50)
+    ids = LONG.encode()
+    for count in range(1, len(ids) + 1):
+        continuation.new_text(ids[:count])
+    assert max(sizes) < 150 < len(ids)
+    assert continuation.text(ids[:100]) == LONG.encode()[:100].decode("utf-8", "replace")

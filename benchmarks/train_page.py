@@ -45,8 +45,8 @@ def whole_runs(folder: Path) -> Iterator[str]:
     )
     results = {path.stem: read_train_run(path) for path in paths}
     yield from _by_ranks(results, folder)
-    for name, result in results.items():
-        yield from _measurement(name, result, folder)
+    for name, heading in _headings(results).items():
+        yield from _measurement(name, heading, results[name], folder)
 
 
 def command(result: dict) -> str:
@@ -69,7 +69,8 @@ def growing(results: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
 
     def is_whole(result: dict) -> bool:
         systems = {row["system"] for row in finished(result["runs"]).values()}
-        return layout_of(result).is_plain and {"top2", "scmoe"} <= systems
+        is_plain = layout_of(result).is_plain and not result["overrides"]
+        return is_plain and {"top2", "scmoe"} <= systems
 
     for _, group in groupby(sorted(filter(is_whole, results), key=kind), key=kind):
         group = sorted(group, key=lambda result: result["world_size"])
@@ -116,9 +117,31 @@ def _by_ranks(results: dict[str, dict], folder: Path) -> Iterator[str]:
         yield f"![over stock, by the number of GPUs](results/{BY_RANKS}.png)\n"
 
 
-def _measurement(name: str, result: dict, folder: Path) -> Iterator[str]:
-    routing = "balanced routing" if result["routing"] == "balanced" else "real routing"
-    yield f"### {model(result)}, {_where(result)}, {routing}\n"
+def _headings(results: dict[str, dict]) -> dict[str, str]:
+    """A heading of its own for each: where some would be alike, with what sets them apart."""
+    plain = {
+        name: f"{model(result)}, {_where(result)}, {result['routing']} routing"
+        for name, result in results.items()
+    }
+    found = {}
+    for name, heading in plain.items():
+        alike = [results[other] for other in results if plain[other] == heading]
+        sizes = results[name]["sizes"]
+        if len({result["sizes"]["micro_batch"] for result in alike}) > 1:
+            heading += f", micro-batches of {sizes['micro_batch']}"
+        if len(alike) > 1 and (flags := _own_flags(results[name])):
+            heading += f", {flags}"
+        found[name] = heading
+    return found
+
+
+def _own_flags(result: dict) -> str:
+    """Flags that runs got on top of their settings."""
+    return ", ".join(f"`{override.split('=', 1)[1]}`" for override in result["overrides"])
+
+
+def _measurement(name: str, heading: str, result: dict, folder: Path) -> Iterator[str]:
+    yield f"### {heading}\n"
     yield f"[`{name}`](results/{name}.json): {_note(result)}\n"
     runs = result["runs"]
     measured = finished(runs).values()

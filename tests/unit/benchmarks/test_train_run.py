@@ -357,6 +357,23 @@ def test_whole_runs_are_on_the_page(tmp_path):
     assert "- Settings best: the losses of scmoe and scmoe-serial agree bit for bit." in lines
 
 
+def test_measurements_that_would_have_one_heading_say_what_sets_them_apart(tmp_path):
+    result = result_of(top2__best=800, scmoe__best=400) | {"overrides": []}
+    smaller = result | {"sizes": result["sizes"] | {"micro_batch": 1}}
+    flags = smaller | {"overrides": ["scmoe/best=--scmoe-exchange copy-host"]}
+    for name, each in (("a", result), ("b", smaller), ("c", flags)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(each))
+    lines = "\n".join(benchmark("train_page").whole_runs(tmp_path)).splitlines()
+    plain = "### Small model, 4 blocks, two CPU ranks, 400 Mbit/s, real routing, micro-batches of "
+    headings = [line for line in lines if line.startswith("### Small")]
+    size = result["sizes"]["micro_batch"]
+    assert headings == [
+        f"{plain}{size}",
+        f"{plain}1",
+        f"{plain}1, `--scmoe-exchange copy-host`",
+    ]
+
+
 def test_other_tools_refuse_a_result_of_whole_runs(tmp_path):
     path = tmp_path / "whole.json"
     path.write_text(json.dumps(result_of(top2__best=800)))

@@ -1,5 +1,7 @@
 """Gaps of Megatron-Core 0.19.2, closed in one place; each with the reason and when it applies."""
 
+import copy
+import functools
 import importlib.util
 import os
 import queue
@@ -54,14 +56,29 @@ def has_tanh_gelu(args) -> bool:
 
 
 def transformer_config(args):
-    """Megatron's ``TransformerConfig`` of parsed flags, with the one that it parses and forgets.
+    """Megatron's ``TransformerConfig`` of parsed flags, with those that do not get there.
 
-    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu.
+    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu. ``--init-method-xavier-uniform``: weights
+    uniform within sqrt(6 / (inputs + outputs)), in place of normal ones.
     """
-    config = core_transformer_config_from_args(args)
+    others = copy.copy(args)
+    others.init_method_xavier_uniform = False
+    config = core_transformer_config_from_args(others)
     if args.openai_gelu and not config.gated_linear_unit:
         config.activation_func = tanh_gelu
+    if args.init_method_xavier_uniform:
+        config.init_method = functools.partial(_xavier_uniform, std=config.init_method_std)
+        config.output_layer_init_method = config.init_method
+        if config.embedding_init_method_std == config.init_method_std:  # so Megatron's default
+            config.embedding_init_method = config.init_method
     return config
+
+
+def _xavier_uniform(weight: torch.Tensor, std: float) -> torch.Tensor:
+    """Of a matrix. A vector, such as a router's bias, stays normal: it has no number of outputs."""
+    if weight.dim() < 2:
+        return torch.nn.init.normal_(weight, std=std)
+    return torch.nn.init.xavier_uniform_(weight)
 
 
 def gpt_config(args, config):

@@ -15,6 +15,7 @@ from megatron.core.datasets import blended_megatron_dataset_config
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
 from megatron.training.models.gpt import GPTModelConfig
@@ -52,9 +53,11 @@ def test_an_argument_has_no_prefix():
 
 
 @row("megatron.training.argument_utils.core_transformer_config_from_args")
-def test_openai_gelu_is_not_read():
+def test_openai_gelu_is_not_read_and_xavier_has_another_name():
     text = source("megatron.training.argument_utils.core_transformer_config_from_args")
     assert "activation_func" in text and "openai_gelu" not in text
+    assert "kw_args['scaled_init_method'] = torch.nn.init.xavier_uniform_" in text
+    assert "scaled_init_method" not in TransformerConfig.__dataclass_fields__
 
 
 @row("megatron.training.argument_utils.gpt_config_from_args")

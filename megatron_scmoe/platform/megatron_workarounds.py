@@ -58,8 +58,8 @@ def has_tanh_gelu(args) -> bool:
 def transformer_config(args):
     """Megatron's ``TransformerConfig`` of parsed flags, with those that do not get there.
 
-    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu. ``--init-method-xavier-uniform``: weights
-    uniform within sqrt(6 / (inputs + outputs)), in place of normal ones.
+    ``--openai-gelu``: GPT-2's tanh in place of the exact gelu. ``--init-method-xavier-uniform``:
+    weights uniform within sqrt(6 / (inputs + outputs)), in place of normal ones.
     """
     others = copy.copy(args)
     others.init_method_xavier_uniform = False

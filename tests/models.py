@@ -31,14 +31,12 @@ VIRTUAL = dict(world_size=2, pp=2, vpp=2)
 """Needs eight blocks: four virtual stages of one pair each."""
 
 
-_initialised: tuple | None = None
-
-
 def init_parallel(world_size=1, tp=1, ep=1, etp=1, pp=1, vpp=None, seed=1) -> None:
-    """Initialise Megatron's process groups (once: each holds threads for good) and random states."""
-    global _initialised
-    layout = (tp, ep, etp, pp, vpp)
-    if _initialised is None or not parallel_state.model_parallel_is_initialized():
+    """Initialise Megatron's process groups (once: each holds threads for good) and random states.
+
+    A tool that this process has called before may have done so.
+    """
+    if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
@@ -46,8 +44,10 @@ def init_parallel(world_size=1, tp=1, ep=1, etp=1, pp=1, vpp=None, seed=1) -> No
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=etp,
         )
-        _initialised = layout
-    assert layout == _initialised, f"these ranks have the layout {_initialised}, not {layout}"
+    sizes = ("tensor_model", "expert_model", "expert_tensor", "pipeline_model")
+    found = tuple(getattr(parallel_state, f"get_{size}_parallel_world_size")() for size in sizes)
+    assert (tp, ep, etp, pp) == found, f"these ranks have the layout {found}"
+    assert vpp == parallel_state.get_virtual_pipeline_model_parallel_world_size()
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1).cuda())

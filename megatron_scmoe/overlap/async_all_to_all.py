@@ -37,7 +37,8 @@ the allocator then asks an event of the compute stream.
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -66,6 +67,16 @@ def now() -> torch.cuda.Event:
 def event_in_graph() -> torch.cuda.Event:
     """An event that, recorded while a CUDA graph is captured, happens in the midst of each replay."""
     return torch.cuda.Event(external=True)
+
+
+@contextmanager
+def beside_compute() -> Iterator[None]:
+    """Issue work on a stream of its own, behind what was enqueued; at the end the device is idle."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.synchronize()
 
 
 class Exchange(ABC):

@@ -9,7 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_scmoe.overlap.async_all_to_all import CompletedExchange, Flight, event_in_graph
+from megatron_scmoe.overlap.async_all_to_all import (
+    CompletedExchange,
+    Flight,
+    beside_compute,
+    event_in_graph,
+)
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.platform import cpu_backend
 
@@ -40,13 +45,9 @@ def capture(run: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
     Returns:
         What does the same again, and returns the tensor that ``run`` returned, filled anew.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with beside_compute():
         for _ in range(WARM_UPS):
             run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = run()

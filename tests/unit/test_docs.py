@@ -193,7 +193,10 @@ def accepted_flags(command: str) -> frozenset[str]:
         known = flags_of_tool(Path(name).stem)
         return known | foreign | (flags_of_training() if " -- " in command else frozenset())
     if name and (REPOSITORY / "benchmarks" / name).exists():
-        return flags_of_script(f"benchmarks/{name}") | foreign
+        passed = flags_of_training() if " --flags " in command else frozenset()
+        return flags_of_script(f"benchmarks/{name}") | passed | foreign
+    if study := re.search(r"-m studies\.quality\.(\w+)", command):
+        return flags_of_script(f"studies/quality/{study[1]}.py") | foreign
     return flags_of_training().union(
         *(flags_of_tool(file.stem) for file in TOOLS.glob("*.py")),
         flags_of_script("benchmarks/step_time.py"),

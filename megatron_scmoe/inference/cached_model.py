@@ -1,5 +1,7 @@
 """A model with Megatron's key-value cache: it reads tokens, and gives the logits behind them."""
 
+from typing import Any
+
 from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -50,14 +52,19 @@ class CachedModel:
             alike: whether all ranks have as many rows.
             from_first: whether all of them have theirs from the first row on.
         """
+        how: Any = dict(row=row, column=column, mask=mask, last_only=last_only)
         with self._decode.token(texts, len(tokens) if alike else None) as key:
             if key is None or not from_first:
-                return self.read(
-                    tokens, positions, row=row, column=column, mask=mask, last_only=last_only
-                )
+                return self.read(tokens, positions, **how)
             if self._graphs is None:
                 self._graphs = DecodeGraphs(self.module, self.context)
-            logits = self._graphs.read(self._forward, key, tokens, positions, column, mask)
+            is_new = key not in self._graphs
+            try:
+                logits = self._graphs.read(self._forward, key, tokens, positions, column, mask)
+            except RuntimeError as error:
+                if not is_new or not self._decode.goes_on_without_graphs(error):
+                    raise
+                return self.read(tokens, positions, **how)
             return logits.float().cpu()
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

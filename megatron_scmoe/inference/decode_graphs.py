@@ -69,6 +69,10 @@ class DecodeGraphs:
         self._graphs: dict[Key, _Graph] = {}
         self._pool = new_pool()
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether it was captured."""
+        return key in self._graphs
+
     @torch.inference_mode()
     def read(
         self,

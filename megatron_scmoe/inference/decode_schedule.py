@@ -6,6 +6,7 @@ anew, as what pays for many may not pay for one.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,7 @@ class Decode:
         self._padding = ExpertPadding(
             model, padding, MOST_ROWS_OF_GRAPHS if in_graphs else MOST_ROWS
         )
+        self._graphs_are_wanted = graphs == ON
         self.in_graphs = in_graphs
         """Whether tokens are computed in graphs, where there are not too many."""
 
@@ -122,6 +124,20 @@ class Decode:
             tried.took[tried.left.pop(0)].append(took)
             if not tried.left:
                 tried.kept = _faster(tried)
+
+    def goes_on_without_graphs(self, error: RuntimeError) -> bool:
+        """Give up graphs, as one could not be captured, and say so; not if they were asked for."""
+        if self._graphs_are_wanted:
+            return False
+        self.in_graphs = False
+        reason = str(error).strip().partition("\n")[0]
+        print(
+            f"warning: a decode could not be captured in a CUDA graph, and goes on without ({reason}); "
+            f"--decode-cuda-graphs {ON} shows where",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def kept(self) -> dict[str, str]:
         """What was kept, by the number of texts as one would say it: ``8 to 15``, ``1``."""

@@ -4,6 +4,8 @@ There is no graph on a CPU: here one is replayed by computing it again, with the
 are in tests/gpu/test_decode_graphs.py.
 """
 
+import contextlib
+import io
 from pathlib import Path
 from unittest import mock
 
@@ -99,6 +101,47 @@ def _in_slots(load: str) -> tuple[list[tuple], int]:
     with patches:
         found, _ = test_slots._join_and_leave(model, args, graphs=ON)
     return found, len(captured)
+
+
+def test_a_decode_that_cannot_be_captured_goes_on_without_unless_it_was_asked_for(models):
+    (found,) = run_distributed(_uncapturable, 1, str(models / text_models.LEARNED))
+    without, within, told, error = found
+    assert within == without
+    assert told == [
+        "warning: a decode could not be captured in a CUDA graph, and goes on without "
+        "(operation not permitted); --decode-cuda-graphs on shows where"
+    ]
+    assert error == "operation not permitted\nwhen stream is capturing"
+
+
+def _uncapturable(load: str) -> tuple:
+    def capture(run, pool):
+        run()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout())
+    sampling = generation.SamplingParams(num_tokens_to_generate=5, top_k=1)
+    texts, told = [], io.StringIO()
+    with captures()[0], mock.patch.object(decode_graphs, "capture", capture):
+        with contextlib.redirect_stderr(told):
+            for graphs in (OFF, AUTO):
+                texts += generation.generate(
+                    model,
+                    [(5, 9, 2, 7)],
+                    sampling,
+                    text_models.VOCAB,
+                    decode=Decode(model, OVERLAPPED, ON, graphs),
+                )
+        with pytest.raises(RuntimeError) as error:
+            generation.generate(
+                model,
+                [(5, 9)],
+                sampling,
+                text_models.VOCAB,
+                decode=Decode(model, OVERLAPPED, ON, ON),
+            )
+    lines = [line for line in told.getvalue().splitlines() if line.startswith("warning: a decode")]
+    return *(text.tokens for text in texts), lines, str(error.value)
 
 
 def test_a_collective_in_a_graph_has_to_be_asked_for(models):

@@ -145,7 +145,7 @@ class _Sequences:
     def read_in_graph(self, tokens: torch.Tensor) -> torch.Tensor:
         """The same of one token of each."""
         key = len(tokens), ""
-        logits = self._graphs.read(
+        logits, _ = self._graphs.read(
             self._forward, key, tokens, self._positions(tokens), self._read, None
         )
         self._read += 1

@@ -130,14 +130,17 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
     is_mine = initialise_ranks()
     with as_megatron(args.load, args.ckpt_step) as load:
         slots, served = load_slots(args, load, offload)
-    if listener is None:
-        from megatron_scmoe.inference import engine
+    try:
+        if listener is None:
+            from megatron_scmoe.inference import engine
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
-        engine.follow(slots, offload)
-    else:
-        run_first_rank(args, slots, served, listener, offload)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
+            engine.follow(slots, offload)
+        else:
+            run_first_rank(args, slots, served, listener, offload)
+    finally:
+        slots.close()
     if is_mine:
         torch.distributed.destroy_process_group()
 

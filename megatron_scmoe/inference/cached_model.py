@@ -10,7 +10,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from megatron_scmoe.inference.decode_graphs import DecodeGraphs
+from megatron_scmoe.inference.decode_graphs import CaptureError, DecodeGraphs
 from megatron_scmoe.inference.decode_schedule import Decode
 
 
@@ -44,13 +44,13 @@ class CachedModel:
         mask: Tensor | None = None,
         last_only: bool = True,
         alike: bool = True,
-        from_first: bool = True,
+        from_first: bool = False,
     ) -> Tensor:
         """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together.
 
         Args:
             alike: whether all ranks have as many rows.
-            from_first: whether all of them have theirs from the first row on.
+            from_first: whether all of them have theirs from the first row on, as graphs need it.
         """
         how: Any = dict(row=row, column=column, mask=mask, last_only=last_only)
         with self._decode.token(texts, len(tokens) if alike else None) as key:
@@ -58,14 +58,22 @@ class CachedModel:
                 return self.read(tokens, positions, **how)
             if self._graphs is None:
                 self._graphs = DecodeGraphs(self.module, self.context)
-            is_new = key not in self._graphs
             try:
-                logits = self._graphs.read(self._forward, key, tokens, positions, column, mask)
-            except RuntimeError as error:
-                if not is_new or not self._decode.goes_on_without_graphs(error):
+                logits, is_new = self._graphs.read(
+                    self._forward, key, tokens, positions, column, mask
+                )
+            except CaptureError as error:
+                self._graphs = None
+                if not self._decode.goes_on_without_graphs(error):
                     raise
                 return self.read(tokens, positions, **how)
+            if is_new:
+                self._decode.does_not_count()
             return logits.float().cpu()
+
+    def drop_graphs(self) -> None:
+        """Before NCCL ends, which waits for graphs that have its collectives."""
+        self._graphs = None
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """The forward that graphs have: the host's numbers of rows and columns do not count in it."""

@@ -27,8 +27,15 @@ from megatron_scmoe.overlap.cuda_graph import can_capture, capture, new_pool
 Key = tuple[int, str]
 """Rows, and the schedule by its name."""
 
+FEWEST_COLUMNS = 128
+"""That a graph reads of the cache, if it has as many."""
+
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of tokens [b, 1], their positions [b, 1] and what they do not see [b, 1, 1, columns]: logits."""
+
+
+class CaptureError(RuntimeError):
+    """A decode could not be captured."""
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -36,11 +43,13 @@ def why_not(model: nn.Module) -> str | None:
     if not can_capture():
         return "it needs a GPU"
     for module in model.modules():
-        if isinstance(module, Router) and module.config.moe_router_force_load_balancing:
-            return "with --moe-router-force-load-balancing routing is random"
+        config: Any = getattr(module, "config", None)
+        if isinstance(module, Router) and (
+            config.moe_router_force_load_balancing or config.moe_router_force_biased is not None
+        ):
+            return "its routing is forced by random numbers"
         if not isinstance(module, Attention):
             continue
-        config = module.config
         if type(module) is not SelfAttention:
             return f"the model's attention is {type(module).__name__}"
         if config.window_size is not None:
@@ -66,12 +75,8 @@ class DecodeGraphs:
             for module in model.modules()
             if isinstance(module, SelfAttention)
         ]
-        self._graphs: dict[Key, _Graph] = {}
+        self._graphs: dict[tuple[Key, int], _Graph] = {}
         self._pool = new_pool()
-
-    def __contains__(self, key: Key) -> bool:
-        """Whether it was captured."""
-        return key in self._graphs
 
     @torch.inference_mode()
     def read(
@@ -82,10 +87,11 @@ class DecodeGraphs:
         positions: Tensor,
         column: int,
         mask: Tensor | None,
-    ) -> Tensor:
-        """Read one token of each row into the cache.
+    ) -> tuple[Tensor, bool]:
+        """Read one token of each row, from the first on, into the cache.
 
-        The first time with a key takes several forwards. All ranks have to ask for the same keys.
+        The first time with a key, and as the texts come to columns that its graph does not read, takes
+        several forwards. All ranks have to ask for the same keys and columns.
 
         Args:
             forward: computes one token of each row with the cache, from tensors on the device. It is
@@ -98,37 +104,48 @@ class DecodeGraphs:
                 sees all.
 
         Returns:
-            Logits [b, 1, v]; the next token's take their place.
+            Logits [b, 1, v], whose place the next token's take; and whether the graph is new.
+
+        Raises:
+            CaptureError: if it could not be captured.
         """
-        hidden = torch.ones(len(tokens), 1, 1, self._context.max_sequence_length, dtype=torch.bool)
+        columns = self._columns(column)
+        hidden = torch.ones(len(tokens), 1, 1, columns, dtype=torch.bool)
         hidden[..., : column + 1] = False if mask is None else mask
         self._column.fill_(column)
-        graph = self._graphs.get(key)
-        if graph is None:
-            self._forget_what_is_behind(column)
+        graph = self._graphs.get((key, columns))
+        if is_new := graph is None:
+            self._forget_what_is_behind(column, len(tokens))
             inputs = [_own(each) for each in (tokens, positions, hidden)]
-            replay = capture(lambda: self._compute(forward, inputs), self._pool)
-            graph = self._graphs[key] = _Graph(inputs, replay)
+            try:
+                replay = capture(lambda: self._compute(forward, inputs), self._pool)
+            except RuntimeError as error:
+                raise CaptureError(str(error)) from error
+            graph = self._graphs[key, columns] = _Graph(inputs, replay)
         else:
             for own, new in zip(graph.inputs, (tokens, positions, hidden), strict=True):
                 own.copy_(new)
-        return graph.replay()
+        return graph.replay(), is_new
 
-    def _forget_what_is_behind(self, column: int) -> None:
-        """Of columns that nobody has written yet, what memory holds by chance may be NaN: 0 * NaN."""
-        if not self._graphs:
-            for memories in self._context.key_value_memory_dict.values():
-                for memory in memories:
-                    memory[column:] = 0
+    def _columns(self, column: int) -> int:
+        """How many columns a graph reads that writes this one: a power of two, for few graphs."""
+        power = max(FEWEST_COLUMNS, 1 << column.bit_length())
+        return min(power, self._context.max_sequence_length)
+
+    def _forget_what_is_behind(self, column: int, rows: int) -> None:
+        """What memory holds by chance, where nobody has written yet, may be NaN: 0 * NaN."""
+        for memories in self._context.key_value_memory_dict.values():
+            for memory in memories:
+                memory[column:, :rows] = 0
 
     def _compute(self, forward: Forward, inputs: list[Tensor]) -> Tensor:
         for attention in self._attentions:
-            attention.set(True)
+            attention.set(inputs[-1].shape[-1])
         try:
             return forward(*inputs)
         finally:
             for attention in self._attentions:
-                attention.set(False)
+                attention.set(None)
 
 
 class _Graph:
@@ -150,17 +167,17 @@ class _Attention:
         self._attention, self._context, self._column = attention, context, column
         scale = attention.config.softmax_scale
         self._scale = scale or 1 / math.sqrt(attention.hidden_size_per_attention_head)
-        self._rotary: Any = (
-            None  # graphs read it, and Megatron keeps only what was asked for lately
-        )
+        self._columns = 0
+        self._rotary: list[Any] = []  # graphs read them; Megatron keeps what was asked for lately
 
-    def set(self, replaced: bool) -> None:
-        """Replace them, or give them back."""
+    def set(self, columns: int | None) -> None:
+        """Replace them, to read so many columns; None gives them back."""
+        self._columns = columns or 0
         for module, name, method in (
             (self._attention, "_adjust_key_value_for_inference", self._write),
             (self._attention.core_attention, "forward", self._attend),
         ):
-            if replaced:
+            if columns:
                 module.__dict__[name] = method
             else:
                 module.__dict__.pop(name, None)
@@ -168,23 +185,27 @@ class _Attention:
     def _write(self, context, query, key, value, rotary_pos_emb, *args, **kwargs):
         """Of Megatron's arguments and results, as for its static cache; [1, b, heads, d] each."""
         memories = self._context.key_value_memory_dict[self._attention.layer_number]
-        keys, values = (memory[:, : key.shape[1]] for memory in memories)
+        keys, values = (memory[: self._columns, : key.shape[1]] for memory in memories)
         keys.index_copy_(0, self._column, key)
         values.index_copy_(0, self._column, value)
         if rotary_pos_emb is not None:
-            self._rotary = of_queries, of_keys = rotary_pos_emb
+            self._rotary.append(rotary_pos_emb)
+            of_queries, of_keys = rotary_pos_emb
             rotary_pos_emb = of_queries.index_select(0, self._column), of_keys[: len(keys)]
         return query, keys, values, rotary_pos_emb, AttnMaskType.arbitrary, None
 
     def _attend(self, query, key, value, attention_mask, *args, **kwargs) -> Tensor:
-        """[1, b, heads * d] of a query [1, b, heads, d], keys and values [columns, b, groups, d]."""
-        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        """[1, b, heads * d] of a query [1, b, heads, d], keys and values [columns, b, groups, d].
+
+        Heads that share keys are taken for queries of theirs, so no key is repeated.
+        """
+        _, rows, heads, size = query.shape
+        groups = key.shape[2]
         output = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query.reshape(rows, groups, heads // groups, size),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=attention_mask.logical_not(),
             scale=self._scale,
-            enable_gqa=query.shape[1] != key.shape[1],
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return output.reshape(1, rows, -1)

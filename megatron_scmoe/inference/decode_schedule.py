@@ -29,7 +29,7 @@ from megatron_scmoe.config import (
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import decode_graphs
 from megatron_scmoe.inference.decode_graphs import Key
-from megatron_scmoe.inference.expert_padding import MOST_ROWS, MOST_ROWS_OF_GRAPHS, ExpertPadding
+from megatron_scmoe.inference.expert_padding import MOST_ROWS_OF_GRAPHS, ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -87,9 +87,13 @@ class Decode:
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
         in_graphs = graphs != OFF and reason is None
-        self._padding = ExpertPadding(
-            model, padding, MOST_ROWS_OF_GRAPHS if in_graphs else MOST_ROWS
+        self._without_graphs = ExpertPadding(model, padding)
+        self._padding = (
+            ExpertPadding(model, padding, MOST_ROWS_OF_GRAPHS)
+            if in_graphs
+            else self._without_graphs
         )
+        self._counts = True
         self._graphs_are_wanted = graphs == ON
         self.in_graphs = in_graphs
         """Whether tokens are computed in graphs, where there are not too many."""
@@ -111,25 +115,35 @@ class Decode:
         pads = rows is not None and self._padding.applies(rows)
         if pads:
             self._padding.set(True)
+        self._counts = True
         began = clock()
         try:
-            in_graph = self.in_graphs and (pads or self._padding.is_void)
-            yield (rows, name) if rows is not None and in_graph else None
+            yield (rows, name) if rows is not None and self.fits_graph(rows) else None
             took = clock() - began
         finally:
             self._set(OVERLAPPED)
             if pads:
                 self._padding.set(False)
-        if self._wanted == AUTO and tried.kept is None:
+        if self._wanted == AUTO and tried.kept is None and self._counts:
             tried.took[tried.left.pop(0)].append(took)
             if not tried.left:
                 tried.kept = _faster(tried)
+
+    def fits_graph(self, rows: int) -> bool:
+        """Whether a token of so many rows on each rank is computed in a graph."""
+        return self.in_graphs and (self._padding.is_void or self._padding.applies(rows))
+
+    def does_not_count(self) -> None:
+        """The token under way took longer than others of its schedule will."""
+        self._counts = False
 
     def goes_on_without_graphs(self, error: RuntimeError) -> bool:
         """Give up graphs, as one could not be captured, and say so; not if they were asked for."""
         if self._graphs_are_wanted:
             return False
         self.in_graphs = False
+        self._padding = self._without_graphs
+        self._counts = False
         reason = str(error).strip().partition("\n")[0]
         print(
             f"warning: a decode could not be captured in a CUDA graph, and goes on without ({reason}); "

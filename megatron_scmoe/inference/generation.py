@@ -157,7 +157,9 @@ class _Columns:
         if stop <= self.shortest:
             mask = torch.ones(1, 1, stop - start, stop, dtype=torch.bool).triu(start + 1)
             return self._model.read(tokens, positions, column=start, mask=mask, last_only=last_only)
-        return self._model.decode(self._texts, tokens, positions, column=start, last_only=last_only)
+        return self._model.decode(
+            self._texts, tokens, positions, column=start, last_only=last_only, from_first=True
+        )
 
 
 def _fill(

@@ -195,6 +195,10 @@ class Slots:
         torch.distributed.all_gather_object(parts, written, group=self._group)
         return [item for part in parts for item in part]
 
+    def close(self) -> None:
+        """Let go of graphs; to be called before the ranks part."""
+        self._model.drop_graphs()
+
     def clear(self) -> None:
         """Let all texts leave."""
         for rows in (*self._rows, *self._reading):
@@ -347,11 +351,10 @@ class Slots:
         A rank reads rows without a text up to the next power of two: graphs are few then, and all ranks
         have the same one. Not the row of a prompt that is on its way.
         """
-        if not self._decode.in_graphs:
-            return 0
         most = max(map(len, self._rows))
         free = self._per_rank - any(self._reading)
-        return min(1 << (most - 1).bit_length(), free) if most <= free else 0
+        count = min(1 << (most - 1).bit_length(), free)
+        return count if most <= free and self._decode.fits_graph(count) else 0
 
     def _read_last(self, rows: list["_Row"], count: int = 0) -> Tensor:
         """Logits [b, v] behind the last token of each row; read are ``count`` rows, if more."""

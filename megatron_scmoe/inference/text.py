@@ -59,17 +59,29 @@ class Continuation:
         Decoded alone, they may lose a space, so they are with those before them. A prompt of ids may
         end in half a character: it belongs to the text that has the other half.
         """
-        whole, kept = list(ids), self._kept
-        if whole[: len(kept.ids)] != kept.ids:
-            kept = self._begin
-        anew = whole[len(kept.ids) :]
-        decoded = self._tokenizer.detokenize([*kept.context, *anew])
-        text = kept.text + decoded[_common_length(kept.context_text, decoded) :]
-        if len(anew) >= _ANEW and decoded[-1:].isalnum():  # a space may still go, with what follows
-            context = [*kept.context, *anew][-_CONTEXT:]
-            kept = _Kept(whole, text, context, self._tokenizer.detokenize(context))
-        self._kept = kept
+        whole = list(ids)
+        if whole[: len(self._kept.ids)] != self._kept.ids:
+            self._kept = self._begin
+        text = self._behind(self._kept, whole)
+        if len(whole) - len(self._kept.ids) >= _ANEW:
+            self._keep(whole, text)
         return text
+
+    def _behind(self, kept: "_Kept", ids: list[int]) -> str:
+        """The text of all ids, those behind what is kept decoded anew."""
+        decoded = self._tokenizer.detokenize([*kept.context, *ids[len(kept.ids) :]])
+        return kept.text + decoded[_common_length(kept.context_text, decoded) :]
+
+    def _keep(self, ids: list[int], text: str) -> None:
+        """Keep the text of all ids but the last few, if decoding those behind it gives the same.
+
+        It does not between two bytes of a character, or where a tokenizer draws two words together.
+        """
+        old, first = self._kept, ids[:-_CONTEXT]
+        context = [*old.context, *first[len(old.ids) :]][-_CONTEXT:]
+        new = _Kept(first, self._behind(old, first), context, self._tokenizer.detokenize(context))
+        if self._behind(new, ids) == text:
+            self._kept = new
 
     def _possible_stop(self, text: str) -> int:
         """How many of the last characters may be the first ones of a stop word."""
@@ -84,7 +96,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Text that no token behind it will change."""
+    """Text that stands too far back to change."""
 
     ids: list[int]
     text: str

@@ -74,9 +74,11 @@ def beside_compute() -> Iterator[None]:
     """Issue work on a stream of its own, behind what was enqueued; at the end the device is idle."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.synchronize()
 
 
 class Exchange(ABC):

@@ -17,6 +17,7 @@ from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import decode_graphs, generation
 from megatron_scmoe.inference.decode_schedule import Decode
+from megatron_scmoe.inference.slots import Slots, Text
 from megatron_scmoe.training import load_model
 from tests import checkpoints, text_models
 from tests.distributed import test_expert_padding, test_slots
@@ -49,20 +50,24 @@ def captures() -> tuple[mock._patch, list]:
 def test_graphs_write_the_texts_of_a_decode_without(models, kind, ranks):
     layout = load_model.Layout(expert=ranks)
     for without, within, graphs in run_distributed(_generate, ranks, str(models / kind), layout):
-        assert graphs == 2  # the second round has other rows and another cache
+        assert graphs == 2  # of each round, as it has a cache of its own
         assert [text.tokens for text in within] == [text.tokens for text in without]
         for one, other in zip(within, without, strict=True):
             assert one.log_probs == pytest.approx(other.log_probs, abs=test_slots.ROUNDING)
 
 
-def _generate(load: str, layout: load_model.Layout) -> tuple:
-    model = load_model.build_model(load_model.Checkpoint(load), layout)
+def _generate(load: str, layout: load_model.Layout | None, columns: int = 128) -> tuple:
+    model = load_model.build_model(load_model.Checkpoint(load), layout or load_model.Layout())
     sampling = generation.SamplingParams(
         num_tokens_to_generate=test_expert_padding.TOKENS, top_k=1, return_log_probs=True
     )
     patches, captured = captures()
     texts = []
-    with patches, mock.patch.object(SelfAttention, "_allocate_memory", _full_of_nan):
+    with (
+        patches,
+        mock.patch.object(SelfAttention, "_allocate_memory", _full_of_nan),
+        mock.patch.object(decode_graphs, "FEWEST_COLUMNS", columns),
+    ):
         for graphs in (OFF, ON):
             texts.append(
                 generation.generate(
@@ -83,24 +88,65 @@ def _full_of_nan(attention, columns, rows, size, dtype) -> torch.Tensor:
     return torch.full((columns, rows, groups, size), float("nan"), dtype=dtype)
 
 
-def test_texts_join_and_leave_a_batch_in_graphs(models):
+@pytest.mark.parametrize("ranks, chunk", [(1, None), (1, 5), (2, None), (2, 3)])
+def test_texts_join_and_leave_a_batch_in_graphs(models, expected, ranks, chunk):
     load = str(models / text_models.TAPS_INPUT)
-    (expected,) = run_distributed(_one_by_one, 1, load)
-    for found, graphs in run_distributed(_in_slots, 2, load):
+    for found, graphs in run_distributed(_in_slots, ranks, load, chunk):
         assert graphs > 1
         test_slots.assert_same(found, expected)
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> list[tuple]:
+    """What is written behind each prompt alone."""
+    (found,) = run_distributed(_one_by_one, 1, str(models / text_models.TAPS_INPUT))
+    return found
 
 
 def _one_by_one(load: str) -> list[tuple]:
     return test_slots._generate(*test_slots._model(load, load_model.Layout()))
 
 
-def _in_slots(load: str) -> tuple[list[tuple], int]:
-    model, args = test_slots._model(load, load_model.Layout(expert=2))
+def _in_slots(load: str, chunk: int | None) -> tuple[list[tuple], int]:
+    ranks = torch.distributed.get_world_size()
+    model, args = test_slots._model(load, load_model.Layout(expert=ranks))
     patches, captured = captures()
     with patches:
-        found, _ = test_slots._join_and_leave(model, args, graphs=ON)
+        found, _ = test_slots._join_and_leave(model, args, chunk, padding=ON, graphs=ON)
     return found, len(captured)
+
+
+def test_a_prompt_that_is_half_read_stays_as_it_is_when_a_graph_is_captured(models):
+    """It lies in columns that the texts which run have not come to."""
+    load = str(models / text_models.TAPS_INPUT)
+    (found,) = run_distributed(_beside_a_half_read_prompt, 1, load)
+    assert found[ON] == found[OFF]
+
+
+def _beside_a_half_read_prompt(load: str) -> dict[str, dict[int, list[int]]]:
+    model, args = test_slots._model(load, load_model.Layout())
+    found: dict[str, dict[int, list[int]]] = {}
+    for graphs in (OFF, ON):
+        with captures()[0]:
+            slots = Slots(
+                model, test_slots._vocabulary(args), 4, 32, padding=ON, chunk=5, graphs=graphs
+            )
+            joining = [Text(0, (3,)), Text(1, tuple(range(1, 13)))]
+            texts: dict[int, list[int]] = {0: [], 1: []}
+            for _ in range(14):
+                for item in slots.step((), joining):
+                    texts[item.key].append(item.place.token)
+                joining = []
+        found[graphs] = texts
+    return found
+
+
+@pytest.mark.parametrize("columns", [4, 8])
+def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
+    load = str(models / text_models.LEARNED)
+    for without, within, graphs in run_distributed(_generate, 1, load, None, columns):
+        assert [text.tokens for text in within] == [text.tokens for text in without]
+        assert graphs > 2
 
 
 def test_a_decode_that_cannot_be_captured_goes_on_without_unless_it_was_asked_for(models):

@@ -53,7 +53,8 @@ def inference_section(results: dict[str, dict]) -> Iterator[str]:
         "is of texts on a rank. Padded: each token goes to every expert, and counts where it was "
         "chosen, so that no rank waits for sizes (`--decode-padding on`; stock models are padded too). "
         "In graphs: padded, and a token is one launch (`--decode-cuda-graphs on`; stock models too). "
-        "Greedy choice, no sampling, no tokenizer. Routing is forced to be balanced.\n"
+        "Greedy choice, no sampling, no tokenizer. Routing is forced to be balanced; in graphs it is "
+        "the router's own, and padded experts have as many rows either way.\n"
     )
     for name, result in results.items():
         yield f"### Inference: {model(result)}, {place(result)}\n"

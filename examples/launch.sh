@@ -162,7 +162,7 @@ set_run_flags() {
     )
     [[ $ASYNC_SAVE =~ ^[01]$ ]] || fail "ASYNC_SAVE=$ASYNC_SAVE: accepted: 0, 1"
     if [[ $ASYNC_SAVE == 1 && -z ${BASELINE:-} ]]; then
-        RUN_FLAGS+=(--async-save)
+        RUN_FLAGS+=(--async-save --async-strategy mcore)  # Megatron's own writer: it was tried
     fi
     [[ $SKIP_DAMAGED =~ ^[01]$ ]] || fail "SKIP_DAMAGED=$SKIP_DAMAGED: accepted: 0, 1"
     if [[ $SKIP_DAMAGED == 1 && -z ${BASELINE:-} ]]; then

@@ -59,7 +59,8 @@ def transformer_config(args):
     """Megatron's ``TransformerConfig`` of parsed flags, with those that do not get there.
 
     ``--openai-gelu``: GPT-2's tanh in place of the exact gelu. ``--init-method-xavier-uniform``:
-    weights uniform within sqrt(6 / (inputs + outputs)), in place of normal ones.
+    weights uniform within sqrt(6 / (inputs + outputs)), in place of normal ones; of the part of a
+    weight that is made at once, which with tensor parallelism on GPUs is a rank's.
     """
     others = copy.copy(args)
     others.init_method_xavier_uniform = False

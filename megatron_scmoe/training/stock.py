@@ -2,10 +2,7 @@
 
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
-from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_scmoe.platform import launch, megatron_workarounds
@@ -22,7 +19,7 @@ def main() -> None:
     args = parse_and_validate_args()
     megatron_workarounds.leave_out_missing_fusions(args)
     megatron_workarounds.apply(args)
-    config = core_transformer_config_from_args(args)
+    config = megatron_workarounds.transformer_config(args)
     model = megatron_workarounds.gpt_config(args, config)
     settings = pretrain_cfg_container_from_args(args, model)
     pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
-from studies.quality import report_conversion, report_hours, report_parity
+from studies.quality import report_conversion, report_hours, report_parity, report_seeds
 from studies.quality.arms import ARMS, SIZES
 
 HERE = Path(__file__).parent
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = [
         page(from_nothing(results), args.picture.name),
         report_hours.section(_compared(results), hours.name),
+        report_seeds.section(_usual(results)),
         report_conversion.section(results, conversion.name),
         report_parity.section(parity, of_parity.name),
     ]
@@ -171,11 +172,17 @@ def _by_size(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
     return groups
 
 
+def _usual(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """Results at the usual rate, by size and tokens, in order."""
+    groups = sorted(_by_size(from_nothing(results)).items(), key=_in_order)
+    return {key: _at_the_usual_rate(group, key[0]) for key, group in groups}
+
+
 def _compared(results: list[dict]) -> dict[tuple[str, int], dict[str, list[dict]]]:
     """Results at the usual rate by size and tokens, then by arm: those of several seeds."""
     found = {}
-    for key, group in sorted(_by_size(from_nothing(results)).items(), key=_in_order):
-        arms = _by_arm(_at_the_usual_rate(group, key[0]))
+    for key, group in _usual(results).items():
+        arms = _by_arm(group)
         arms = {name: runs for name, runs in arms.items() if _has_seeds(runs)}
         if len(arms) > 1 and BASELINE in arms:
             found[key] = arms

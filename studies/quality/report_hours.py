@@ -12,16 +12,22 @@ from pathlib import Path
 from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
+from megatron_scmoe.platform.command_line import UsageError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 LINKS = {
-    "host-staged, 2 GPUs": "2xh200-medium-staged-train",
-    "host-staged, 4 GPUs": "4xh200-wide-staged-train",
-    "NVLink, 2 GPUs": "2xh200-fine-native-train",
-    "NVLink, 4 GPUs": "4xh200-fine-native-train",
+    "host-staged, 2 GPUs, medium": "2xh200-medium-staged-train",
+    "host-staged, 2 GPUs, wide": "2xh200-wide-staged-train",
+    "host-staged, 4 GPUs, wide": "4xh200-wide-staged-train",
+    "host-staged, 8 GPUs, wide": "8xh200-wide-staged-train",
+    "NVLink, 2 GPUs, fine": "2xh200-fine-native-train",
+    "NVLink, 4 GPUs, fine": "4xh200-fine-native-train",
 }
-"""Files of the benchmarks, by what is said of them."""
+"""Files of the benchmarks, by what is said of them: whole runs of top-2 and ScMoE on GPUs, each
+with what it chooses or the best settings."""
+
+DRAWN = ("host-staged, 2 GPUs, wide", "NVLink, 2 GPUs, fine")
 
 BASELINE = "top2"
 SYSTEMS = {"top2": "top2", "shared": "shared", "pos2": "scmoe"}
@@ -36,7 +42,8 @@ def step_times(name: str, folder: Path = BENCHMARKS) -> dict[str, float]:
     runs = json.loads((folder / f"{name}.json").read_text())["runs"]
     found = {}
     for arm, system in SYSTEMS.items():
-        times = [run["iteration_ms"] for full, run in runs.items() if full.split("/")[0] == system]
+        rows = [run for full, run in runs.items() if full.split("/")[0] == system]
+        times = [run["iteration_ms"] for run in rows if run.get("iteration_ms")]
         if times:
             found[arm] = min(times)
     return found
@@ -46,9 +53,18 @@ def mean_curve(results: list[dict]) -> Curve:
     """Over the seeds of an arm, of the part of the text that is evaluated on the way.
 
     A stored curve's last point is of the whole text, and left out.
+
+    Raises:
+        UsageError: if they were not evaluated at the same iterations.
     """
     step = results[0]["tokens"] / results[0]["iterations"]
     curves = [result["validation_curve"][:-1] for result in results]
+    places = [[iteration for iteration, _ in curve] for curve in curves]
+    if any(other != places[0] for other in places):
+        raise UsageError(
+            f"--results: {results[0]['size']}-{results[0]['arm']} was evaluated at other iterations "
+            "with one seed than with another; accepted: results of one batch and length"
+        )
     return [
         (points[0][0] * step, mean(loss for _, loss in points))
         for points in zip(*curves, strict=True)
@@ -63,6 +79,16 @@ def reached_at(curve: Curve, loss: float) -> float | None:
         if below <= loss:
             return begin + (end - begin) * (above - loss) / (above - below)
     return None
+
+
+def share_of_tokens(arm: list[dict], baseline: list[dict]) -> float | None:
+    """Of the baseline's tokens, those after which an arm is at the loss that the baseline ends with.
+
+    Both are means of their seeds; None if the arm is never there.
+    """
+    end, loss = mean_curve(baseline)[-1]
+    reached = reached_at(mean_curve(arm), loss)
+    return None if reached is None else reached / end
 
 
 def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) -> str:
@@ -80,13 +106,14 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
             "",
             "How much sooner an arm is at the loss that top-2 ends with. A step of it is taken to "
             "last as long, compared with top-2's, as in whole runs of the benchmarks "
-            "(`benchmarks/RESULTS.md`). *Tokens*: the share of top-2's that it needs. The learning "
-            "rate is that of the whole run then, not decayed yet, which is against the arm.",
+            "(`benchmarks/RESULTS.md`). *Tokens*: the share of top-2's that it needs, by the means of "
+            "the seeds, and by each seed. The learning rate is that of the whole run then, not "
+            "decayed yet, which is against the arm.",
             "",
             f"![Loss against time]({picture})",
             "",
-            "| size | arm | link | step | tokens | sooner |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| size | arm | link, model | step, of top-2's | tokens | sooner | by seed |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
     )
@@ -97,31 +124,46 @@ def _rows(groups) -> Iterator[str]:
         for arm in SYSTEMS:
             if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
                 continue
-            base = mean_curve(arms[BASELINE])
-            needed = reached_at(mean_curve(arms[arm]), base[-1][1])
+            own, base = _of_both(arms[arm], arms[BASELINE])
+            if not own:
+                continue
+            tokens = share_of_tokens(own, base)
+            by_seed = [share_of_tokens([one], [other]) for one, other in zip(own, base)]
             for link, name in LINKS.items():
                 times = step_times(name)
-                if arm not in times:
-                    continue
-                share = times[arm] / times[BASELINE]
-                if needed is None:
-                    rest = "more than all | not reached"
-                else:
-                    tokens = needed / base[-1][0]
-                    rest = f"{tokens:.0%} | {1 / (share * tokens):.2f}x"
-                yield f"| {size} | {arm} | {link} | {share:.3f} of top-2's | {rest} |"
+                if arm in times:
+                    step = times[arm] / times[BASELINE]
+                    shown = "more than all" if tokens is None else f"{tokens:.0%}"
+                    seeds = ", ".join(_sooner(step, share) for share in by_seed)
+                    yield (
+                        f"| {size} | {arm} | {link} | {step:.3f} | {shown} | "
+                        f"{_sooner(step, tokens)} | {seeds} |"
+                    )
+
+
+def _of_both(arm: list[dict], baseline: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The results of the seeds that both have, in their order."""
+    seeds = {result["seed"] for result in arm} & {result["seed"] for result in baseline}
+    own, base = (
+        sorted((r for r in results if r["seed"] in seeds), key=lambda result: result["seed"])
+        for results in (arm, baseline)
+    )
+    return own, base
+
+
+def _sooner(step: float, tokens: float | None) -> str:
+    return "never" if tokens is None else f"{1 / (step * tokens):.2f}x"
 
 
 def draw(groups: dict[tuple[str, int], dict[str, list[dict]]], path: Path) -> None:
     """A row for each size: loss against time on a slow link, and on a fast one."""
     from matplotlib import pyplot
 
-    links = [next(link for link in LINKS if link.startswith(kind)) for kind in ("host", "NVLink")]
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )
     for row, ((size, tokens), arms) in zip(axes, groups.items()):
-        for axis, link in zip(row, links):
+        for axis, link in zip(row, DRAWN):
             times = step_times(LINKS[link])
             for arm in SYSTEMS:
                 if arm in arms and arm in times:

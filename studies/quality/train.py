@@ -141,7 +141,8 @@ class _Run:
         with Watch(self._model) as watch, Guesses(self._model, vocabulary) as guesses:
             validation = self._evaluate(args, CURVE_ROWS if cpu_backend.is_enabled() else None)
         mean = float(np.mean([source["loss"] for source in validation.values()]))
-        self._curve.append((len(losses), round(mean, 5)))
+        self._add_to_curve(len(losses))
+        self._curve.append((len(losses), round(mean, 5)))  # of the whole text
         steps = np.diff(self._times)[min(WARM_UP, max(0, len(self._times) - 2)) :]
         tokens = args.global_batch_size * args.seq_length
         on_cpu = cpu_backend.is_enabled()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_scmoe.platform.command_line import UsageError
-from studies.quality import arms, report, report_hours, run
+from studies.quality import arms, report, report_hours, report_seeds, run
 from studies.quality.arms import ARMS, SIZES
 from studies.quality.watch import has_been
 from tests.benchmarks import environment
@@ -276,7 +276,7 @@ def test_the_page_and_the_picture_come_from_the_files(tmp_path):
     assert rows[1] == "| pos2 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 |"
     assert rows[2] == "| pos2 | 3.0000 | 2.5000 |"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "| 10m | pos2 | NVLink, 4 GPUs |" in page.read_text()
+    assert "| 10m | pos2 | NVLink, 4 GPUs, fine |" in page.read_text()
     assert picture.with_stem("hours").read_bytes().startswith(b"\x89PNG")
 
 
@@ -295,16 +295,41 @@ def test_an_arm_is_sooner_by_fewer_tokens_and_by_shorter_steps(tmp_path, monkeyp
     monkeypatch.setattr(report_hours, "LINKS", {"a link": "link"})
     times = report_hours.step_times
     monkeypatch.setattr(report_hours, "step_times", lambda name: times(name, tmp_path))
-    curve = {"tokens": 100, "iterations": 100}
+    curve = {"tokens": 100, "iterations": 100, "seed": 1, "size": "10m", "arm": "pos2"}
     arms = {
         "top2": [curve | {"validation_curve": [[50, 5.0], [100, 3.0], [100, 9.9]]}],
         "pos2": [curve | {"validation_curve": [[50, 4.0], [100, 2.0], [100, 9.9]]}],
     }
     (row,) = report_hours._rows({("10m", 100): arms})
-    assert row == "| 10m | pos2 | a link | 0.667 of top-2's | 75% | 2.00x |"
+    assert row == "| 10m | pos2 | a link | 0.667 | 75% | 2.00x | 2.00x |"
+    arms["pos2"].append(
+        curve | {"seed": 2, "validation_curve": [[50, 4.0], [100, 1.0], [100, 9.9]]}
+    )
+    (row,) = report_hours._rows({("10m", 100): arms})
+    assert row.endswith("| 75% | 2.00x | 2.00x |")  # top-2 has no second seed
     arms["pos2"][0]["validation_curve"][1][1] = 3.1
     (row,) = report_hours._rows({("10m", 100): arms})
-    assert row.endswith("| more than all | not reached |")
+    assert row.endswith("| more than all | never | never |")
+    arms["pos2"].append(
+        curve | {"seed": 1, "validation_curve": [[60, 4.0], [100, 1.0], [100, 9.9]]}
+    )
+    with pytest.raises(UsageError, match="10m-pos2 was evaluated at other iterations"):
+        report_hours.mean_curve(arms["pos2"])
+
+
+def test_the_step_at_which_copying_begins_and_what_it_goes_with():
+    """Losses 1 to 5; the first run passes 3.75 a quarter of the way from step 10 to 20."""
+    results = [
+        result("top2", seed, seed, seed, tokens=100, iterations=100,
+               validation_curve=[[10, 4.0], [20 + seed, 3.0], [100, 9.9]],
+               guesses={"repeated": {"right": -seed}, "bracket": {"right": seed},
+                        "name": {"right": seed**2}})
+        for seed in range(1, 6)
+    ]  # fmt: skip
+    assert report_seeds.onset(results[0]) == pytest.approx(10 + 11 / 4)
+    (row,) = report_seeds._rows({("10m", 100): results})
+    assert row == "| 10m | 5 | 1.00 | 1 | -1.00 | 1.00 | 0.98 |"
+    assert report_seeds.section({("10m", 100): results[:4]}) == ""
 
 
 # --- what is counted in a model ---

@@ -94,6 +94,17 @@ def test_the_table_and_the_page_compare_with_each_other_system(tmp_path):
     assert row == "| decode, 8 | 8.00 | 6.00 | 5.00 | 4.00 | 2.000x | 1.500x | 1.250x |"
 
 
+def test_a_decode_in_graphs_has_a_row_and_a_flag():
+    found = result()
+    for row in found["systems"].values():
+        row |= {"decode_1_graphs_ms": 1.0, "decode_8_graphs_ms": 2.0}
+    page = benchmark("inference_page")
+    lines = "\n".join(page.inference_section({"small": found})).splitlines()
+    assert any(line.startswith("| decode, 8, in graphs | 2.00 |") for line in lines)
+    assert "--graphs" in shlex.split(page.command(found).replace("\\\n", ""))
+    assert "--graphs" not in page.command(result())
+
+
 def test_its_command_measures_the_same():
     words = shlex.split(benchmark("inference_page").command(result()).replace("\\\n", ""))
     given = words[words.index("benchmarks/inference.py") + 1 :]

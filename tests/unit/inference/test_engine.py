@@ -89,6 +89,32 @@ def test_more_texts_than_slots_are_all_written(engine):
     assert engine._slots.most == 2
 
 
+class Experts:
+    """Remembers how far texts had come when it was summed up."""
+
+    def __init__(self, slots: Alphabet):
+        self._slots = slots
+        self.seen: list[list[int]] = []
+
+    def sum_up(self) -> None:
+        self.seen.append(list(self._slots.texts.values()))
+
+
+def test_caches_are_summed_up_with_the_last_token_and_not_with_each():
+    slots = Alphabet()
+    experts = Experts(slots)
+    engine = Engine(slots, experts)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    listener = Listener(0, 20)
+    engine.submit(listener.job)
+    assert listener.text() == ("abcdefghijklmnopqrst", "length")
+    assert experts.seen[1] == [20]  # the first is with the first token, as nothing was known
+    engine.close(0)
+    thread.join(WAIT_S)
+    assert experts.seen == [[1], [20], []]
+
+
 def test_what_ends_a_text(engine):
     for listener, expected in (
         (Listener(1, 9, "cd"), ("ab", "stop")),

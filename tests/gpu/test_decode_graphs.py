@@ -4,6 +4,7 @@ Needs one GPU, two for the all-to-alls, and Transformer Engine.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from megatron.core.inference.utils import InferenceMode
 
 from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED, SERIAL
 from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_graphs import DecodeGraphs
 from megatron_scmoe.inference.decode_schedule import Decode
+from megatron_scmoe.training import load_model
+from tests import text_models
 from tests.benchmarks import benchmark
+from tests.distributed import test_slots
 from tests.gpu.test_gpu import requires_multi_gpu
 from tests.gpu.test_offloading import pytestmark  # noqa: F401
 from tests.harness import run_distributed
@@ -35,6 +40,36 @@ def test_graphs_give_the_logits_of_a_decode_without(schedule):
 def test_with_all_to_alls_in_them_too(schedule, link):
     for found in run_distributed(_logits, 2, schedule, backend="nccl", environment=link):
         _check(*found)
+
+
+def test_a_server_writes_the_same_in_graphs(tmp_path):
+    """Megatron's local modules, masks, fewer groups of keys than heads, many graphs in one pool."""
+    name = text_models.TAPS_INPUT
+    text_models.save(tmp_path, text_models.train_tokenizer(tmp_path), name)
+    (found,) = run_distributed(_served, 1, str(tmp_path / name), backend="nccl")
+    (without, _), (within, graphs) = found
+    assert graphs > 2
+    for one, other in zip(within, without, strict=True):
+        assert one[0] == other[0]
+        assert one[1] == pytest.approx(other[1], abs=1e-3)
+
+
+def _served(load: str) -> list[tuple[list[tuple], int]]:
+    """Texts that join and leave a batch, without graphs and with them; and how many there are."""
+    found = []
+    model, args = test_slots._model(load, load_model.Layout())
+    for use in (OFF, ON):
+        made: list[DecodeGraphs] = []
+        new = DecodeGraphs.__init__
+
+        def remember(graphs, *given, new=new, made=made):
+            made.append(graphs)
+            new(graphs, *given)
+
+        with mock.patch.object(DecodeGraphs, "__init__", remember):
+            texts, _ = test_slots._join_and_leave(model, args, padding=ON, graphs=use)
+        found.append((texts, sum(len(each._graphs) for each in made)))
+    return found
 
 
 def _check(without, within, again, graphs):

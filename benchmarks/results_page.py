@@ -10,7 +10,7 @@ than their record) is in results/notes.toml.
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +34,13 @@ RESULTS = HERE / "results"
 
 OPERATOR_TIMES = "operator-times"
 """How the names of files end that hold operator times alone."""
+
+
+MARKED = {
+    "{inference}\n": (is_inference, inference_section),
+    "{offloading}\n": (is_offloading, offloading_section),
+}
+"""Where intro.md has sections of other benchmarks: what their results are, and what is written."""
 
 
 def main() -> None:
@@ -78,12 +85,12 @@ def page(folder: Path) -> str:
     results = read_all(folder)
     groups = [list(group) for _, group in groupby(results, title)]
     intro = (folder / "intro.md").read_text()
+    named = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     sections = (line for group in groups for line in _section(group, folder))
     intro = intro.replace("{whole runs}\n", _lines(whole_runs(folder)))
-    inference = _marked(folder, is_inference)
-    intro = intro.replace("{inference}\n", _lines(inference_section(inference)))
-    offloading = _marked(folder, is_offloading)
-    intro = intro.replace("{offloading}\n", _lines(offloading_section(offloading)))
+    for mark, (is_of, section) in MARKED.items():
+        found = {name: result for name, result in named.items() if is_of(result)}
+        intro = intro.replace(mark, _lines(section(found)))
     return intro.replace("{summary}\n", _lines(_summary(results))) + _lines(
         (*sections, *_operator_times(results, folder))
     )
@@ -103,12 +110,6 @@ def read_all(folder: Path) -> list[dict]:
         own = {"name": path.stem, "notes": about.get("notes", []), "floor": about.get("floor")}
         results.append(about.get("settings", {}) | read_result(path) | own)
     return sorted(results, key=_order)
-
-
-def _marked(folder: Path, is_of: Callable[[dict], bool]) -> dict[str, dict]:
-    """The results of one benchmark in a folder, by name."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in found.items() if is_of(result)}
 
 
 def title(result: dict) -> str:

@@ -1,7 +1,5 @@
 """A model with Megatron's key-value cache: it reads tokens, and gives the logits behind them."""
 
-from typing import Any
-
 from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -39,12 +37,11 @@ class CachedModel:
         tokens: Tensor,
         positions: Tensor,
         *,
-        row: int = 0,
         column: int = 0,
         mask: Tensor | None = None,
-        last_only: bool = True,
         alike: bool = True,
         from_first: bool = False,
+        **how,
     ) -> Tensor:
         """:meth:`read` one token of each row, as all ranks do with the ``texts`` they have together.
 
@@ -52,10 +49,9 @@ class CachedModel:
             alike: whether all ranks have as many rows.
             from_first: whether all of them have theirs from the first row on, as graphs need it.
         """
-        how: Any = dict(row=row, column=column, mask=mask, last_only=last_only)
         with self._decode.token(texts, len(tokens) if alike else None) as key:
             if key is None or not from_first:
-                return self.read(tokens, positions, **how)
+                return self.read(tokens, positions, column=column, mask=mask, **how)
             if self._graphs is None:
                 self._graphs = DecodeGraphs(self.module, self.context)
             try:
@@ -66,7 +62,7 @@ class CachedModel:
                 self._graphs = None
                 if not self._decode.goes_on_without_graphs(error):
                     raise
-                return self.read(tokens, positions, **how)
+                return self.read(tokens, positions, column=column, mask=mask, **how)
             if is_new:
                 self._decode.does_not_count()
             return logits.float().cpu()
@@ -74,13 +70,6 @@ class CachedModel:
     def drop_graphs(self) -> None:
         """Before NCCL ends, which waits for graphs that have its collectives."""
         self._graphs = None
-
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """The forward that graphs have: the host's numbers of rows and columns do not count in it."""
-        self.context.batch_size_offset = self.context.sequence_len_offset = 0
-        return self._wrapper.run_one_forward_step(
-            dict(tokens=tokens, position_ids=positions, attention_mask=mask)
-        )
 
     def read(
         self,
@@ -106,16 +95,17 @@ class CachedModel:
         """
         self.context.batch_size_offset, self.context.sequence_len_offset = row, column
         self.context.config.materialize_only_last_token_logits = last_only
-        logits = self._wrapper.run_one_forward_step(
-            dict(
-                tokens=tokens.cuda(),
-                position_ids=positions.cuda(),
-                attention_mask=None if mask is None else mask.cuda(),
-            )
-        )
+        mask = None if mask is None else mask.cuda()
+        logits = self._forward(tokens.cuda(), positions.cuda(), mask)
         if self._wrapper.model_is_pipeline_parallel:
             shape = [len(tokens), 1 if last_only else tokens.shape[1], self.module.vocab_size]
             logits = broadcast_from_last_pipeline_stage(
                 shape, self._wrapper.config.params_dtype, logits, self._wrapper.pp_group
             )
         return logits.float().cpu()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Of tensors on the device; graphs capture it."""
+        return self._wrapper.run_one_forward_step(
+            dict(tokens=tokens, position_ids=positions, attention_mask=mask)
+        )

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_scmoe.config import (
     AUTO,
@@ -29,7 +28,7 @@ from megatron_scmoe.config import (
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import decode_graphs
 from megatron_scmoe.inference.decode_graphs import Key
-from megatron_scmoe.inference.expert_padding import MOST_ROWS_OF_GRAPHS, ExpertPadding
+from megatron_scmoe.inference.expert_padding import MOST_ROWS, MOST_ROWS_OF_GRAPHS, ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -83,19 +82,13 @@ class Decode:
         can_pay = any(layer.config.expert_model_parallel_size > 1 for layer in layers)
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
-        reason = None if graphs == OFF else _why_no_graphs(model, padding, graphs)
+        self._padding = ExpertPadding(model, padding)
+        reason = None if graphs == OFF else self._why_no_graphs(model, padding, graphs)
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
-        in_graphs = graphs != OFF and reason is None
-        self._without_graphs = ExpertPadding(model, padding)
-        self._padding = (
-            ExpertPadding(model, padding, MOST_ROWS_OF_GRAPHS)
-            if in_graphs
-            else self._without_graphs
-        )
         self._counts = True
         self._graphs_are_wanted = graphs == ON
-        self.in_graphs = in_graphs
+        self.in_graphs = graphs != OFF and reason is None
         """Whether tokens are computed in graphs, where there are not too many."""
 
     @contextmanager
@@ -112,7 +105,7 @@ class Decode:
         tried = self._trials.setdefault(texts.bit_length(), _Trial())
         name = self._wanted if self._wanted != AUTO else tried.kept or tried.left[0]
         self._set(name)
-        pads = rows is not None and self._padding.applies(rows)
+        pads = rows is not None and self._pads(rows)
         if pads:
             self._padding.set(True)
         self._counts = True
@@ -131,7 +124,7 @@ class Decode:
 
     def fits_graph(self, rows: int) -> bool:
         """Whether a token of so many rows on each rank is computed in a graph."""
-        return self.in_graphs and (self._padding.is_void or self._padding.applies(rows))
+        return self.in_graphs and (self._padding.is_void or self._pads(rows))
 
     def does_not_count(self) -> None:
         """The token under way took longer than others of its schedule will."""
@@ -142,7 +135,6 @@ class Decode:
         if self._graphs_are_wanted:
             return False
         self.in_graphs = False
-        self._padding = self._without_graphs
         self._counts = False
         reason = str(error).strip().partition("\n")[0]
         print(
@@ -161,30 +153,33 @@ class Decode:
             if tried.kept is not None
         }
 
+    def _why_no_graphs(
+        self, model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
+    ) -> str | None:
+        """Why a decode of a model cannot be in graphs, if it cannot."""
+        if (reason := decode_graphs.why_not(model)) is not None:
+            return reason
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            return "the model is in pipeline stages"
+        sizes = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        if wanted == AUTO and max(sizes) > 1:
+            return "ranks share the model"
+        if self._padding.why_not is not None:
+            return self._padding.why_not
+        if padding == OFF and not self._padding.is_void:
+            return f"with --decode-padding {OFF} the host waits for the experts' numbers of tokens"
+        return None
+
+    def _pads(self, rows: int) -> bool:
+        most = MOST_ROWS_OF_GRAPHS if self.in_graphs else MOST_ROWS
+        return self._padding.applies(rows, most)
+
     def _set(self, name: str) -> None:
         for layer, schedule in zip(self._layers, self._schedules[name], strict=True):
             layer.path.schedule = schedule
-
-
-def _why_no_graphs(
-    model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
-) -> str | None:
-    """Why a decode of a model cannot be in graphs, if it cannot."""
-    if (reason := decode_graphs.why_not(model)) is not None:
-        return reason
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        return "the model is in pipeline stages"
-    sizes = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_expert_model_parallel_world_size(),
-    )
-    if wanted == AUTO and max(sizes) > 1:
-        return "ranks share the model"
-    if (reason := ExpertPadding(model, AUTO).why_not) is not None:
-        return reason
-    if padding == OFF and any(isinstance(module, MoELayer) for module in model.modules()):
-        return f"with --decode-padding {OFF} the host waits for the experts' numbers of tokens"
-    return None
 
 
 def _faster(tried: _Trial) -> str:

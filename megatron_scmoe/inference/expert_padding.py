@@ -36,14 +36,13 @@ class ExpertPadding:
 
     Args:
         model: this rank's part of it.
-        wanted: ``auto`` pads up to ``most_rows``, where sizes have to be waited for and the model can
-            be padded.
+        wanted: ``auto`` pads a few rows, where sizes have to be waited for and the model can be padded.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
     """
 
-    def __init__(self, model: nn.Module, wanted: DecodePadding, most_rows: int = MOST_ROWS):
+    def __init__(self, model: nn.Module, wanted: DecodePadding):
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         dispatchers = [layer.token_dispatcher for layer in layers]
         waits = any(each.ep_size > 1 for each in dispatchers) or not cpu_backend.is_enabled()
@@ -55,12 +54,15 @@ class ExpertPadding:
         if wanted == ON and self.why_not:
             raise ScMoEConfigError(f"--decode-padding {ON}", self.why_not, f"{AUTO}, {OFF}")
         self._dispatchers = [] if refusals else list(map(_Padded, dispatchers))
-        self._most = {ON: float("inf"), OFF: 0}.get(wanted, most_rows if waits else 0)
+        self._most = {ON: float("inf"), OFF: 0}.get(wanted, None if waits else 0)
         self._experts = max((each.num_experts for each in self._dispatchers), default=0)
 
-    def applies(self, tokens: int) -> bool:
-        """Whether experts are padded when every rank reads so many tokens."""
-        return bool(self._dispatchers) and tokens * self._experts <= self._most
+    def applies(self, tokens: int, most_rows: int = MOST_ROWS) -> bool:
+        """Whether experts are padded when every rank reads so many tokens; by ``auto``, up to
+        ``most_rows`` rows.
+        """
+        most = most_rows if self._most is None else self._most
+        return bool(self._dispatchers) and tokens * self._experts <= most
 
     def set(self, pads: bool) -> None:
         """From now on the model's dispatchers pad, or do not.

@@ -378,9 +378,7 @@ class Slots:
         """Take part in a step of the other ranks: in a prefill, or a token of so many texts."""
         zero = torch.zeros(1, 1, dtype=torch.int64)
         if beside:
-            self._model.decode(
-                beside, zero, zero, row=self._per_rank, alike=self._are_alike, from_first=False
-            )
+            self._model.decode(beside, zero, zero, alike=self._are_alike, row=self._per_rank)
         else:
             self._model.read(zero, zero, row=self._per_rank)
 

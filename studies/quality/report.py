@@ -17,6 +17,7 @@ from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
 from studies.quality import report_conversion, report_hours, report_parity, report_seeds
 from studies.quality.arms import ARMS, SIZES
+from studies.quality.stored import loss
 
 HERE = Path(__file__).parent
 BASELINE = "top2"
@@ -59,14 +60,6 @@ def read(folder: Path) -> list[dict]:
 def from_nothing(results: list[dict]) -> list[dict]:
     """Those that start from no other run's weights."""
     return [result for result in results if not result.get("after")]
-
-
-def loss(result: dict, source: str | None = None) -> float:
-    """Validation loss in nats a token: of a source, or the mean of the sources."""
-    found = result["validation"]
-    if source is not None:
-        return found[source]["loss"]
-    return mean(found[name]["loss"] for name in found)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -6,9 +6,7 @@ from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from studies.quality.arms import CONTINUED
-
-Curve = list[tuple[float, float]]
-"""Tokens, and validation loss in nats a token."""
+from studies.quality.stored import Curve, curve
 
 
 def pairs(results: list[dict]) -> list[tuple[dict, dict]]:
@@ -20,12 +18,6 @@ def pairs(results: list[dict]) -> list[tuple[dict, dict]]:
         if continued is not None:
             matched.append((result, continued))
     return matched
-
-
-def curve(result: dict) -> Curve:
-    """Of a stored result; at 0 tokens stands the loss that it starts from."""
-    step = result["tokens"] / result["iterations"]
-    return [(iteration * step, loss) for iteration, loss in result["validation_curve"]]
 
 
 def level_after(converted: Curve, continued: Curve) -> float | None:

@@ -13,6 +13,7 @@ from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import UsageError
+from studies.quality.stored import Curve, curve
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -33,9 +34,6 @@ BASELINE = "top2"
 SYSTEMS = {"top2": "top2", "shared": "shared", "pos2": "scmoe"}
 """Systems of the benchmarks, by arm."""
 
-Curve = list[tuple[float, float]]
-"""Tokens, and validation loss in nats a token."""
-
 
 def step_times(name: str, folder: Path = BENCHMARKS) -> dict[str, float]:
     """Milliseconds of an iteration by arm, each with the settings that were fastest."""
@@ -52,30 +50,24 @@ def step_times(name: str, folder: Path = BENCHMARKS) -> dict[str, float]:
 def mean_curve(results: list[dict]) -> Curve:
     """Over the seeds of an arm, of the part of the text that is evaluated on the way.
 
-    A stored curve's last point is of the whole text, and left out.
-
     Raises:
         UsageError: if they were not evaluated at the same iterations.
     """
-    step = results[0]["tokens"] / results[0]["iterations"]
-    curves = [result["validation_curve"][:-1] for result in results]
-    places = [[iteration for iteration, _ in curve] for curve in curves]
+    curves = [curve(result)[:-1] for result in results]
+    places = [[tokens for tokens, _ in points] for points in curves]
     if any(other != places[0] for other in places):
         raise UsageError(
             f"--results: {results[0]['size']}-{results[0]['arm']} was evaluated at other iterations "
             "with one seed than with another; accepted: results of one batch and length"
         )
-    return [
-        (points[0][0] * step, mean(loss for _, loss in points))
-        for points in zip(*curves, strict=True)
-    ]
+    return [(points[0][0], mean(loss for _, loss in points)) for points in zip(*curves)]
 
 
-def reached_at(curve: Curve, loss: float) -> float | None:
+def reached_at(points: Curve, loss: float) -> float | None:
     """Tokens at which a curve first is at a loss, on the line between two points, or None."""
-    if curve[0][1] <= loss:
-        return curve[0][0]
-    for (begin, above), (end, below) in pairwise(curve):
+    if points[0][1] <= loss:
+        return points[0][0]
+    for (begin, above), (end, below) in pairwise(points):
         if below <= loss:
             return begin + (end - begin) * (above - loss) / (above - below)
     return None
@@ -120,6 +112,7 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
 
 
 def _rows(groups) -> Iterator[str]:
+    times_of = {link: step_times(name) for link, name in LINKS.items()}
     for (size, _), arms in groups.items():
         for arm in SYSTEMS:
             if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
@@ -129,8 +122,7 @@ def _rows(groups) -> Iterator[str]:
                 continue
             tokens = share_of_tokens(own, base)
             by_seed = [share_of_tokens([one], [other]) for one, other in zip(own, base)]
-            for link, name in LINKS.items():
-                times = step_times(name)
+            for link, times in times_of.items():
                 if arm in times:
                     step = times[arm] / times[BASELINE]
                     shown = "more than all" if tokens is None else f"{tokens:.0%}"
@@ -167,10 +159,10 @@ def draw(groups: dict[tuple[str, int], dict[str, list[dict]]], path: Path) -> No
             times = step_times(LINKS[link])
             for arm in SYSTEMS:
                 if arm in arms and arm in times:
-                    curve = mean_curve(arms[arm])
-                    share = times[arm] / times[BASELINE] / curve[-1][0]
-                    points = [(at * share, loss) for at, loss in curve]
-                    axis.plot(*zip(*points), marker=".", label=arm)
+                    points = mean_curve(arms[arm])
+                    share = times[arm] / times[BASELINE] / points[-1][0]
+                    shown = [(at * share, loss) for at, loss in points]
+                    axis.plot(*zip(*shown), marker=".", label=arm)
             axis.set_title(f"{size}, {tokens / 1e6:g} M tokens, {link}")
             axis.set_xlabel("time, of that of top2's run")
             axis.set_ylabel("validation loss")

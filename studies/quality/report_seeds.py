@@ -1,9 +1,10 @@
 """The report's part on seeds: when a model begins to copy, and what its loss is at the end."""
 
 from collections.abc import Iterator
-from statistics import correlation, mean
+from statistics import correlation
 
 from studies.quality.report_hours import mean_curve, reached_at
+from studies.quality.stored import loss
 
 ONSET = 3.75
 """Nats a token; the loss falls past it while models learn to use text that repeats itself."""
@@ -43,7 +44,7 @@ def _rows(groups) -> Iterator[str]:
         found = [(result, step) for result, step in found if step is not None]
         if len(found) < FEWEST:
             continue
-        losses = [mean(s["loss"] for s in r["validation"].values()) for r, _ in found]
+        losses = [loss(result) for result, _ in found]
         by_arm: dict[str, list[float]] = {}
         for result, step in found:
             by_arm.setdefault(result["arm"], []).append(step)

@@ -6,9 +6,8 @@ written, and which columns a row sees. Megatron's static cache takes both from t
 :class:`DecodeGraphs` computes, attentions write the cache at a tensor's column and read all columns
 under a mask, with PyTorch's scaled dot-product attention.
 
-No size may have to be waited for, so experts are padded (expert_padding.py). Graphs with collectives
-have to be asked for: they were captured and timed on four H200, with NCCL_P2P_DISABLE=1, but not yet
-compared with a decode without.
+No size may have to be waited for, so experts are padded (expert_padding.py). Where ranks share the
+model its collectives are in the graphs, so all ranks capture one, or none does.
 """
 
 import math
@@ -35,7 +34,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CaptureError(RuntimeError):
-    """A decode could not be captured."""
+    """A decode could not be captured, on one of the ranks; the message says on which, and why."""
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -107,7 +106,7 @@ class DecodeGraphs:
             Logits [b, 1, v], whose place the next token's take; and whether the graph is new.
 
         Raises:
-            CaptureError: if it could not be captured.
+            CaptureError: on all ranks, if one could not capture it.
         """
         columns = self._columns(column)
         hidden = torch.ones(len(tokens), 1, 1, columns, dtype=torch.bool)
@@ -117,10 +116,7 @@ class DecodeGraphs:
         if is_new := graph is None:
             self._forget_what_is_behind(column, len(tokens))
             inputs = [_own(each) for each in (tokens, positions, hidden)]
-            try:
-                replay = capture(lambda: self._compute(forward, inputs), self._pool)
-            except RuntimeError as error:
-                raise CaptureError(str(error)) from error
+            replay = _capture_on_all_ranks(lambda: self._compute(forward, inputs), self._pool)
             graph = self._graphs[key, columns] = _Graph(inputs, replay)
         else:
             for own, new in zip(graph.inputs, (tokens, positions, hidden), strict=True):
@@ -153,6 +149,23 @@ class _Graph:
 
     def __init__(self, inputs: list[Tensor], replay: Callable[[], Tensor]):
         self.inputs, self.replay = inputs, replay
+
+
+def _capture_on_all_ranks(run: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
+    """:func:`capture`; no graph on any rank if one has none, whose collectives would wait for ever."""
+    failure: RuntimeError | None = None
+    try:
+        replay = capture(run, pool)
+    except RuntimeError as error:
+        failure = error
+    reasons = [None if failure is None else str(failure)]
+    if (ranks := torch.distributed.get_world_size()) > 1:
+        reasons *= ranks
+        torch.distributed.all_gather_object(reasons, reasons[0])
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise CaptureError(f"rank {rank}: {reason}" if ranks > 1 else reason) from failure
+    return replay
 
 
 def _own(tensor: Tensor) -> Tensor:

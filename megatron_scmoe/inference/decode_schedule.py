@@ -58,7 +58,7 @@ class Decode:
         wanted: ``auto``, or the schedule to have.
         padding: see :class:`ExpertPadding`.
         graphs: whether tokens are computed in CUDA graphs (decode_graphs.py); ``auto`` does where it
-            can and no collective is in them.
+            can.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
@@ -83,7 +83,7 @@ class Decode:
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
         self._padding = ExpertPadding(model, padding)
-        reason = None if graphs == OFF else self._why_no_graphs(model, padding, graphs)
+        reason = None if graphs == OFF else self._why_no_graphs(model, padding)
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
         self._counts = True
@@ -136,6 +136,8 @@ class Decode:
             return False
         self.in_graphs = False
         self._counts = False
+        if torch.distributed.get_rank() != 0:
+            return True
         reason = str(error).strip().partition("\n")[0]
         print(
             f"warning: a decode could not be captured in a CUDA graph, and goes on without ({reason}); "
@@ -153,20 +155,12 @@ class Decode:
             if tried.kept is not None
         }
 
-    def _why_no_graphs(
-        self, model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
-    ) -> str | None:
+    def _why_no_graphs(self, model: torch.nn.Module, padding: DecodePadding) -> str | None:
         """Why a decode of a model cannot be in graphs, if it cannot."""
         if (reason := decode_graphs.why_not(model)) is not None:
             return reason
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             return "the model is in pipeline stages"
-        sizes = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_world_size(),
-        )
-        if wanted == AUTO and max(sizes) > 1:
-            return "ranks share the model"
         if self._padding.why_not is not None:
             return self._padding.why_not
         if padding == OFF and not self._padding.is_void:

@@ -28,6 +28,9 @@ from tests.reference import ReferenceConfig, ReferenceScMoE, load_megatron_state
 RECORD = "studies.quality.record"
 """The module that trains an arm and records it."""
 
+WARM_UP = 0.05
+"""Share of the steps, as ``training_flags`` has it."""
+
 DIGITS = 9
 """Of a stored loss: what fp32 has."""
 
@@ -46,16 +49,35 @@ def main(argv: list[str] | None = None) -> None:
         "--arms", nargs="+", default=["pos2", "top2"], choices=comparable(), help="models"
     )
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU; without it on the CPU")
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="the project's run in bf16 on a GPU, as the study has it; without it fp32 on the CPU",
+        help="the project's run in bf16 on a GPU, as the study has it; without it in fp32",
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="Megatron's own modules on the GPU as well, not Transformer Engine's",
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=WARM_UP,
+        metavar="SHARE",
+        help=f"of the steps (default: {WARM_UP}, as the study has it)",
     )
     args = parser.parse_args(argv)
     if not (args.tokens / "train_text_document.idx").is_file():
         raise UsageError(f"--tokens {args.tokens}: it has no train_text_document.idx of data.py")
-    if args.bf16 and not torch.cuda.is_available():
-        raise UsageError("--bf16: there is no GPU; leave it out")
+    args.gpu |= args.bf16
+    if args.gpu and not torch.cuda.is_available():
+        flag = "--bf16" if args.bf16 else "--gpu"
+        raise UsageError(f"{flag}: there is no GPU; leave it out")
+    if args.local and not args.gpu:
+        raise UsageError("--local: on the CPU they are Megatron's own anyway; leave it out")
+    if not 0 < args.warm_up < 1:
+        raise UsageError(f"--warm-up {args.warm_up}: accepted is a number between 0 and 1")
 
     size = SIZES[args.size]
     tokens = args.steps * size.batch * size.sequence
@@ -64,17 +86,21 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "steps": args.steps,
         "precision": "bf16" if args.bf16 else "fp32",
-        "device": torch.cuda.get_device_name() if args.bf16 else "cpu",
+        "modules": "transformer_engine" if args.gpu and not args.local else "local",
+        "warm_up": args.warm_up,
+        "device": torch.cuda.get_device_name() if args.gpu else "cpu",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "arms": {},
     }
     for name in args.arms:
         run = Run(name, args.size, args.seed, tokens, size.learning_rate)
-        record = recorded(run, args.tokens, args.bf16)
+        words = flags(run, args.gpu, args.bf16, args.local, args.warm_up)
+        record = recorded(run, args.tokens, words, args.gpu)
         curves = {"run": record["losses"]}
-        for label, precision in (("plain", "fp32"), ("rounded", "bf16" if args.bf16 else "fp64")):
-            curves[label] = plain_losses(run, record, precision, "cuda" if args.bf16 else "cpu")
+        for label, precision in (("plain", "fp32"), ("rounded", "bf16" if args.gpu else "fp64")):
+            device = "cuda" if args.gpu else "cpu"
+            curves[label] = plain_losses(run, record, precision, device, args.warm_up)
         result["arms"][name] = {key: _rounded(curve) for key, curve in curves.items()}
         largest = max(differences(curves["run"], curves["plain"]))
         print(f"{name}: largest relative difference {largest:.2e}", flush=True)
@@ -93,8 +119,23 @@ def comparable() -> list[str]:
     ]
 
 
-def recorded(run: Run, tokens: Path, on_gpu: bool) -> dict:
+def flags(run: Run, on_gpu: bool, in_bf16: bool, local: bool, warm_up: float) -> list[str]:
+    """Those of the study, but for what is to be different."""
+    words = run.flags(on_cpu=not on_gpu)
+    left_out = [] if in_bf16 else ["--bf16"]
+    if local:
+        words = [word.replace("transformer_engine", "local") for word in words]
+        left_out += ["--moe-grouped-gemm", "--moe-permute-fusion"]
+        words += ["--no-masked-softmax-fusion", "--no-rope-fusion", "--no-persist-layer-norm"]
+    words = [word for word in words if word not in left_out]
+    return [*words, "--lr-warmup-fraction", f"{warm_up:g}"]
+
+
+def recorded(run: Run, tokens: Path, words: list[str], on_gpu: bool) -> dict:
     """Train an arm with the project's script.
+
+    Args:
+        words: the script's flags.
 
     Returns:
         What record.py has written.
@@ -105,7 +146,7 @@ def recorded(run: Run, tokens: Path, on_gpu: bool) -> dict:
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         file = Path(folder) / "record.pt"
         done = subprocess.run(
-            command(RECORD, file, tokens, run.arm, run.flags(on_cpu=not on_gpu)),
+            command(RECORD, file, tokens, run.arm, words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -118,7 +159,9 @@ def recorded(run: Run, tokens: Path, on_gpu: bool) -> dict:
         return torch.load(file)
 
 
-def plain_losses(run: Run, record: dict, precision: str, device: str) -> list[float]:
+def plain_losses(
+    run: Run, record: dict, precision: str, device: str, warm_up: float = WARM_UP
+) -> list[float]:
     """Train the plain model on what a run has recorded.
 
     Args:
@@ -144,7 +187,7 @@ def plain_losses(run: Run, record: dict, precision: str, device: str) -> list[fl
     losses, steps = [], len(record["tokens"])
     for step, (tokens, labels) in enumerate(zip(record["tokens"], record["labels"], strict=True)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, run.learning_rate)
+            group["lr"] = learning_rate(step, steps, run.learning_rate, warm_up)
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss, _ = model(tokens.to(device).long(), labels.to(device).long())
@@ -184,9 +227,9 @@ def reference_config(arm_name: str, size: Size, vocabulary_rows: int) -> Referen
     )
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Of a step, counted from 0: up from 0 in 5 % of the steps, then a cosine down to a tenth."""
-    warm_up = 0.05 * steps
+def learning_rate(step: int, steps: int, peak: float, warm_up_share: float) -> float:
+    """Of a step, counted from 0: up from 0 in a share of them, then a cosine down to a tenth."""
+    warm_up = warm_up_share * steps
     if step <= warm_up:
         return peak * step / warm_up
     share = (step - warm_up) / (steps - warm_up)

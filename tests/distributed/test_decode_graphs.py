@@ -149,59 +149,62 @@ def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
         assert graphs > 2
 
 
-def test_a_decode_that_cannot_be_captured_goes_on_without_unless_it_was_asked_for(models):
-    (found,) = run_distributed(_uncapturable, 1, str(models / text_models.LEARNED))
-    without, within, told, error = found
-    assert within == without
-    assert told == [
+@pytest.mark.parametrize("ranks, where", [(1, ""), (2, "rank 1: ")])
+def test_a_decode_that_cannot_be_captured_goes_on_without_unless_it_was_asked_for(
+    models, ranks, where
+):
+    """Of two ranks the second alone fails; both go on without, and the first one says so."""
+    load = str(models / text_models.TAPS_INPUT)
+    layout = load_model.Layout(expert=ranks)
+    told = [
         "warning: a decode could not be captured in a CUDA graph, and goes on without "
-        "(operation not permitted); --decode-cuda-graphs on shows where"
+        f"({where}operation not permitted); --decode-cuda-graphs on shows where"
     ]
-    assert error == "operation not permitted\nwhen stream is capturing"
+    for rank, found in enumerate(run_distributed(_uncapturable, ranks, load, layout)):
+        without, within, lines, error = found
+        assert within == without
+        assert lines == ([] if rank else told)
+        assert error == f"{where}operation not permitted\nwhen stream is capturing"
 
 
-def _uncapturable(load: str) -> tuple:
+def _uncapturable(load: str, layout: load_model.Layout) -> tuple:
     def capture(run, pool):
         run()
+        if torch.distributed.get_rank() + 1 < torch.distributed.get_world_size():
+            return run
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout())
+    model = load_model.build_model(load_model.Checkpoint(load), layout)
     sampling = generation.SamplingParams(num_tokens_to_generate=5, top_k=1)
     texts, told = [], io.StringIO()
+
+    def generate(use: str) -> list[list[int]]:
+        decode = Decode(model, OVERLAPPED, ON, use)
+        prompts = [(5, 9, 2, 7), (3, 4)]
+        done = generation.generate(model, prompts, sampling, text_models.VOCAB, decode=decode)
+        return [text.tokens for text in done]
+
     with captures()[0], mock.patch.object(decode_graphs, "capture", capture):
         with contextlib.redirect_stderr(told):
-            for graphs in (OFF, AUTO):
-                texts += generation.generate(
-                    model,
-                    [(5, 9, 2, 7)],
-                    sampling,
-                    text_models.VOCAB,
-                    decode=Decode(model, OVERLAPPED, ON, graphs),
-                )
+            texts = [generate(use) for use in (OFF, AUTO)]
         with pytest.raises(RuntimeError) as error:
-            generation.generate(
-                model,
-                [(5, 9)],
-                sampling,
-                text_models.VOCAB,
-                decode=Decode(model, OVERLAPPED, ON, ON),
-            )
+            generate(ON)
     lines = [line for line in told.getvalue().splitlines() if line.startswith("warning: a decode")]
-    return *(text.tokens for text in texts), lines, str(error.value)
+    return *texts, lines, str(error.value)
 
 
-def test_a_collective_in_a_graph_has_to_be_asked_for(models):
-    """On GPUs it was timed, and not compared."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_graphs_are_taken_where_they_can_be(models, ranks):
     load = str(models / text_models.TAPS_INPUT)
-    assert run_distributed(_in_graphs, 2, load) == [{AUTO: False, ON: True}] * 2
-    assert run_distributed(_in_graphs, 1, load) == [{AUTO: True, ON: True}]
+    found = run_distributed(_in_graphs, ranks, load)
+    assert found == [{OFF: False, AUTO: True, ON: True}] * ranks
 
 
 def _in_graphs(load: str) -> dict[str, bool]:
     ranks = torch.distributed.get_world_size()
     model = load_model.build_model(load_model.Checkpoint(load), load_model.Layout(expert=ranks))
     with captures()[0]:
-        return {use: Decode(model, AUTO, AUTO, use).in_graphs for use in (AUTO, ON)}
+        return {use: Decode(model, AUTO, AUTO, use).in_graphs for use in (OFF, AUTO, ON)}
 
 
 def test_on_is_refused_where_there_is_no_graph():

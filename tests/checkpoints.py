@@ -153,7 +153,7 @@ def save(args, folder: Path) -> None:
     for tensor in model.state_dict().values():
         if isinstance(tensor, torch.Tensor):
             noise = 0.2 * torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(tensor * 0.5 + noise)
+            tensor.copy_(tensor * 0.5 + noise.to(tensor.device))
     path = folder / "iter_0000007"
     os.makedirs(path, exist_ok=True)
     metadata = models.checkpoint_metadata()

@@ -10,13 +10,14 @@ those that have arrived. Kernels and the order of sums are those of a resident m
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -35,10 +36,16 @@ from megatron_scmoe.inference.expert_store import (
     write_expert_files,
 )
 from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.async_all_to_all import now
+from megatron_scmoe.overlap.cuda_graph import between_graphs, capture, is_capturing, new_pool
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Schedule, build_schedule, num_slots
 from megatron_scmoe.platform import cpu_backend
 
 FLAG = "--offload-experts"
+
+ExpertGraphs = dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]]
+"""By the address of the weights and the number of tokens: the tokens and probabilities that an expert's
+graph reads, and what replays it."""
 
 
 class OffloadedExperts(MegatronModule):
@@ -53,6 +60,8 @@ class OffloadedExperts(MegatronModule):
 
     layer: int
     cache: ExpertCache
+    dispatcher: MoEAlltoAllTokenDispatcher
+    graphs: ExpertGraphs
 
     def __init__(self, build, num_local_experts: int, config: TransformerConfig, *args, **kwargs):
         super().__init__(config)
@@ -66,22 +75,38 @@ class OffloadedExperts(MegatronModule):
         for parameter in self._parameters_of_one.values():
             parameter.requires_grad_(False)
         self._drop_weights()
+        self._chosen = Chosen(num_local_experts)
 
-    def attach(self, cache: ExpertCache, layer: int) -> None:
-        """Say where the weights are.
+    def attach(
+        self,
+        cache: ExpertCache,
+        layer: int,
+        dispatcher: MoEAlltoAllTokenDispatcher,
+        graphs: ExpertGraphs,
+    ) -> None:
+        """Say where the weights are, and the tokens come from.
 
         Args:
             layer: this layer's number in the cache's keys.
+            graphs: those of the cache, which layers share, as their experts differ in weights alone.
         """
-        self.cache, self.layer = cache, layer
+        self.cache, self.layer, self.dispatcher, self.graphs = cache, layer, dispatcher, graphs
         self._drop_weights()
+
+    def hear(self, routing_map: Tensor) -> None:
+        """What the gate has chosen, bool [tokens, experts]: padding hides it from the dispatcher."""
+        if self.dispatcher.drop_and_pad:
+            self._chosen.tell(routing_map)
 
     def expect(self, tokens_per_expert: Sequence[int]) -> None:
         """Begin to fetch the experts that will get tokens."""
-        self.cache.request(self._keys(tokens_per_expert))
+        if not self.dispatcher.drop_and_pad:
+            self.cache.request(self._keys(tokens_per_expert))
+        elif not is_capturing():  # in graphs the window is launched first
+            self.cache.request(self._keys(self._chosen.counts()))
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor):
-        """As Megatron's experts.
+        """As Megatron's experts. Of padded tokens those of experts that nobody chose give 0.
 
         Args:
             tokens: [tokens, h], sorted by expert.
@@ -91,22 +116,71 @@ class OffloadedExperts(MegatronModule):
         Returns:
             Their outputs [tokens, h], and no bias.
         """
-        counts = tokens_per_expert.tolist()
+        output = torch.empty_like(tokens)
+        if not self.dispatcher.drop_and_pad:
+            self._compute(tokens, probs, tokens_per_expert.tolist(), output)
+            return output, None
+
+        rows, in_graphs = len(tokens) // self.num_local_experts, is_capturing()
+
+        def compute_chosen() -> None:
+            chosen = [rows if count else 0 for count in self._chosen.counts()]
+            self._compute(tokens, probs, chosen, output.zero_(), rows, in_graphs)
+
+        between_graphs(compute_chosen)
+        return output, None
+
+    def _compute(
+        self,
+        tokens: Tensor,
+        probs: Tensor,
+        counts: Sequence[int],
+        output: Tensor,
+        rows: int | None = None,
+        in_graphs: bool = False,
+    ) -> None:
+        """Fill the outputs of experts that get tokens.
+
+        Args:
+            tokens: [tokens, h], sorted by expert.
+            probs: [tokens].
+            counts: how many tokens each expert gets.
+            output: [tokens, h].
+            rows: how many there are of each expert; None for as many as it gets.
+            in_graphs: whether each is computed in a CUDA graph: equally many tokens each time.
+        """
+        run = self._run_in_graph if in_graphs else self._run
         keys = self._keys(counts)
         all_come = self.cache.request(keys)
-        outputs = []
-        parts = zip(tokens.split(counts), probs.split(counts), counts)
-        used = [part for part in parts if part[-1]]
-        for position, (key, (own, own_probs, count)) in enumerate(zip(keys, used, strict=True)):
+        begin, position = 0, 0
+        for expert, count in enumerate(counts):
+            own = slice(begin, begin + count)
+            begin += count if rows is None else rows
+            if not count:
+                continue
             if not all_come:
                 self.cache.request(keys[position:])
-            weights = self.cache.take(key)
-            for parameter, weight in zip(self._parameters_of_one.values(), weights, strict=True):
-                parameter.data = weight
-            output, _ = self.expert(own, torch.tensor([count]), own_probs)
+            key = self.layer, expert
+            output[own] = run(self.cache.take(key), tokens[own], probs[own])
             self.cache.release(key)
-            outputs.append(output)
-        return torch.cat(outputs) if outputs else tokens, None
+            position += 1
+
+    def _run(self, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor) -> Tensor:
+        """One expert's output."""
+        for parameter, weight in zip(self._parameters_of_one.values(), weights, strict=True):
+            parameter.data = weight
+        return self.expert(tokens, torch.tensor([len(tokens)]), probs)[0]
+
+    def _run_in_graph(self, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor) -> Tensor:
+        """The same in the graph of the cache's place where the weights are."""
+        key = weights[0].data_ptr(), len(tokens)
+        if key not in self.graphs:
+            inputs = tokens.clone(), probs.clone()
+            self.graphs[key] = *inputs, capture(lambda: self._run(weights, *inputs), new_pool())
+        own_tokens, own_probs, replay = self.graphs[key]
+        own_tokens.copy_(tokens)
+        own_probs.copy_(probs)
+        return replay()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Nothing: the experts are no part of what is loaded into the model."""
@@ -118,6 +192,33 @@ class OffloadedExperts(MegatronModule):
 
     def _keys(self, tokens_per_expert: Sequence[int]) -> list[tuple[int, int]]:
         return [(self.layer, expert) for expert, count in enumerate(tokens_per_expert) if count]
+
+
+class Chosen:
+    """How many tokens have chosen each expert, on the host as soon as the gate is through.
+
+    Args:
+        experts: how many there are.
+    """
+
+    def __init__(self, experts: int):
+        pinned = not cpu_backend.is_enabled()
+        self._counts = torch.zeros(experts, dtype=torch.int64, pin_memory=pinned)
+        self._known: torch.cuda.Event | None = None
+
+    def tell(self, routing_map: Tensor) -> None:
+        """What the gate has chosen, bool [tokens, experts]."""
+        self._counts.copy_(routing_map.sum(0), non_blocking=True)
+        between_graphs(self._told)
+
+    def counts(self) -> list[int]:
+        """The host waits for them."""
+        assert self._known is not None
+        self._known.synchronize()
+        return self._counts.tolist()
+
+    def _told(self) -> None:
+        self._known = now()
 
 
 @dataclass(frozen=True)
@@ -348,9 +449,11 @@ def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
         at_the_gate: whether copies begin when the gate has chosen, and the whole window passes before
             experts compute. Otherwise they begin when experts are to compute, which waits for them.
     """
+    graphs: ExpertGraphs = {}
     for layer, experts in offloaded_layers(model):
-        experts.attach(cache, layer.layer_number)
+        experts.attach(cache, layer.layer_number, layer.mlp.token_dispatcher, graphs)
         layer.path.schedule = widest(layer.path.schedule)
+        layer.path.on_routing = experts.hear
         layer.path.on_dispatch = experts.expect if at_the_gate else None
 
 

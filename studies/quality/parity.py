@@ -21,15 +21,12 @@ import torch
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
 from studies.quality.arms import ARMS, SIZES, Size, flag
-from studies.quality.report_parity import differences
+from studies.quality.report_parity import WARM_UP, differences
 from studies.quality.run import Run, command, environment, versions
 from tests.reference import ReferenceConfig, ReferenceScMoE, load_megatron_state
 
 RECORD = "studies.quality.record"
 """The module that trains an arm and records it."""
-
-WARM_UP = 0.05
-"""Share of the steps, as ``training_flags`` has it."""
 
 DIGITS = 9
 """Of a stored loss: what fp32 has."""

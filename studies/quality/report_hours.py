@@ -104,7 +104,7 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
             "",
             f"![Loss against time]({picture})",
             "",
-            "| size | arm | link, model | step, of top-2's | tokens | sooner | by seed |",
+            "| size, M tokens | arm | link, model | step, of top-2's | tokens | sooner | by seed |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
@@ -113,7 +113,7 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
 
 def _rows(groups) -> Iterator[str]:
     times_of = {link: step_times(name) for link, name in LINKS.items()}
-    for (size, _), arms in groups.items():
+    for (size, asked), arms in groups.items():
         for arm in SYSTEMS:
             if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
                 continue
@@ -128,7 +128,7 @@ def _rows(groups) -> Iterator[str]:
                     shown = "more than all" if tokens is None else f"{tokens:.0%}"
                     seeds = ", ".join(_sooner(step, share) for share in by_seed)
                     yield (
-                        f"| {size} | {arm} | {link} | {step:.3f} | {shown} | "
+                        f"| {size}, {asked / 1e6:g} | {arm} | {link} | {step:.3f} | {shown} | "
                         f"{_sooner(step, tokens)} | {seeds} |"
                     )
 

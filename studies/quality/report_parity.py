@@ -4,6 +4,9 @@ from pathlib import Path
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 
+WARM_UP = 0.05
+"""Share of the steps, as the study has it."""
+
 SHOWN = (1, 10, 100, 300)
 """Steps up to which the table has the largest difference."""
 
@@ -23,7 +26,7 @@ def section(results: list[dict], picture: str) -> str:
         "",
         "The largest relative difference of the training loss from that of a plain PyTorch model in "
         "fp32, up to a step. Weights at the start and batches are the same. For comparison: the "
-        "plain model in fp64, or for a run in bf16 under autocast.",
+        "plain model in fp64, or on a GPU under autocast.",
         "",
         f"![Training loss, and differences]({picture})",
         "",
@@ -31,14 +34,26 @@ def section(results: list[dict], picture: str) -> str:
         "| --- | --- | --- |" + " --- |" * len(SHOWN),
     ]
     for result in results:
-        other = "plain, autocast" if result["precision"] == "bf16" else "plain, fp64"
+        other = "plain, fp64" if result["device"] == "cpu" else "plain, autocast"
         for arm, curves in result["arms"].items():
             for key, name in (("run", "the project's run"), ("rounded", other)):
                 found = differences(curves[key], curves["plain"])
                 cells = [f"{max(found[:n]):.1e}" if n <= len(found) else "" for n in SHOWN]
-                where = f"{result['size']}, {result['precision']}, {result['device']}"
-                lines.append(f"| {where} | {arm} | {name} | {' | '.join(cells)} |")
+                lines.append(f"| {_where(result)} | {arm} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _where(result: dict) -> str:
+    """What is different from one file to another."""
+    words = [result["size"], result["precision"], result["device"]]
+    if result["device"] != "cpu":
+        local = result.get("modules") == "local"
+        words.append("Megatron's modules" if local else "Transformer Engine")
+    if result.get("warm_up", WARM_UP) != WARM_UP:
+        words.append(f"warm-up {result['warm_up']:.0%}")
+    if result.get("seed", 1) != 1:
+        words.append(f"seed {result['seed']}")
+    return ", ".join(words)
 
 
 def draw(results: list[dict], path: Path) -> None:
@@ -57,7 +72,7 @@ def draw(results: list[dict], path: Path) -> None:
                 found = differences(curves[key], curves["plain"])
                 name = f"{arm}, {'the run' if key == 'run' else 'plain, rounded otherwise'}"
                 right.plot(steps, found, style, color=f"C{colour}", linewidth=1, label=name)
-        left.set_title(f"{result['size']}, {result['precision']}: thick plain, thin the run")
+        left.set_title(f"{_where(result)}: thick plain, thin the run", fontsize="small")
         left.set_ylabel("training loss")
         right.set_title("relative difference from plain fp32")
         right.set_yscale("log")

@@ -31,7 +31,8 @@ def section(groups: dict[tuple[str, int], list[dict]]) -> str:
             "guesses by kind. *Spread*: the most by which that step differs between two seeds of one "
             "arm.",
             "",
-            "| size | runs | with the step | spread, steps | repeated pairs | brackets | names |",
+            "| size, M tokens | runs | with the step | spread, steps | repeated pairs | brackets "
+            "| names |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
@@ -39,7 +40,7 @@ def section(groups: dict[tuple[str, int], list[dict]]) -> str:
 
 
 def _rows(groups) -> Iterator[str]:
-    for (size, _), results in groups.items():
+    for (size, asked), results in groups.items():
         found = [(result, onset(result)) for result in results if "guesses" in result]
         found = [(result, step) for result, step in found if step is not None]
         if len(found) < FEWEST:
@@ -55,7 +56,7 @@ def _rows(groups) -> Iterator[str]:
         ]
         cells = " | ".join(f"{share:.2f}" for share in shares)
         steps = correlation(losses, [step for _, step in found])
-        yield f"| {size} | {len(found)} | {steps:.2f} | {spread:.0f} | {cells} |"
+        yield f"| {size}, {asked / 1e6:g} | {len(found)} | {steps:.2f} | {spread:.0f} | {cells} |"
 
 
 def onset(result: dict) -> float | None:

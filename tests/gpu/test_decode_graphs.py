@@ -94,7 +94,13 @@ def _logits(schedule: str) -> tuple:
             positions = torch.arange(CONTEXT + TOKENS).expand(ROWS, -1)
             cached.read(tokens[:, :CONTEXT], positions[:, :CONTEXT])
             logits = [
-                cached.decode(ROWS, tokens[:, at : at + 1], positions[:, at : at + 1], column=at)
+                cached.decode(
+                    ROWS,
+                    tokens[:, at : at + 1],
+                    positions[:, at : at + 1],
+                    column=at,
+                    from_first=True,
+                )
                 for at in range(CONTEXT, CONTEXT + TOKENS)
             ]
             found.append(torch.cat(logits, 1))

@@ -83,14 +83,17 @@ class OffloadedExperts(MegatronModule):
         layer: int,
         dispatcher: MoEAlltoAllTokenDispatcher,
         graphs: ExpertGraphs,
+        at_the_gate: bool = True,
     ) -> None:
         """Say where the weights are, and the tokens come from.
 
         Args:
             layer: this layer's number in the cache's keys.
             graphs: those of the cache, which layers share, as their experts differ in weights alone.
+            at_the_gate: see :func:`connect`.
         """
         self.cache, self.layer, self.dispatcher, self.graphs = cache, layer, dispatcher, graphs
+        self._at_the_gate = at_the_gate
         self._drop_weights()
 
     def hear(self, routing_map: Tensor) -> None:
@@ -124,6 +127,8 @@ class OffloadedExperts(MegatronModule):
         rows, in_graphs = len(tokens) // self.num_local_experts, is_capturing()
 
         def compute_chosen() -> None:
+            if not self._at_the_gate:
+                self._chosen.is_known_from_now()
             chosen = [rows if count else 0 for count in self._chosen.counts()]
             self._compute(tokens, probs, chosen, output.zero_(), rows, in_graphs)
 
@@ -209,7 +214,7 @@ class Chosen:
     def tell(self, routing_map: Tensor) -> None:
         """What the gate has chosen, bool [tokens, experts]."""
         self._counts.copy_(routing_map.sum(0), non_blocking=True)
-        between_graphs(self._told)
+        between_graphs(self.is_known_from_now)
 
     def counts(self) -> list[int]:
         """The host waits for them."""
@@ -217,7 +222,8 @@ class Chosen:
         self._known.synchronize()
         return self._counts.tolist()
 
-    def _told(self) -> None:
+    def is_known_from_now(self) -> None:
+        """Not before all is done that was enqueued."""
         self._known = now()
 
 
@@ -451,7 +457,7 @@ def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
     """
     graphs: ExpertGraphs = {}
     for layer, experts in offloaded_layers(model):
-        experts.attach(cache, layer.layer_number, layer.mlp.token_dispatcher, graphs)
+        experts.attach(cache, layer.layer_number, layer.mlp.token_dispatcher, graphs, at_the_gate)
         layer.path.schedule = widest(layer.path.schedule)
         layer.path.on_routing = experts.hear
         layer.path.on_dispatch = experts.expect if at_the_gate else None

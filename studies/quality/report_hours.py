@@ -6,14 +6,16 @@ as it did there.
 """
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import UsageError
-from studies.quality.stored import Curve, curve
+from studies.quality.stored import Curve, curve, loss
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -33,6 +35,10 @@ DRAWN = ("host-staged, 2 GPUs, wide", "NVLink, 2 GPUs, fine")
 BASELINE = "top2"
 SYSTEMS = {"top2": "top2", "shared": "shared", "pos2": "scmoe"}
 """Systems of the benchmarks, by arm."""
+
+
+Groups = dict[tuple[str, int], dict[str, list[dict]]]
+"""Results by size and tokens, then by arm."""
 
 
 def step_times(name: str, folder: Path = BENCHMARKS) -> dict[str, float]:
@@ -73,17 +79,45 @@ def reached_at(points: Curve, loss: float) -> float | None:
     return None
 
 
-def share_of_tokens(arm: list[dict], baseline: list[dict]) -> float | None:
-    """Of the baseline's tokens, those after which an arm is at the loss that the baseline ends with.
+@dataclass(frozen=True)
+class Trend:
+    """Loss at the end of runs of an arm by their length: a line over the logarithm of the tokens.
 
-    Both are means of their seeds; None if the arm is never there.
+    Args:
+        shorter: tokens, and mean loss of the seeds.
+        longer: the same.
     """
-    end, loss = mean_curve(baseline)[-1]
-    reached = reached_at(mean_curve(arm), loss)
-    return None if reached is None else reached / end
+
+    shorter: tuple[float, float]
+    longer: tuple[float, float]
+
+    def share_of_tokens(self, behind: float) -> float:
+        """How many of the longer runs' tokens a run takes that ends where top-2 does.
+
+        Args:
+            behind: how far above top-2 the longer runs end, in nats a token; negative if below.
+        """
+        (fewer, higher), (more, lower) = self.shorter, self.longer
+        return math.exp(behind * math.log(more / fewer) / (higher - lower))
 
 
-def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) -> str:
+def trend(groups: Groups, size: str, tokens: int, arm: str) -> Trend | None:
+    """Of the runs of so many tokens and the next shorter ones of the same, if there are any."""
+    lengths = [
+        asked
+        for other, asked in groups
+        if other == size and asked < tokens and arm in groups[other, asked]
+    ]
+    if not lengths:
+        return None
+    shorter, longer = (
+        (float(asked), mean(map(loss, groups[size, asked][arm])))
+        for asked in (max(lengths), tokens)
+    )
+    return Trend(shorter, longer) if longer[1] < shorter[1] else None
+
+
+def section(groups: Groups, picture: str) -> str:
     """In Markdown; empty without results.
 
     Args:
@@ -96,11 +130,12 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
         [
             "## Time",
             "",
-            "How much sooner an arm is at the loss that top-2 ends with. A step of it is taken to "
+            "How much sooner a run ends at the loss that top-2 ends with. A step of it is taken to "
             "last as long, compared with top-2's, as in whole runs of the benchmarks "
-            "(`benchmarks/RESULTS.md`). *Tokens*: the share of top-2's that it needs, by the means of "
-            "the seeds, and by each seed. The learning rate is that of the whole run then, not "
-            "decayed yet, which is against the arm.",
+            "(`benchmarks/RESULTS.md`). *Tokens*: those that it takes, of top-2's. They are computed "
+            "from the difference at the same tokens and from the arm's own runs of two lengths, whose "
+            "loss is taken to fall on a line over the logarithm of the tokens; above 100 % it is "
+            "extended. The mean of the seeds, and by each seed.",
             "",
             f"![Loss against time]({picture})",
             "",
@@ -111,43 +146,34 @@ def section(groups: dict[tuple[str, int], dict[str, list[dict]]], picture: str) 
     )
 
 
-def _rows(groups) -> Iterator[str]:
+def _rows(groups: Groups) -> Iterator[str]:
     times_of = {link: step_times(name) for link, name in LINKS.items()}
     for (size, asked), arms in groups.items():
         for arm in SYSTEMS:
             if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
                 continue
-            own, base = _of_both(arms[arm], arms[BASELINE])
-            if not own:
+            line, behind = trend(groups, size, asked, arm), _behind(arms[arm], arms[BASELINE])
+            if line is None or not behind:
                 continue
-            tokens = share_of_tokens(own, base)
-            by_seed = [share_of_tokens([one], [other]) for one, other in zip(own, base)]
+            tokens = line.share_of_tokens(mean(behind))
             for link, times in times_of.items():
                 if arm in times:
                     step = times[arm] / times[BASELINE]
-                    shown = "more than all" if tokens is None else f"{tokens:.0%}"
-                    seeds = ", ".join(_sooner(step, share) for share in by_seed)
+                    seeds = [f"{1 / (step * line.share_of_tokens(one)):.2f}x" for one in behind]
                     yield (
-                        f"| {size}, {asked / 1e6:g} | {arm} | {link} | {step:.3f} | {shown} | "
-                        f"{_sooner(step, tokens)} | {seeds} |"
+                        f"| {size}, {asked / 1e6:g} | {arm} | {link} | {step:.3f} | {tokens:.0%} | "
+                        f"{1 / (step * tokens):.2f}x | {', '.join(seeds)} |"
                     )
 
 
-def _of_both(arm: list[dict], baseline: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The results of the seeds that both have, in their order."""
-    seeds = {result["seed"] for result in arm} & {result["seed"] for result in baseline}
-    own, base = (
-        sorted((r for r in results if r["seed"] in seeds), key=lambda result: result["seed"])
-        for results in (arm, baseline)
-    )
-    return own, base
+def _behind(arm: list[dict], baseline: list[dict]) -> list[float]:
+    """Loss less that of the baseline, of the seeds that both have, in their order."""
+    losses = {result["seed"]: loss(result) for result in baseline}
+    own = sorted(arm, key=lambda result: result["seed"])
+    return [loss(result) - losses[result["seed"]] for result in own if result["seed"] in losses]
 
 
-def _sooner(step: float, tokens: float | None) -> str:
-    return "never" if tokens is None else f"{1 / (step * tokens):.2f}x"
-
-
-def draw(groups: dict[tuple[str, int], dict[str, list[dict]]], path: Path) -> None:
+def draw(groups: Groups, path: Path) -> None:
     """A row for each size: loss against time on a slow link, and on a fast one."""
     from matplotlib import pyplot
 

@@ -258,6 +258,7 @@ def test_differences_are_between_runs_of_one_seed():
 def test_the_page_and_the_picture_come_from_the_files(tmp_path):
     stored = tmp_path / "results"
     stored.mkdir()
+    half = {"tokens_asked": 5 * 10**7}
     for n, (arm, seed, a, more) in enumerate(
         [
             ("top2", 1, 3.0, {}),
@@ -266,22 +267,24 @@ def test_the_page_and_the_picture_come_from_the_files(tmp_path):
             ("pos2", 2, 3.1, {}),
             ("dense", 1, 3.5, {"routers": {}}),
             ("pos2", 1, 2.5, {"learning_rate": 1.0}),
+            *((arm, seed, 4.0, half) for arm in ("top2", "pos2") for seed in (1, 2)),
         ]
     ):
         (stored / f"{n}.json").write_text(json.dumps(result(arm, seed, a, a, **more)))
     page, picture = tmp_path / "page.md", tmp_path / "p.png"
     report.main(f"--results {stored} --page {page} --picture {picture}".split())
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| pos2")]
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| pos2")][2:]
     assert rows[0] == "| pos2 | 1.0, 2.0 | 2 | 3.0000 | -0.1000 ± 0.0000 | 1.25 | 0.50 | 1,000 |"
     assert rows[1] == "| pos2 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 |"
     assert rows[2] == "| pos2 | 3.0000 | 2.5000 |"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "| 10m | pos2 | NVLink, 4 GPUs, fine |" in page.read_text()
+    assert "| 10m, 100 | pos2 | NVLink, 4 GPUs, fine |" in page.read_text()
     assert picture.with_stem("hours").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_arm_is_sooner_by_fewer_tokens_and_by_shorter_steps(tmp_path, monkeypatch):
-    """It is where top-2 ends with 3/4 of the tokens, and its steps take 2/3 of the time: 2x."""
+    """Its loss falls from 4 to 2 as the tokens double, so it is at 3 with 2^-0.5 = 71 % of them; its
+    steps take 2/3 of the time: 2.12x."""
     runs = {
         "top2/a": 300.0,
         "top2/b": 310.0,
@@ -295,26 +298,26 @@ def test_an_arm_is_sooner_by_fewer_tokens_and_by_shorter_steps(tmp_path, monkeyp
     monkeypatch.setattr(report_hours, "LINKS", {"a link": "link"})
     times = report_hours.step_times
     monkeypatch.setattr(report_hours, "step_times", lambda name: times(name, tmp_path))
-    curve = {"tokens": 100, "iterations": 100, "seed": 1, "size": "10m", "arm": "pos2"}
-    arms = {
-        "top2": [curve | {"validation_curve": [[50, 5.0], [100, 3.0], [100, 9.9]]}],
-        "pos2": [curve | {"validation_curve": [[50, 4.0], [100, 2.0], [100, 9.9]]}],
-    }
-    (row,) = report_hours._rows({("10m", 100): arms})
-    assert row == "| 10m | pos2 | a link | 0.667 | 75% | 2.00x | 2.00x |"
-    arms["pos2"].append(
-        curve | {"seed": 2, "validation_curve": [[50, 4.0], [100, 1.0], [100, 9.9]]}
-    )
-    (row,) = report_hours._rows({("10m", 100): arms})
-    assert row.endswith("| 75% | 2.00x | 2.00x |")  # top-2 has no second seed
-    arms["pos2"][0]["validation_curve"][1][1] = 3.1
-    (row,) = report_hours._rows({("10m", 100): arms})
-    assert row.endswith("| more than all | never | never |")
-    arms["pos2"].append(
-        curve | {"seed": 1, "validation_curve": [[60, 4.0], [100, 1.0], [100, 9.9]]}
-    )
+    full = {"top2": [result("top2", 1, 3.0, 3.0)], "pos2": [result("pos2", 1, 2.0, 2.0)]}
+    groups = {("10m", 10**8): full}
+    assert not list(report_hours._rows(groups))  # of one length there is no line
+    groups["10m", 5 * 10**7] = {"pos2": [result("pos2", 1, 4.0, 4.0)]}
+    (row,) = report_hours._rows(groups)
+    assert row == "| 10m, 100 | pos2 | a link | 0.667 | 71% | 2.12x | 2.12x |"
+    full["pos2"].append(result("pos2", 2, 1.0, 1.0))  # top-2 has no second seed
+    (row,) = report_hours._rows(groups)
+    assert row.endswith("| 76% | 1.98x | 1.98x |")  # its line falls to 1.5
+    full["top2"][0] = result("top2", 1, 1.0, 1.0)
+    full["pos2"].pop()
+    (row,) = report_hours._rows(groups)
+    assert row.endswith("| 141% | 1.06x | 1.06x |")
+
+
+def test_curves_of_one_arm_are_of_the_same_iterations():
+    curve = {"tokens": 100, "iterations": 100, "size": "10m", "arm": "pos2"}
+    points = [[[50, 5.0], [100, 3.0], [100, 9.9]], [[60, 4.0], [100, 1.0], [100, 9.9]]]
     with pytest.raises(UsageError, match="10m-pos2 was evaluated at other iterations"):
-        report_hours.mean_curve(arms["pos2"])
+        report_hours.mean_curve([curve | {"validation_curve": each} for each in points])
 
 
 def test_the_step_at_which_copying_begins_and_what_it_goes_with():
@@ -327,8 +330,8 @@ def test_the_step_at_which_copying_begins_and_what_it_goes_with():
         for seed in range(1, 6)
     ]  # fmt: skip
     assert report_seeds.onset(results[0]) == pytest.approx(10 + 11 / 4)
-    (row,) = report_seeds._rows({("10m", 100): results})
-    assert row == "| 10m | 5 | 1.00 | 1 | -1.00 | 1.00 | 0.98 |"
+    (row,) = report_seeds._rows({("10m", 10**8): results})
+    assert row == "| 10m, 100 | 5 | 1.00 | 1 | -1.00 | 1.00 | 0.98 |"
     assert report_seeds.section({("10m", 100): results[:4]}) == ""
 
 

@@ -15,7 +15,7 @@ from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import UsageError
-from studies.quality.stored import Curve, curve, loss
+from studies.quality.stored import Curve, curve_on_the_way, loss
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -59,7 +59,7 @@ def mean_curve(results: list[dict]) -> Curve:
     Raises:
         UsageError: if they were not evaluated at the same iterations.
     """
-    curves = [curve(result)[:-1] for result in results]
+    curves = [curve_on_the_way(result) for result in results]
     places = [[tokens for tokens, _ in points] for points in curves]
     if any(other != places[0] for other in places):
         raise UsageError(
@@ -174,9 +174,11 @@ def _behind(arm: list[dict], baseline: list[dict]) -> list[float]:
 
 
 def draw(groups: Groups, path: Path) -> None:
-    """A row for each size: loss against time on a slow link, and on a fast one."""
+    """A row for each size: loss against time on a slow link, and on a fast one, of the longest runs."""
     from matplotlib import pyplot
 
+    longest = {size: asked for size, asked in sorted(groups)}
+    groups = {key: arms for key, arms in groups.items() if longest[key[0]] == key[1]}
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )

@@ -103,7 +103,8 @@ def test_the_report_of_a_conversion(tmp_path):
     def stored(arm: str, seed: int, curve: list, active: float) -> None:
         result = {"arm": arm, "after": "narrow", "size": "10m", "seed": seed, "tokens": 2000000}
         more = {"base_tokens": 4000000, "tokens_asked": 2000000, "learning_rate": 1e-3}
-        more |= {"active_parameters": active, "iterations": 2, "validation_curve": curve}
+        more |= {"active_parameters": active, "iterations": 2}
+        more["validation_curve"] = [*curve, [2, 9.9]]  # the last is of the whole text
         (tmp_path / f"{arm}{seed}.json").write_text(json.dumps(result | more))
 
     for seed in (1, 2):

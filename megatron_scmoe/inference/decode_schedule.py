@@ -58,7 +58,8 @@ class Decode:
         wanted: ``auto``, or the schedule to have.
         padding: see :class:`ExpertPadding`.
         graphs: whether tokens are computed in CUDA graphs (decode_graphs.py); ``auto`` does where it
-            can.
+            can and no experts are offloaded: those were seen to write another text in graphs, and
+            whether it is by rounding alone is not known yet.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
@@ -83,7 +84,7 @@ class Decode:
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
         self._padding = ExpertPadding(model, padding)
-        reason = None if graphs == OFF else self._why_no_graphs(model, padding)
+        reason = None if graphs == OFF else self._why_no_graphs(model, padding, graphs)
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
         self._counts = True
@@ -155,12 +156,16 @@ class Decode:
             if tried.kept is not None
         }
 
-    def _why_no_graphs(self, model: torch.nn.Module, padding: DecodePadding) -> str | None:
+    def _why_no_graphs(
+        self, model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
+    ) -> str | None:
         """Why a decode of a model cannot be in graphs, if it cannot."""
         if (reason := decode_graphs.why_not(model)) is not None:
             return reason
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             return "the model is in pipeline stages"
+        if wanted == AUTO and self._padding.has_offloaded:
+            return "experts are offloaded"
         if self._padding.why_not is not None:
             return self._padding.why_not
         if padding == OFF and not self._padding.is_void:

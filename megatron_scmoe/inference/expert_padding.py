@@ -46,7 +46,8 @@ class ExpertPadding:
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         dispatchers = [layer.token_dispatcher for layer in layers]
         shared = any(each.ep_size > 1 for each in dispatchers)
-        offloaded = any(isinstance(layer.experts, OffloadedExperts) for layer in layers)
+        self.has_offloaded = any(isinstance(layer.experts, OffloadedExperts) for layer in layers)
+        """Whether experts are on the host."""
         self.why_not = next(filter(None, map(_why_not, layers)), None)
         """Why the model cannot be padded, if it cannot."""
         self.is_void = not layers
@@ -56,7 +57,7 @@ class ExpertPadding:
         self._padded = [] if self.why_not else list(map(_Padded, layers))
         self._wanted = wanted
         # Whoever offloads experts waits for the gate anyway.
-        self._saves_a_wait = (shared or not cpu_backend.is_enabled()) and not offloaded
+        self._saves_a_wait = (shared or not cpu_backend.is_enabled()) and not self.has_offloaded
         self._experts = max((each.num_experts for each in self._padded), default=0)
 
     def applies(self, tokens: int, in_graphs: bool = False) -> bool:

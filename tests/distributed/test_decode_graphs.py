@@ -167,6 +167,7 @@ def _offloaded(load: Path, settings: offloading.OffloadSettings) -> None:
         model, offload = test_offloading.build(load, settings, at_once=len(prompts))
         patches, captured = captures()
         with patches:
+            assert not Decode(model).in_graphs  # they have to be asked for
             decode = Decode(model, AUTO, AUTO, use)
             texts = generation.generate(
                 model, prompts, sampling, text_models.VOCAB, decode=decode, micro_batch=2

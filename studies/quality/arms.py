@@ -133,6 +133,13 @@ ARMS = {
         "--moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
         "--moe-router-bias-update-rate 1e-2",
     ),
+    "pos2-doubled": _scmoe(
+        "the routed output times two: is its weight too small?",
+        "--scmoe-tap pos2 --moe-router-topk-scaling-factor 2",
+    ),
+    "pos2-fourfold": _scmoe(
+        "the same times four", "--scmoe-tap pos2 --moe-router-topk-scaling-factor 4"
+    ),
     "pos2-7": _scmoe(
         "seven routed experts: as many parameters in all as top-2", "--scmoe-tap pos2", experts=7
     ),

@@ -4,6 +4,7 @@ Needs one GPU, two for the all-to-alls, and Transformer Engine.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -72,6 +73,29 @@ def _served(load: str) -> list[tuple[list[tuple], int]]:
     return found
 
 
+@pytest.mark.parametrize("at_the_gate", [True, False])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_with_offloaded_experts_between_the_graphs(slots, at_the_gate):
+    (found,) = run_distributed(_offloaded_logits, 1, slots, at_the_gate, backend="nccl")
+    _check(*found)
+
+
+def _offloaded_logits(slots: int, at_the_gate: bool) -> tuple:
+    """As :func:`_logits`, of one row: its experts come from the host, two layers of eight."""
+    offloading = benchmark("offloading")
+    shape = replace(offloading.SHAPES["gpt2-small"], blocks=4, vocab=1000)
+    parallel_state.initialize_model_parallel()
+    with torch.no_grad(), InferenceMode.active():
+        rest, experts = offloading.taken_apart(offloading.build(shape, None))
+        model = offloading.build(shape, offloading.ExpertOffload(offloading.OffloadSettings()))
+        model.load_state_dict(rest, strict=False)
+        packing = offloading.offloaded_layers(model)[0][1].packing
+        host = offloading.on_the_host(experts, packing, Path())
+        cache = offloading.ExpertCache(packing, slots, host)
+        offloading.connect(model, cache, at_the_gate)
+        return _decoded(model, 1, shape.vocab, OVERLAPPED)
+
+
 def _check(without, within, again, graphs):
     assert graphs == 1
     assert (within - without).abs().max() < 0.1 * without.std()  # bf16, summed in another order
@@ -84,25 +108,25 @@ def _logits(schedule: str) -> tuple:
     shape = replace(offloading.SHAPES["gpt2-small"], blocks=4, vocab=1000)
     ranks = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    found, graphs = [], 0
     with torch.no_grad(), InferenceMode.active():
-        model = offloading.build(shape, None)
-        generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-        tokens = torch.randint(shape.vocab, (ROWS, CONTEXT + TOKENS), generator=generator)
-        for use in (OFF, ON, ON):
-            cached = CachedModel(model, ROWS, 64, Decode(model, schedule, AUTO, use))
-            positions = torch.arange(CONTEXT + TOKENS).expand(ROWS, -1)
-            cached.read(tokens[:, :CONTEXT], positions[:, :CONTEXT])
-            logits = [
-                cached.decode(
-                    ROWS,
-                    tokens[:, at : at + 1],
-                    positions[:, at : at + 1],
-                    column=at,
-                    from_first=True,
-                )
-                for at in range(CONTEXT, CONTEXT + TOKENS)
-            ]
-            found.append(torch.cat(logits, 1))
-            graphs = len(cached._graphs._graphs) if cached._graphs else 0
+        return _decoded(offloading.build(shape, None), ROWS, shape.vocab, schedule)
+
+
+def _decoded(model, rows: int, vocab: int, schedule: str) -> tuple:
+    """Logits without graphs, with them, and with them again; and how many graphs there are."""
+    found, graphs = [], 0
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    tokens = torch.randint(vocab, (rows, CONTEXT + TOKENS), generator=generator)
+    positions = torch.arange(CONTEXT + TOKENS).expand(rows, -1)
+    for use in (OFF, ON, ON):
+        cached = CachedModel(model, rows, 64, Decode(model, schedule, AUTO, use))
+        cached.read(tokens[:, :CONTEXT], positions[:, :CONTEXT])
+        logits = [
+            cached.decode(
+                rows, tokens[:, at : at + 1], positions[:, at : at + 1], column=at, from_first=True
+            )
+            for at in range(CONTEXT, CONTEXT + TOKENS)
+        ]
+        found.append(torch.cat(logits, 1))
+        graphs = len(cached._graphs._graphs) if cached._graphs else 0
     return *found, graphs

@@ -91,7 +91,9 @@ def generate(
     group = parallel_state.get_data_parallel_group()
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     size = micro_batch * group.size()
-    decode = decode or Decode(model)
+    most = min(micro_batch, -(-len(prompts) // group.size()))
+    longest = max(map(len, prompts), default=0) + sampling.num_tokens_to_generate
+    cached = CachedModel(model, most, longest, decode or Decode(model))
     found: dict[int, Completion] = {}
     with (
         torch.no_grad(),
@@ -108,7 +110,7 @@ def generate(
             own = [_Row(index, list(prompts[index]), random_numbers(seed, index)) for index in mine]
             lengths = [len(prompts[index]) for index in indices]
             end = max(lengths) + sampling.num_tokens_to_generate
-            columns = _Columns(model, own, end, min(lengths), len(indices), decode)
+            columns = _Columns(cached, own, end, min(lengths), len(indices))
             width = min(lengths)
             if chunk is not None:
                 width = max(1, chunk // -(-len(indices) // group.size()))
@@ -135,14 +137,12 @@ class _Row:
 class _Columns:
     """The tokens of a round, int64 [b, end], and the model that reads them from left to right."""
 
-    def __init__(
-        self, model, rows: list[_Row], end: int, shortest: int, texts: int, decode: Decode
-    ):
+    def __init__(self, model: CachedModel, rows: list[_Row], end: int, shortest: int, texts: int):
         self.shortest = shortest  # prompt of the round
         self.tokens = torch.zeros(len(rows), end, dtype=torch.int64)
         for own, row in zip(self.tokens, rows):
             own[: len(row.prompt)] = torch.tensor(row.prompt)
-        self._model = CachedModel(model, len(rows), end, decode)
+        self._model = model
         self._texts = texts  # of all ranks
 
     def read(self, start: int, stop: int, last_only: bool) -> Tensor:

@@ -50,7 +50,7 @@ def captures() -> tuple[mock._patch, list]:
 def test_graphs_write_the_texts_of_a_decode_without(models, kind, ranks):
     layout = load_model.Layout(expert=ranks)
     for without, within, graphs in run_distributed(_generate, ranks, str(models / kind), layout):
-        assert graphs == 2  # of each round, as it has a cache of its own
+        assert graphs == 1  # of both rounds
         assert [text.tokens for text in within] == [text.tokens for text in without]
         for one, other in zip(within, without, strict=True):
             assert one.log_probs == pytest.approx(other.log_probs, abs=test_slots.ROUNDING)
@@ -146,7 +146,7 @@ def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
     load = str(models / text_models.LEARNED)
     for without, within, graphs in run_distributed(_generate, 1, load, None, columns):
         assert [text.tokens for text in within] == [text.tokens for text in without]
-        assert graphs > 2
+        assert graphs > 1
 
 
 @pytest.mark.parametrize("layers", [None, 1])

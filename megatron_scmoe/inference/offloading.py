@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -121,54 +122,55 @@ class OffloadedExperts(MegatronModule):
         """
         output = torch.empty_like(tokens)
         if not self.dispatcher.drop_and_pad:
-            self._compute(tokens, probs, tokens_per_expert.tolist(), output)
+            counts = tokens_per_expert.tolist()
+            parts = {
+                expert: slice(end - count, end)
+                for expert, (count, end) in enumerate(zip(counts, accumulate(counts)))
+                if count
+            }
+            self._compute(parts, tokens, probs, output, self._run)
             return output, None
 
-        rows, in_graphs = len(tokens) // self.num_local_experts, is_capturing()
+        rows = len(tokens) // self.num_local_experts
+        run = self._run_in_graph if is_capturing() else self._run
 
         def compute_chosen() -> None:
             if not self._at_the_gate:
                 self._chosen.is_known_from_now()
-            chosen = [rows if count else 0 for count in self._chosen.counts()]
-            self._compute(tokens, probs, chosen, output.zero_(), rows, in_graphs)
+            parts = {
+                expert: slice(expert * rows, (expert + 1) * rows)
+                for expert, count in enumerate(self._chosen.counts())
+                if count
+            }
+            self._compute(parts, tokens, probs, output.zero_(), run)
 
         between_graphs(compute_chosen)
         return output, None
 
     def _compute(
         self,
+        parts: Mapping[int, slice],
         tokens: Tensor,
         probs: Tensor,
-        counts: Sequence[int],
         output: Tensor,
-        rows: int | None = None,
-        in_graphs: bool = False,
+        run: Callable[[Sequence[Tensor], Tensor, Tensor], Tensor],
     ) -> None:
         """Fill the outputs of experts that get tokens.
 
         Args:
-            tokens: [tokens, h], sorted by expert.
+            parts: which tokens, by expert.
+            tokens: [tokens, h].
             probs: [tokens].
-            counts: how many tokens each expert gets.
             output: [tokens, h].
-            rows: how many there are of each expert; None for as many as it gets.
-            in_graphs: whether each is computed in a CUDA graph: equally many tokens each time.
+            run: gives the output of one expert from its weights, tokens and probabilities.
         """
-        run = self._run_in_graph if in_graphs else self._run
-        keys = self._keys(counts)
+        keys = [(self.layer, expert) for expert in parts]
         all_come = self.cache.request(keys)
-        begin, position = 0, 0
-        for expert, count in enumerate(counts):
-            own = slice(begin, begin + count)
-            begin += count if rows is None else rows
-            if not count:
-                continue
+        for position, (key, own) in enumerate(zip(keys, parts.values())):
             if not all_come:
                 self.cache.request(keys[position:])
-            key = self.layer, expert
             output[own] = run(self.cache.take(key), tokens[own], probs[own])
             self.cache.release(key)
-            position += 1
 
     def _run(self, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor) -> Tensor:
         """One expert's output."""

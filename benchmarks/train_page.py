@@ -131,6 +131,8 @@ def _headings(results: dict[str, dict]) -> dict[str, str]:
             heading += f", micro-batches of {sizes['micro_batch']}"
         if len(alike) > 1 and (flags := _own_flags(results[name])):
             heading += f", {flags}"
+        if heading in found.values():
+            heading += f", {', '.join(results[name]['runs'])}"
         found[name] = heading
     return found
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
 from studies.quality.arms import ARMS, SIZES, Size, flag
@@ -30,6 +31,9 @@ RECORD = "studies.quality.record"
 
 DIGITS = 9
 """Of a stored loss: what fp32 has."""
+
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""So that products in fp32 are that on a GPU too: Transformer Engine would take TF32."""
 
 REPORT_EVERY = 50
 """Steps between lines of progress."""
@@ -55,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--local",
         action="store_true",
-        help="Megatron's own modules on the GPU as well, not Transformer Engine's",
+        help="Megatron's own modules on the GPU as well, not Transformer Engine's; optimizer, clipping "
+        "and the router's product stay Transformer Engine's where it is installed",
     )
     parser.add_argument(
         "--warm-up",
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.tokens / "train_text_document.idx").is_file():
         raise UsageError(f"--tokens {args.tokens}: it has no train_text_document.idx of data.py")
     args.gpu |= args.bf16
-    if args.gpu and not torch.cuda.is_available():
+    if args.gpu and (cpu_backend.is_enabled() or not torch.cuda.is_available()):
         flag = "--bf16" if args.bf16 else "--gpu"
         raise UsageError(f"{flag}: there is no GPU; leave it out")
     if args.local and not args.gpu:
@@ -148,7 +153,7 @@ def recorded(run: Run, tokens: Path, words: list[str], on_gpu: bool) -> dict:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env=environment(0 if on_gpu else None),
+            env=environment(0 if on_gpu else None) | ({} if "--bf16" in words else EXACT),
         )
         if done.returncode:
             last = "\n    ".join(done.stdout.rstrip().split("\n")[-15:])
@@ -219,6 +224,7 @@ def reference_config(arm_name: str, size: Size, vocabulary_rows: int) -> Referen
         expert_ffn_hidden_size=arm.expert_width * size.ffn,
         shared_ffn_hidden_size=size.ffn if arm.shared else None,
         pre_softmax="--moe-router-pre-softmax" in arm.flags,
+        scaling_factor=flag(arm, "--moe-router-topk-scaling-factor", 1.0),
         aux_loss_coeff=0.01,
         tied_embeddings=True,
     )

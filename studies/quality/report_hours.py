@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 LINKS = {
     "host-staged, 2 GPUs, medium": "2xh200-medium-staged-train",
     "host-staged, 2 GPUs, wide": "2xh200-wide-staged-train",
+    "host-staged, 2 GPUs, wide, real routing": "2xh200-wide-staged-real-train",
     "host-staged, 4 GPUs, wide": "4xh200-wide-staged-train",
     "host-staged, 8 GPUs, wide": "8xh200-wide-staged-train",
     "NVLink, 2 GPUs, fine": "2xh200-fine-native-train",
@@ -102,7 +103,10 @@ class Trend:
 
 
 def trend(groups: Groups, size: str, tokens: int, arm: str) -> Trend | None:
-    """Of the runs of so many tokens and the next shorter ones of the same, if there are any."""
+    """Of the runs of so many tokens and the next shorter ones of the same, if there are any.
+
+    Of the seeds that both have.
+    """
     lengths = [
         asked
         for other, asked in groups
@@ -110,9 +114,13 @@ def trend(groups: Groups, size: str, tokens: int, arm: str) -> Trend | None:
     ]
     if not lengths:
         return None
+    runs = [groups[size, asked][arm] for asked in (max(lengths), tokens)]
+    seeds = set.intersection(*({result["seed"] for result in each} for each in runs))
+    if not seeds:
+        return None
     shorter, longer = (
-        (float(asked), mean(map(loss, groups[size, asked][arm])))
-        for asked in (max(lengths), tokens)
+        (float(asked), mean(loss(result) for result in each if result["seed"] in seeds))
+        for asked, each in zip((max(lengths), tokens), runs)
     )
     return Trend(shorter, longer) if longer[1] < shorter[1] else None
 
@@ -177,17 +185,22 @@ def draw(groups: Groups, path: Path) -> None:
     """A row for each size: loss against time on a slow link, and on a fast one, of the longest runs."""
     from matplotlib import pyplot
 
-    longest = {size: asked for size, asked in sorted(groups)}
-    groups = {key: arms for key, arms in groups.items() if longest[key[0]] == key[1]}
+    groups = {
+        key: {arm: runs for arm, runs in arms.items() if arm in SYSTEMS}
+        for key, arms in groups.items()
+    }
+    longest = {size: asked for (size, asked), arms in sorted(groups.items()) if len(arms) > 1}
+    groups = {key: arms for key, arms in groups.items() if longest.get(key[0]) == key[1]}
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )
     for row, ((size, tokens), arms) in zip(axes, groups.items()):
+        seeds = set.intersection(*({run["seed"] for run in runs} for runs in arms.values()))
         for axis, link in zip(row, DRAWN):
             times = step_times(LINKS[link])
             for arm in SYSTEMS:
                 if arm in arms and arm in times:
-                    points = mean_curve(arms[arm])
+                    points = mean_curve([run for run in arms[arm] if run["seed"] in seeds])
                     share = times[arm] / times[BASELINE] / points[-1][0]
                     shown = [(at * share, loss) for at, loss in points]
                     axis.plot(*zip(*shown), marker=".", label=arm)

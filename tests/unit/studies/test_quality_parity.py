@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_scmoe.platform.command_line import UsageError
 from studies.quality import parity, report, report_conversion, report_parity, run
 from studies.quality.arms import SIZES
 from tests.unit.studies import forked
@@ -26,14 +27,43 @@ def test_the_projects_training_is_that_of_a_plain_model(tokens, tmp_path, monkey
     a difference of 2e-6 or more; no auxiliary loss 1e-5; another learning rate 1e-2."""
     processes = SimpleNamespace(run=forked.run, PIPE=None, STDOUT=None)
     monkeypatch.setattr(parity, "subprocess", processes)
-    parity.main(f"--tokens {tokens} --steps 6 --out {tmp_path / 'parity.json'}".split())
+    words = f"--tokens {tokens} --steps 6 --out {tmp_path / 'parity.json'}"
+    parity.main([*words.split(), "--arms", "pos2", "top2", "pos2-fourfold"])
     result = json.loads((tmp_path / "parity.json").read_text())
-    assert set(result["arms"]) == {"pos2", "top2"}
+    assert set(result["arms"]) == {"pos2", "top2", "pos2-fourfold"}
     for curves in result["arms"].values():
         assert len(curves["run"]) == 6
         assert curves["run"][-1] < curves["run"][0]
         assert curves["run"] == pytest.approx(curves["plain"], rel=3e-7)
         assert curves["plain"] == pytest.approx(curves["rounded"], rel=1e-5)
+
+
+def test_a_run_of_other_kinds_differs_from_the_studys_in_that_alone():
+    run = parity.Run("pos2", "10m", 1, 1000, 1e-3)
+    usual = run.flags(on_cpu=False)
+    warm_up = ["--lr-warmup-fraction", "0.05"]
+    assert parity.flags(run, True, True, False, 0.05) == [*usual, *warm_up]
+    fp32 = parity.flags(run, True, False, False, 0.05)
+    assert fp32 == [word for word in usual if word != "--bf16"] + warm_up
+    local = parity.flags(run, True, True, True, 0.3)
+    assert local[-2:] == ["--lr-warmup-fraction", "0.3"]
+    assert local[local.index("--transformer-impl") + 1] == "local" and "--bf16" in local
+    assert not {"transformer_engine", "--moe-grouped-gemm", "--moe-permute-fusion"} & set(local)
+    assert parity.flags(run, False, False, False, 0.05) == [*run.flags(on_cpu=True), *warm_up]
+
+
+@pytest.mark.parametrize(
+    "flag, reason",
+    [
+        ("--bf16", "there is no GPU"),
+        ("--gpu", "there is no GPU"),
+        ("--local", "on the CPU they are"),
+        ("--warm-up 1", "accepted is a number between 0 and 1"),
+    ],
+)
+def test_what_parity_cannot_do_is_refused(tokens, tmp_path, flag, reason):
+    with pytest.raises(UsageError, match=reason):
+        parity.main(f"--tokens {tokens} --out {tmp_path / 'a.json'} {flag}".split())
 
 
 def test_every_arm_but_that_with_a_moving_bias_can_be_compared():

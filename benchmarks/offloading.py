@@ -7,8 +7,7 @@ One process, random weights; on a GPU bf16, the shape's whole number of blocks, 
 memory. On the CPU they are in files, which the system's page cache holds after the first reading. The
 router decides. Tokens are sampled with the same seed, so that every mode computes the same.
 
-    resident      all experts on the device; on a GPU tokens are in CUDA graphs; those of the other
-                  modes with --decode-cuda-graphs on alone
+    resident      all experts on the device; on a GPU tokens are in CUDA graphs
     blocking      experts are fetched when they are to compute
     overlapped    experts are fetched when the gate has chosen them
     cached        the same, with a cache of a quarter of all experts
@@ -22,15 +21,12 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 from offloading_page import BENCHMARK, memory_of, printed
 from shapes import SHAPES, Shape
 
-from megatron_scmoe.config import AUTO, DecodeGraphsUse
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
-    UsageError,
     asks_for_help,
     check_output,
     positive,
@@ -52,17 +48,11 @@ def parse() -> Namespace:
     parser.add_argument("--blocks", type=positive, metavar="N", help="instead of the shape's")
     parser.add_argument("--prompt-length", type=positive, default=512, metavar="N", help="tokens")
     parser.add_argument(
-        "--tokens", type=positive, default=48, metavar="N", help="written; 3 or more"
+        "--tokens", type=positive, default=48, metavar="N", help="written and timed"
     )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once")
-    parser.add_argument("--decode-cuda-graphs", choices=get_args(DecodeGraphsUse), default=AUTO,
-        help="as in tools/generate.py, for all modes (default: auto)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     options = parser.parse_args()
-    if options.tokens < 3:
-        raise UsageError(
-            f"--tokens {options.tokens}: those behind the second are timed; accepted: 3 or more"
-        )
     if options.json:
         check_output("--json", options.json, [".json"])
     return options
@@ -82,7 +72,6 @@ from systems import transformer_config
 from megatron_scmoe.cli.process import initialise_ranks
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.inference import generation
-from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.expert_cache import ExpertCache
 from megatron_scmoe.inference.expert_store import (
     HostExperts,
@@ -113,8 +102,7 @@ def main() -> None:
             blocks = options.blocks or shape.of_blocks or shape.blocks
             found[name] = measure_shape(replace(shape, blocks=blocks), options, Path(folder))
             print(printed(name, found[name]), flush=True)
-    same = ("prompt_length", "tokens", "batch", "decode_cuda_graphs")
-    run = {name: getattr(options, name) for name in same}
+    run = {name: getattr(options, name) for name in ("prompt_length", "tokens", "batch")}
     marked = {"benchmark": BENCHMARK, **machine.describe(), **run, "shapes": found}
     write(marked, options.json, None)
     torch.distributed.destroy_process_group()
@@ -184,12 +172,11 @@ def measure(
         num_tokens_to_generate=options.tokens, top_k=0, temperature=1.0, termination_id=None
     )
     decoding = Decoding(cache)
-    decode = Decode(model, graphs=options.decode_cuda_graphs)
     for is_warm in (False, True, True):
         decoding.begins()
         written = generation.generate(
             model, prompts.tolist(), sampling, shape.vocab, micro_batch=options.batch,
-            on_token=decoding.on_token, decode=decode,
+            on_token=decoding.on_token,
         )  # fmt: skip
         decoding.ends(counts=is_warm)
     row = {
@@ -202,10 +189,7 @@ def measure(
 
 
 class Decoding:
-    """Times of the first token and of those behind the second, and what the cache did for the latter.
-
-    The second may be that of a capture, which computes it several times.
-    """
+    """Times of the first token and of those behind it, and what the cache did for the latter."""
 
     def __init__(self, cache: ExpertCache | None):
         self.prefill_ms: list[float] = []
@@ -219,7 +203,7 @@ class Decoding:
     def on_token(self, prompt: int, tokens: list[int]) -> None:
         if prompt == 0:
             self._moments.append(time.perf_counter())
-            if len(tokens) == 2:
+            if len(tokens) == 1:
                 self._before = self._state()
 
     def ends(self, counts: bool) -> None:
@@ -227,7 +211,7 @@ class Decoding:
             return
         took = [(later - sooner) * 1e3 for sooner, later in pairwise(self._moments)]
         self.prefill_ms.append(took[0])
-        self.token_ms += took[2:]
+        self.token_ms += took[1:]
         self._done = [d + now - b for d, now, b in zip(self._done, self._state(), self._before)]
 
     def of_cache(self) -> dict:

@@ -58,9 +58,8 @@ def offloading_section(results: dict[str, dict]) -> Iterator[str]:
         "(`--offload-experts`). *Blocking*: an expert is fetched when it is to compute; *overlapped*: "
         "when the gate has chosen it; *cached*: the same, with a cache of a quarter of all experts. "
         "*Waited*: how long the compute of a token waits for copies. *Saved*: of the peak of memory. "
-        "A resident model's tokens are in CUDA graphs; with offloaded experts, unless "
-        "`--decode-cuda-graphs on` stands in the command, the host launches kernel by kernel, and "
-        "that is what a token takes.\n"
+        "A resident model's tokens are in CUDA graphs; with offloaded experts the host launches "
+        "kernel by kernel, and that is what a token takes.\n"
     )
     for name, result in results.items():
         for shape, found in result["shapes"].items():
@@ -112,5 +111,3 @@ def _parts(result: dict) -> Iterator[str]:
     yield f"--prompt-length {result['prompt_length']}"
     yield f"--tokens {result['tokens']}"
     yield f"--batch {result['batch']}"
-    if (graphs := result.get("decode_cuda_graphs", "auto")) != "auto":  # older files do not say
-        yield f"--decode-cuda-graphs {graphs}"

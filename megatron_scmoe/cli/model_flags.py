@@ -33,8 +33,8 @@ def add_text_flags(parser: OneLineParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--decode-cuda-graphs", choices=get_args(DecodeGraphsUse), default=AUTO,
-        help="launch a token's kernels at once; auto does on a GPU that has the whole model, and "
-        "whose experts can be padded (default: auto)",
+        help="launch a token's kernels at once; auto does on GPUs, where experts can be padded "
+        "(default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--enable-chunked-prefill", action="store_true",

@@ -28,7 +28,7 @@ from megatron_scmoe.config import (
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import decode_graphs
 from megatron_scmoe.inference.decode_graphs import Key
-from megatron_scmoe.inference.expert_padding import ExpertPadding
+from megatron_scmoe.inference.expert_padding import MOST_ROWS, MOST_ROWS_OF_GRAPHS, ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -58,8 +58,7 @@ class Decode:
         wanted: ``auto``, or the schedule to have.
         padding: see :class:`ExpertPadding`.
         graphs: whether tokens are computed in CUDA graphs (decode_graphs.py); ``auto`` does where it
-            can and no experts are offloaded: those were seen to write another text in graphs, and
-            whether it is by rounding alone is not known yet.
+            can.
 
     Raises:
         ScMoEConfigError: if ``on`` is wanted of a model that cannot.
@@ -84,7 +83,7 @@ class Decode:
         self._wanted = OVERLAPPED if wanted == AUTO and not can_pay else wanted
         self._trials: dict[int, _Trial] = {}
         self._padding = ExpertPadding(model, padding)
-        reason = None if graphs == OFF else self._why_no_graphs(model, padding, graphs)
+        reason = None if graphs == OFF else self._why_no_graphs(model, padding)
         if graphs == ON and reason:
             raise ScMoEConfigError(f"--decode-cuda-graphs {ON}", reason, f"{AUTO}, {OFF}")
         self._counts = True
@@ -156,16 +155,12 @@ class Decode:
             if tried.kept is not None
         }
 
-    def _why_no_graphs(
-        self, model: torch.nn.Module, padding: DecodePadding, wanted: DecodeGraphsUse
-    ) -> str | None:
+    def _why_no_graphs(self, model: torch.nn.Module, padding: DecodePadding) -> str | None:
         """Why a decode of a model cannot be in graphs, if it cannot."""
         if (reason := decode_graphs.why_not(model)) is not None:
             return reason
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             return "the model is in pipeline stages"
-        if wanted == AUTO and self._padding.has_offloaded:
-            return "experts are offloaded"
         if self._padding.why_not is not None:
             return self._padding.why_not
         if padding == OFF and not self._padding.is_void:
@@ -173,7 +168,8 @@ class Decode:
         return None
 
     def _pads(self, rows: int) -> bool:
-        return self._padding.applies(rows, self.in_graphs)
+        most = MOST_ROWS_OF_GRAPHS if self.in_graphs else MOST_ROWS
+        return self._padding.applies(rows, most)
 
     def _set(self, name: str) -> None:
         for layer, schedule in zip(self._layers, self._schedules[name], strict=True):

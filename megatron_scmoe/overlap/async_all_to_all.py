@@ -69,10 +69,16 @@ def event_in_graph() -> torch.cuda.Event:
     return torch.cuda.Event(external=True)
 
 
+@functools.cache
+def _stream_beside() -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for each stream, on some GPUs of 32 MiB."""
+    return torch.cuda.Stream()
+
+
 @contextmanager
 def beside_compute() -> Iterator[None]:
     """Issue work on a stream of its own, behind what was enqueued; at the end the device is idle."""
-    stream = torch.cuda.Stream()
+    stream = _stream_beside()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):

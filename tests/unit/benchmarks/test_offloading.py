@@ -13,13 +13,13 @@ from tests.harness import run_distributed
 pytestmark = pytest.mark.slow
 
 
-def measured(folder: Path, graphs: str = "auto") -> tuple[dict, str]:
+def measured(folder: Path) -> tuple[dict, str]:
     """What is found of a small model, and the table; on this rank."""
     offloading = benchmark("offloading")
     shape = replace(offloading.SHAPES["cpu"], blocks=2)
     parallel_state.initialize_model_parallel()
     with offloading.torch.no_grad():
-        options = Namespace(prompt_length=6, tokens=4, batch=1, decode_cuda_graphs=graphs)
+        options = Namespace(prompt_length=6, tokens=4, batch=1)
         found = offloading.measure_shape(shape, options, folder)
     return found, benchmark("offloading_page").printed("cpu", found)
 

@@ -5,7 +5,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
 )
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from megatron.core.transformer import utils
 from torch import Tensor
 
 from megatron_scmoe.inference.decode_graphs import CaptureError, DecodeGraphs
@@ -25,7 +25,9 @@ class CachedModel:
         self._decode = decode
         self.module = getattr(model, "module", model)
         if self.module.config.sequence_parallel:
-            set_model_to_sequence_parallel(self.module, False)
+            utils._sequence_parallel_attr_cache = None  # has models by address: of gone ones, too
+            utils.set_model_to_sequence_parallel(self.module, False)
+            utils._sequence_parallel_attr_cache = None  # else the model would stay for good
         self.context = StaticInferenceContext(rows, columns)
         self._wrapper = GPTInferenceWrapper(model, self.context)
         self._wrapper.prep_model_for_inference()

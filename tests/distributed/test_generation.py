@@ -14,11 +14,13 @@ import pytest
 import torch
 from megatron.core.inference.contexts import DynamicInferenceContext
 from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.transformer import utils
 
 from megatron_scmoe.cli.model_flags import MAX_TOKENS
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.inference import generation
 from megatron_scmoe.inference.cached_model import CachedModel
+from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.training import load_model
 from tests import checkpoints, longcat, text_models
 from tests.harness import run_distributed
@@ -280,6 +282,24 @@ def _on_two(load: Path, out: Path, end: int, layout):
         write(load, out / "ended.jsonl", "--termination-id", end, *flags),
         write(load, out / "sampled.jsonl", *SEEDED, *flags),
         write(load, out / "chunks.jsonl", *SEEDED, *flags, *chunks_of(4)),
+    )
+
+
+def test_no_part_of_a_model_stays_sequence_parallel_though_another_had_its_address(models):
+    """What Megatron remembers of a model that is gone is not taken for this one's."""
+    assert run_distributed(_with_an_address_used_before, 2, models / TAPS_INPUT) == [True, True]
+
+
+def _with_an_address_used_before(load: Path) -> bool:
+    layout = load_model.Layout(tensor=2)
+    model = load_model.build_model(load_model.Checkpoint(str(load)), layout)
+    assert model.config.sequence_parallel
+    none = {name: [] for name in ("sequence_parallel", "reduce_scatter_embeddings")}
+    utils._sequence_parallel_attr_cache = {id(model): none}
+    cached = CachedModel(model, 1, 8, Decode(model))
+    attributes = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
+    return not any(
+        getattr(module, name, False) for module in cached.module.modules() for name in attributes
     )
 
 

@@ -36,6 +36,13 @@ def test_make_is_run_without_a_makefile():
     assert importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
+@row("megatron.core.transformer.utils._sequence_parallel_attr_cache")
+def test_modules_are_remembered_by_a_models_address():
+    text = source("megatron.core.transformer.utils._init_sequence_parallel_cache")
+    assert "model_id = id(model)" in text
+    assert "model_id in _sequence_parallel_attr_cache" in text
+
+
 @row("ChainedOptimizer.load_state_dict")
 def test_states_of_another_number_of_optimizers_are_refused():
     chain = SimpleNamespace(chained_optimizers=[None, None])

@@ -182,7 +182,10 @@ def _behind(arm: list[dict], baseline: list[dict]) -> list[float]:
 
 
 def draw(groups: Groups, path: Path) -> None:
-    """A row for each size: loss against time on a slow link, and on a fast one, of the longest runs."""
+    """A row for each size: loss against time on a slow link, and on a fast one, of the longest runs.
+
+    Nothing without an arm that the benchmarks have.
+    """
     from matplotlib import pyplot
 
     groups = {
@@ -191,6 +194,8 @@ def draw(groups: Groups, path: Path) -> None:
     }
     longest = {size: asked for (size, asked), arms in sorted(groups.items()) if len(arms) > 1}
     groups = {key: arms for key, arms in groups.items() if longest.get(key[0]) == key[1]}
+    if not groups:
+        return
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )
@@ -199,7 +204,7 @@ def draw(groups: Groups, path: Path) -> None:
         for axis, link in zip(row, DRAWN):
             times = step_times(LINKS[link])
             for arm in SYSTEMS:
-                if arm in arms and arm in times:
+                if seeds and arm in arms and arm in times:
                     points = mean_curve([run for run in arms[arm] if run["seed"] in seeds])
                     share = times[arm] / times[BASELINE] / points[-1][0]
                     shown = [(at * share, loss) for at, loss in points]

@@ -313,6 +313,13 @@ def test_an_arm_is_sooner_by_fewer_tokens_and_by_shorter_steps(tmp_path, monkeyp
     assert row.endswith("| 141% | 1.06x | 1.06x |")
 
 
+def test_arms_that_no_benchmark_has_give_no_picture_of_time(tmp_path):
+    arms = {name: [result(name, seed, 3.0, 3.0) for seed in (1, 2)] for name in ("top2", "dense")}
+    report_hours.draw({("10m", 10**8): arms}, tmp_path / "hours.png")
+    assert report_hours.section({("10m", 10**8): arms}, "hours.png") == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_curves_of_one_arm_are_of_the_same_iterations():
     curve = {"tokens": 100, "iterations": 100, "size": "10m", "arm": "pos2"}
     points = [[[50, 5.0], [100, 3.0], [100, 9.9]], [[60, 4.0], [100, 1.0], [100, 9.9]]]

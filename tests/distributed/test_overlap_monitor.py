@@ -6,6 +6,7 @@ import re
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_scmoe.analysis.overlap_report import MUCH_EXPOSED
 from tests.distributed.test_training import NO_DROPOUT, TINY
 from tests.harness import run_pretrain
 
@@ -68,7 +69,10 @@ def test_serial_run_hides_nothing_and_is_told_so_once():
     lines = LINE.findall(output)
     assert [line[2:4] for line in lines] == [("0.0", " (serial)")] * 2
     assert all(0 < float(line[-1]) < 100 for line in lines)
-    assert output.count("leave --no-scmoe-overlap out") == 1
+    waits_much = any(
+        float(line[8]) > 100 * MUCH_EXPOSED for line in lines
+    )  # a fast machine may not
+    assert output.count("leave --no-scmoe-overlap out") == waits_much
 
 
 def test_stages_of_a_pipeline_do_not_wait_for_each_other():

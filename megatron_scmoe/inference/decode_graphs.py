@@ -158,10 +158,9 @@ def _capture_on_all_ranks(run: Callable[[], Tensor], pool) -> Callable[[], Tenso
         replay = capture(run, pool)
     except RuntimeError as error:
         failure = error
-    reasons = [None if failure is None else str(failure)]
-    if (ranks := torch.distributed.get_world_size()) > 1:
-        reasons *= ranks
-        torch.distributed.all_gather_object(reasons, reasons[0])
+    ranks = torch.distributed.get_world_size()
+    reasons: list[str | None] = [None] * ranks
+    torch.distributed.all_gather_object(reasons, None if failure is None else str(failure))
     for rank, reason in enumerate(reasons):
         if reason is not None:
             raise CaptureError(f"rank {rank}: {reason}" if ranks > 1 else reason) from failure

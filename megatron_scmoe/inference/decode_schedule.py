@@ -136,15 +136,14 @@ class Decode:
             return False
         self.in_graphs = False
         self._counts = False
-        if torch.distributed.get_rank() != 0:
-            return True
-        reason = str(error).strip().partition("\n")[0]
-        print(
-            f"warning: a decode could not be captured in a CUDA graph, and goes on without ({reason}); "
-            f"--decode-cuda-graphs {ON} shows where",
-            file=sys.stderr,
-            flush=True,
-        )
+        if torch.distributed.get_rank() == 0:
+            reason = str(error).strip().partition("\n")[0]
+            print(
+                "warning: a decode could not be captured in a CUDA graph, and goes on without "
+                f"({reason}); --decode-cuda-graphs {ON} shows where",
+                file=sys.stderr,
+                flush=True,
+            )
         return True
 
     def kept(self) -> dict[str, str]:

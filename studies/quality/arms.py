@@ -7,6 +7,12 @@ four of width 2 F (top-1), or the shared one and one of eight. The dense model h
 
 from dataclasses import dataclass
 
+WARM_UP = 0.05
+"""Share of the steps in which the learning rate comes to its peak."""
+
+UNFUSED = "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+"""What Megatron's own modules need where there is no Apex."""
+
 PAIRED = "--moe-layer-freq [0,1]*{pairs}"
 _ROUTED = (
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-router-dtype fp32 "
@@ -203,7 +209,7 @@ def training_flags(size: Size, seed: int, tokens: int, learning_rate: float) -> 
         f"--micro-batch-size {size.batch} --global-batch-size {size.batch} "
         f"--train-iters {iterations(size, tokens)} --seed {seed} "
         f"--lr {learning_rate:g} --min-lr {learning_rate / 10:g} --lr-decay-style cosine "
-        "--lr-warmup-fraction 0.05 --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 "
+        f"--lr-warmup-fraction {WARM_UP:g} --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 "
         "--weight-decay 0.1 --clip-grad 1.0 --split 1,0,0 --eval-iters 0 --eval-interval 1000000 "
         "--log-interval 50 --num-workers 1 --manual-gc --manual-gc-interval 200 "
         "--no-check-for-nan-in-loss-and-grad"
@@ -256,7 +262,7 @@ def _kernels(arm: Arm, on_cpu: bool) -> str:
     if on_cpu:
         return (
             "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion "
-            "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+            f"{UNFUSED}"
         )
     experts = "--moe-grouped-gemm --moe-permute-fusion" if arm.experts else ""
     return (

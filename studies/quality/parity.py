@@ -21,8 +21,8 @@ import torch
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, positive, run_tool
-from studies.quality.arms import ARMS, SIZES, Size, flag
-from studies.quality.report_parity import WARM_UP, differences
+from studies.quality.arms import ARMS, SIZES, UNFUSED, WARM_UP, Size, flag
+from studies.quality.report_parity import differences
 from studies.quality.run import Run, command, environment, versions
 from tests.reference import ReferenceConfig, ReferenceScMoE, load_megatron_state
 
@@ -128,7 +128,7 @@ def flags(run: Run, on_gpu: bool, in_bf16: bool, local: bool, warm_up: float) ->
     if local:
         words = [word.replace("transformer_engine", "local") for word in words]
         left_out += ["--moe-grouped-gemm", "--moe-permute-fusion"]
-        words += ["--no-masked-softmax-fusion", "--no-rope-fusion", "--no-persist-layer-norm"]
+        words += UNFUSED.split()
     words = [word for word in words if word not in left_out]
     return [*words, "--lr-warmup-fraction", f"{warm_up:g}"]
 
@@ -162,7 +162,7 @@ def recorded(run: Run, tokens: Path, words: list[str], on_gpu: bool) -> dict:
 
 
 def plain_losses(
-    run: Run, record: dict, precision: str, device: str, warm_up: float = WARM_UP
+    run: Run, record: dict, precision: str, device: str, warm_up: float
 ) -> list[float]:
     """Train the plain model on what a run has recorded.
 

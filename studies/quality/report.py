@@ -9,7 +9,7 @@ hours.png, conversion.png and parity.png there.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,7 +17,7 @@ from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool
 from studies.quality import report_conversion, report_hours, report_parity, report_seeds
 from studies.quality.arms import ARMS, SIZES
-from studies.quality.stored import loss
+from studies.quality.stored import loss, paired_differences
 
 HERE = Path(__file__).parent
 BASELINE = "top2"
@@ -69,16 +69,6 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     degrees = len(values) - 1
     t = T_975[degrees - 1] if degrees <= len(T_975) else 1.96 + 2.4 / degrees
     return mean(values), t * stdev(values) / math.sqrt(len(values))
-
-
-def paired_differences(
-    results: Iterable[dict], baseline: Iterable[dict], source: str | None = None
-) -> list[float]:
-    """Loss less the baseline's, for each seed that both have."""
-    base = {result["seed"]: loss(result, source) for result in baseline}
-    return [
-        loss(result, source) - base[result["seed"]] for result in results if result["seed"] in base
-    ]
 
 
 def page(results: list[dict], picture: str) -> str:

@@ -6,7 +6,7 @@ from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from studies.quality.arms import CONTINUED
-from studies.quality.stored import Curve, curve_on_the_way
+from studies.quality.stored import Curve, curve
 
 
 def pairs(results: list[dict]) -> list[tuple[dict, dict]]:
@@ -59,13 +59,10 @@ def section(results: list[dict], picture: str) -> str:
     for (size, arm, before, after), runs in groups.items():
         active = [runs[0][side]["active_parameters"] / 1e6 for side in (1, 0)]
         start, end = (
-            [mean(curve_on_the_way(pair[side])[point][1] for pair in runs) for side in (1, 0)]
+            [mean(curve(pair[side])[point][1] for pair in runs) for side in (1, 0)]
             for point in (0, -1)
         )
-        reached = [
-            level_after(curve_on_the_way(converted), curve_on_the_way(other))
-            for converted, other in runs
-        ]
+        reached = [level_after(curve(converted), curve(other)) for converted, other in runs]
         level = [tokens / 1e6 for tokens in reached if tokens is not None]
         shown = f"{mean(level):.1f}" if level else "not reached"
         if 0 < len(level) < len(runs):
@@ -88,7 +85,7 @@ def draw(results: list[dict], path: Path) -> None:
     )
     for axis, ((size, arm, before, _), runs) in zip(axes[0], groups.items()):
         for result in runs[0]:
-            points = curve_on_the_way(result)
+            points = curve(result)
             axis.plot([n / 1e6 for n, _ in points], [y for _, y in points], label=result["arm"])
         axis.set_title(f"{size}, {arm}, after {before / 1e6:g} M tokens")
         axis.set_xlabel("million tokens since")

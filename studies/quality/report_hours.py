@@ -7,7 +7,7 @@ as it did there.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from statistics import mean
 
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.command_line import UsageError
-from studies.quality.stored import Curve, curve_on_the_way, loss
+from studies.quality.stored import Curve, curve, loss, paired_differences
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -60,7 +60,7 @@ def mean_curve(results: list[dict]) -> Curve:
     Raises:
         UsageError: if they were not evaluated at the same iterations.
     """
-    curves = [curve_on_the_way(result) for result in results]
+    curves = [curve(result) for result in results]
     places = [[tokens for tokens, _ in points] for points in curves]
     if any(other != places[0] for other in places):
         raise UsageError(
@@ -115,7 +115,7 @@ def trend(groups: Groups, size: str, tokens: int, arm: str) -> Trend | None:
     if not lengths:
         return None
     runs = [groups[size, asked][arm] for asked in (max(lengths), tokens)]
-    seeds = set.intersection(*({result["seed"] for result in each} for each in runs))
+    seeds = _shared_seeds(runs)
     if not seeds:
         return None
     shorter, longer = (
@@ -160,7 +160,8 @@ def _rows(groups: Groups) -> Iterator[str]:
         for arm in SYSTEMS:
             if arm == BASELINE or not {arm, BASELINE} <= arms.keys():
                 continue
-            line, behind = trend(groups, size, asked, arm), _behind(arms[arm], arms[BASELINE])
+            line = trend(groups, size, asked, arm)
+            behind = paired_differences(arms[arm], arms[BASELINE])
             if line is None or not behind:
                 continue
             tokens = line.share_of_tokens(mean(behind))
@@ -174,11 +175,9 @@ def _rows(groups: Groups) -> Iterator[str]:
                     )
 
 
-def _behind(arm: list[dict], baseline: list[dict]) -> list[float]:
-    """Loss less that of the baseline, of the seeds that both have, in their order."""
-    losses = {result["seed"]: loss(result) for result in baseline}
-    own = sorted(arm, key=lambda result: result["seed"])
-    return [loss(result) - losses[result["seed"]] for result in own if result["seed"] in losses]
+def _shared_seeds(runs: Iterable[list[dict]]) -> set[int]:
+    """Those that all of them have."""
+    return set.intersection(*({result["seed"] for result in each} for each in runs))
 
 
 def draw(groups: Groups, path: Path) -> None:
@@ -200,7 +199,7 @@ def draw(groups: Groups, path: Path) -> None:
         len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained"
     )
     for row, ((size, tokens), arms) in zip(axes, groups.items()):
-        seeds = set.intersection(*({run["seed"] for run in runs} for runs in arms.values()))
+        seeds = _shared_seeds(arms.values())
         for axis, link in zip(row, DRAWN):
             times = step_times(LINKS[link])
             for arm in SYSTEMS:

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from megatron_scmoe.platform.atomic_write import atomic_write
-
-WARM_UP = 0.05
-"""Share of the steps, as the study has it."""
+from studies.quality.arms import WARM_UP
 
 SHOWN = (1, 10, 100, 300)
 """Steps up to which the table has the largest difference."""

@@ -1,5 +1,6 @@
 """What a stored result says: its loss at the end, and its curve on the way."""
 
+from collections.abc import Iterable
 from statistics import mean
 
 Curve = list[tuple[float, float]]
@@ -14,15 +15,20 @@ def loss(result: dict, source: str | None = None) -> float:
     return mean(found[name]["loss"] for name in found)
 
 
-def curve(result: dict) -> Curve:
-    """By tokens; at 0 tokens stands the loss that it starts from.
+def paired_differences(
+    results: Iterable[dict], baseline: Iterable[dict], source: str | None = None
+) -> list[float]:
+    """Loss less the baseline's, for each seed that both have."""
+    base = {result["seed"]: loss(result, source) for result in baseline}
+    return [
+        loss(result, source) - base[result["seed"]] for result in results if result["seed"] in base
+    ]
 
-    The last point is of the whole text, those before it are of a part.
+
+def curve(result: dict) -> Curve:
+    """By tokens, of a part of the text; at 0 tokens stands the loss that it starts from.
+
+    The last point that is stored is of the whole text, and left out.
     """
     step = result["tokens"] / result["iterations"]
-    return [(iteration * step, loss) for iteration, loss in result["validation_curve"]]
-
-
-def curve_on_the_way(result: dict) -> Curve:
-    """The same of a part of the text alone, from the first point to the last."""
-    return curve(result)[:-1]
+    return [(iteration * step, loss) for iteration, loss in result["validation_curve"][:-1]]

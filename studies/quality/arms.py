@@ -146,6 +146,10 @@ ARMS = {
     "pos2-fourfold": _scmoe(
         "the same times four", "--scmoe-tap pos2 --moe-router-topk-scaling-factor 4"
     ),
+    "pos2-sigmoid": _scmoe(
+        "a score of its own for each expert, 0.5 at the begin",
+        "--scmoe-tap pos2 --moe-router-score-function sigmoid",
+    ),
     "pos2-7": _scmoe(
         "seven routed experts: as many parameters in all as top-2", "--scmoe-tap pos2", experts=7
     ),

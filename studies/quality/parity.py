@@ -224,6 +224,7 @@ def reference_config(arm_name: str, size: Size, vocabulary_rows: int) -> Referen
         expert_ffn_hidden_size=arm.expert_width * size.ffn,
         shared_ffn_hidden_size=size.ffn if arm.shared else None,
         pre_softmax="--moe-router-pre-softmax" in arm.flags,
+        score_function=flag(arm, "--moe-router-score-function", "softmax"),
         scaling_factor=flag(arm, "--moe-router-topk-scaling-factor", 1.0),
         aux_loss_coeff=0.01,
         tied_embeddings=True,

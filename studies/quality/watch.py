@@ -73,7 +73,10 @@ class Watch:
     def _hear_router(self, router, inputs, outputs) -> None:
         tokens = inputs[0].detach().flatten(0, 1).float()
         chosen = outputs[1]
-        scores = torch.log_softmax(tokens @ router.weight.detach().float().t(), dim=-1)
+        logits = tokens @ router.weight.detach().float().t()
+        if router.config.moe_router_score_function == "sigmoid":
+            logits = torch.nn.functional.logsigmoid(logits)  # shares of the sum of all scores
+        scores = torch.log_softmax(logits, dim=-1)
         equal = torch.log(torch.tensor(float(scores.shape[-1])))
         self._add(router, "load", chosen.sum(dim=0))
         self._add(router, "entropy", -(scores.exp() * scores).sum() / equal.to(scores.device))

@@ -28,9 +28,9 @@ def test_the_projects_training_is_that_of_a_plain_model(tokens, tmp_path, monkey
     processes = SimpleNamespace(run=forked.run, PIPE=None, STDOUT=None)
     monkeypatch.setattr(parity, "subprocess", processes)
     words = f"--tokens {tokens} --steps 6 --out {tmp_path / 'parity.json'}"
-    parity.main([*words.split(), "--arms", "pos2", "top2", "pos2-fourfold"])
+    parity.main([*words.split(), "--arms", "pos2", "top2", "pos2-fourfold", "pos2-sigmoid"])
     result = json.loads((tmp_path / "parity.json").read_text())
-    assert set(result["arms"]) == {"pos2", "top2", "pos2-fourfold"}
+    assert set(result["arms"]) == {"pos2", "top2", "pos2-fourfold", "pos2-sigmoid"}
     for curves in result["arms"].values():
         assert len(curves["run"]) == 6
         assert curves["run"][-1] < curves["run"][0]

@@ -116,6 +116,7 @@ class DecodeGraphs:
         if is_new := graph is None:
             self._forget_what_is_behind(column, len(tokens))
             inputs = [_own(each) for each in (tokens, positions, hidden)]
+            torch.cuda.empty_cache()  # what it keeps cannot become the graph's memory
             replay = _capture_on_all_ranks(lambda: self._compute(forward, inputs), self._pool)
             graph = self._graphs[key, columns] = _Graph(inputs, replay)
         else:

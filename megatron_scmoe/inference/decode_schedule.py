@@ -28,7 +28,7 @@ from megatron_scmoe.config import (
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import decode_graphs
 from megatron_scmoe.inference.decode_graphs import Key
-from megatron_scmoe.inference.expert_padding import MOST_ROWS, MOST_ROWS_OF_GRAPHS, ExpertPadding
+from megatron_scmoe.inference.expert_padding import ExpertPadding
 from megatron_scmoe.model.layer_spec import resolve_schedule
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.schedule import Schedule
@@ -167,8 +167,7 @@ class Decode:
         return None
 
     def _pads(self, rows: int) -> bool:
-        most = MOST_ROWS_OF_GRAPHS if self.in_graphs else MOST_ROWS
-        return self._padding.applies(rows, most)
+        return self._padding.applies(rows, self.in_graphs)
 
     def _set(self, name: str) -> None:
         for layer, schedule in zip(self._layers, self._schedules[name], strict=True):

@@ -45,44 +45,51 @@ class ExpertPadding:
     def __init__(self, model: nn.Module, wanted: DecodePadding):
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         dispatchers = [layer.token_dispatcher for layer in layers]
-        waits = any(each.ep_size > 1 for each in dispatchers) or not cpu_backend.is_enabled()
-        refusals = [reason for reason in map(_why_not, layers) if reason]
-        self.why_not = refusals[0] if refusals else None
+        shared = any(each.ep_size > 1 for each in dispatchers)
+        self.why_not = next(filter(None, map(_why_not, layers)), None)
         """Why the model cannot be padded, if it cannot."""
         self.is_void = not layers
         """Whether the model has no experts."""
         if wanted == ON and self.why_not:
             raise ScMoEConfigError(f"--decode-padding {ON}", self.why_not, f"{AUTO}, {OFF}")
-        self._dispatchers = [] if refusals else list(map(_Padded, dispatchers))
-        self._most = {ON: float("inf"), OFF: 0}.get(wanted, None if waits else 0)
-        self._experts = max((each.num_experts for each in self._dispatchers), default=0)
+        self._padded = [] if self.why_not else list(map(_Padded, layers))
+        self._wanted = wanted
+        # Whoever offloads experts waits for the gate anyway.
+        offloads = any(isinstance(layer.experts, OffloadedExperts) for layer in layers)
+        self._saves_a_wait = (shared or not cpu_backend.is_enabled()) and not offloads
+        self._experts = max((each.num_experts for each in self._padded), default=0)
 
-    def applies(self, tokens: int, most_rows: int = MOST_ROWS) -> bool:
-        """Whether experts are padded when every rank reads so many tokens; by ``auto``, up to
-        ``most_rows`` rows.
-        """
-        most = most_rows if self._most is None else self._most
-        return bool(self._dispatchers) and tokens * self._experts <= most
+    def applies(self, tokens: int, in_graphs: bool = False) -> bool:
+        """Whether experts are padded when every rank reads so many tokens."""
+        if not self._padded or self._wanted == OFF:
+            return False
+        if self._wanted == ON:
+            return True
+        if in_graphs:
+            return tokens * self._experts <= MOST_ROWS_OF_GRAPHS
+        return self._saves_a_wait and tokens * self._experts <= MOST_ROWS
 
     def set(self, pads: bool) -> None:
         """From now on the model's dispatchers pad, or do not.
 
         While they do, all ranks that share experts have to read equally many tokens.
         """
-        for dispatcher in self._dispatchers:
-            dispatcher.set(pads)
+        for layer in self._padded:
+            layer.set(pads)
 
 
 class _Padded:
-    """A dispatcher that can be made to pad: its methods are replaced for as long."""
+    """A layer whose dispatcher can be made to pad: its methods are replaced for as long."""
 
-    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher):
+    def __init__(self, layer: MoELayer):
+        dispatcher = layer.token_dispatcher
+        assert isinstance(dispatcher, MoEAlltoAllTokenDispatcher)
         self._dispatcher, self._plain = dispatcher, type(dispatcher)
         self.num_experts = dispatcher.num_experts
         # Megatron rounds tokens * topk / experts * factor up, and floats may lie above.
         self._factor = self.num_experts / dispatcher.config.moe_router_topk * (1 - 1e-9)
         self._replaced: dict[str, Callable] = {"dispatch_preprocess": self._to_every_expert}
-        if cpu_backend.is_enabled():
+        if cpu_backend.is_enabled() and not isinstance(layer.experts, OffloadedExperts):
             self._replaced["dispatch_postprocess"] = self._drop_padding
             self._replaced["combine_preprocess"] = self._fill_in_padding
 
@@ -119,12 +126,13 @@ class _Padded:
 
 def _why_not(layer: MoELayer) -> str | None:
     """Why a layer's experts cannot be padded, if they cannot."""
-    if not isinstance(layer.token_dispatcher, MoEAlltoAllTokenDispatcher):
+    dispatcher = layer.token_dispatcher
+    if not isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
         kind = layer.config.moe_token_dispatcher_type
         return f"the model's --moe-token-dispatcher-type {kind} has no padding"
     if isinstance(layer, ScMoELayer):
         if len(layer.token_dispatchers) > 1:
             return f"the model has --scmoe-chunks {len(layer.token_dispatchers)}"
-        if isinstance(layer.experts, OffloadedExperts):
-            return "with --offload-experts, experts that only pad would be fetched"
+        if isinstance(layer.experts, OffloadedExperts) and dispatcher.ep_size > 1:
+            return "of --offload-experts ranks would fetch those that only pad for other ranks"
     return None

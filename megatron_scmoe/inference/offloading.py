@@ -10,13 +10,15 @@ those that have arrived. Kernels and the order of sums are those of a resident m
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -35,10 +37,16 @@ from megatron_scmoe.inference.expert_store import (
     write_expert_files,
 )
 from megatron_scmoe.model.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.async_all_to_all import now
+from megatron_scmoe.overlap.cuda_graph import between_graphs, capture, is_capturing, new_pool
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, Schedule, build_schedule, num_slots
 from megatron_scmoe.platform import cpu_backend
 
 FLAG = "--offload-experts"
+
+Compute = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
+"""Gives the output of one expert, [tokens, h], from its weights, tokens [tokens, h] and probabilities
+[tokens]."""
 
 
 class OffloadedExperts(MegatronModule):
@@ -53,6 +61,8 @@ class OffloadedExperts(MegatronModule):
 
     layer: int
     cache: ExpertCache
+    dispatcher: MoEAlltoAllTokenDispatcher
+    graphs: "ExpertGraphs"
 
     def __init__(self, build, num_local_experts: int, config: TransformerConfig, *args, **kwargs):
         super().__init__(config)
@@ -66,22 +76,41 @@ class OffloadedExperts(MegatronModule):
         for parameter in self._parameters_of_one.values():
             parameter.requires_grad_(False)
         self._drop_weights()
+        self._chosen = Chosen(num_local_experts)
 
-    def attach(self, cache: ExpertCache, layer: int) -> None:
-        """Say where the weights are.
+    def attach(
+        self,
+        cache: ExpertCache,
+        layer: int,
+        dispatcher: MoEAlltoAllTokenDispatcher,
+        graphs: "ExpertGraphs",
+        at_the_gate: bool = True,
+    ) -> None:
+        """Say where the weights are, and the tokens come from.
 
         Args:
             layer: this layer's number in the cache's keys.
+            graphs: those of the cache, which layers share, as their experts differ in weights alone.
+            at_the_gate: see :func:`connect`.
         """
-        self.cache, self.layer = cache, layer
+        self.cache, self.layer, self.dispatcher, self.graphs = cache, layer, dispatcher, graphs
+        self._at_the_gate = at_the_gate
         self._drop_weights()
+
+    def hear(self, routing_map: Tensor) -> None:
+        """What the gate has chosen, bool [tokens, experts]: padding hides it from the dispatcher."""
+        if self.dispatcher.drop_and_pad:
+            self._chosen.tell(routing_map)
 
     def expect(self, tokens_per_expert: Sequence[int]) -> None:
         """Begin to fetch the experts that will get tokens."""
-        self.cache.request(self._keys(tokens_per_expert))
+        if not self.dispatcher.drop_and_pad:
+            self.cache.request(self._keys(tokens_per_expert))
+        elif not is_capturing():  # in graphs the window is launched first
+            self.cache.request(self._keys(self._chosen.counts()))
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor):
-        """As Megatron's experts.
+        """As Megatron's experts. Of padded tokens those of experts that nobody chose give 0.
 
         Args:
             tokens: [tokens, h], sorted by expert.
@@ -91,22 +120,67 @@ class OffloadedExperts(MegatronModule):
         Returns:
             Their outputs [tokens, h], and no bias.
         """
-        counts = tokens_per_expert.tolist()
-        keys = self._keys(counts)
+        output = torch.empty_like(tokens)
+        if not self.dispatcher.drop_and_pad:
+            counts = tokens_per_expert.tolist()
+            parts = {
+                expert: slice(end - count, end)
+                for expert, (count, end) in enumerate(zip(counts, accumulate(counts)))
+                if count
+            }
+            self._compute(parts, tokens, probs, output, self._run)
+            return output, None
+
+        rows = len(tokens) // self.num_local_experts
+        run = self._run_in_graph if is_capturing() else self._run
+
+        def compute_chosen() -> None:
+            if not self._at_the_gate:
+                self._chosen.is_known_from_now()
+            parts = {
+                expert: slice(expert * rows, (expert + 1) * rows)
+                for expert, count in enumerate(self._chosen.counts())
+                if count
+            }
+            self._compute(parts, tokens, probs, output.zero_(), run)
+
+        between_graphs(compute_chosen)
+        return output, None
+
+    def _compute(
+        self,
+        parts: Mapping[int, slice],
+        tokens: Tensor,
+        probs: Tensor,
+        output: Tensor,
+        run: Compute,
+    ) -> None:
+        """Fill the outputs of experts that get tokens.
+
+        Args:
+            parts: which tokens, by expert.
+            tokens: [tokens, h].
+            probs: [tokens].
+            output: [tokens, h].
+            run: what computes one of them.
+        """
+        keys = [(self.layer, expert) for expert in parts]
         all_come = self.cache.request(keys)
-        outputs = []
-        parts = zip(tokens.split(counts), probs.split(counts), counts)
-        used = [part for part in parts if part[-1]]
-        for position, (key, (own, own_probs, count)) in enumerate(zip(keys, used, strict=True)):
+        for position, (key, own) in enumerate(zip(keys, parts.values())):
             if not all_come:
                 self.cache.request(keys[position:])
-            weights = self.cache.take(key)
-            for parameter, weight in zip(self._parameters_of_one.values(), weights, strict=True):
-                parameter.data = weight
-            output, _ = self.expert(own, torch.tensor([count]), own_probs)
+            output[own] = run(self.cache.take(key), tokens[own], probs[own])
             self.cache.release(key)
-            outputs.append(output)
-        return torch.cat(outputs) if outputs else tokens, None
+
+    def _run(self, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor) -> Tensor:
+        """One expert's output."""
+        for parameter, weight in zip(self._parameters_of_one.values(), weights, strict=True):
+            parameter.data = weight
+        return self.expert(tokens, torch.tensor([len(tokens)]), probs)[0]
+
+    def _run_in_graph(self, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor) -> Tensor:
+        """The same in a graph."""
+        return self.graphs.run(self._run, weights, tokens, probs)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Nothing: the experts are no part of what is loaded into the model."""
@@ -118,6 +192,59 @@ class OffloadedExperts(MegatronModule):
 
     def _keys(self, tokens_per_expert: Sequence[int]) -> list[tuple[int, int]]:
         return [(self.layer, expert) for expert, count in enumerate(tokens_per_expert) if count]
+
+
+class Chosen:
+    """How many tokens have chosen each expert, on the host as soon as the gate is through.
+
+    Args:
+        experts: how many there are.
+    """
+
+    def __init__(self, experts: int):
+        pinned = not cpu_backend.is_enabled()
+        self._counts = torch.zeros(experts, dtype=torch.int64, pin_memory=pinned)
+        self._known: torch.cuda.Event | None = None
+
+    def tell(self, routing_map: Tensor) -> None:
+        """What the gate has chosen, bool [tokens, experts]."""
+        self._counts.copy_(routing_map.sum(0), non_blocking=True)
+        between_graphs(self.is_known_from_now)
+
+    def counts(self) -> list[int]:
+        """The host waits for them."""
+        assert self._known is not None
+        self._known.synchronize()
+        return self._counts.tolist()
+
+    def is_known_from_now(self) -> None:
+        """Not before all is done that was enqueued."""
+        self._known = now()
+
+
+class ExpertGraphs:
+    """CUDA graphs of one expert's compute: one for each place of a cache, and number of tokens.
+
+    They share memory, so an output is to be read before the next one is computed.
+    """
+
+    def __init__(self):
+        self._pool = new_pool()
+        self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
+
+    def run(
+        self, compute: Compute, weights: Sequence[Tensor], tokens: Tensor, probs: Tensor
+    ) -> Tensor:
+        """What ``compute`` gives; the first time in a place it is captured."""
+        key = weights[0].data_ptr(), len(tokens)
+        if key not in self._graphs:
+            inputs = tokens.clone(), probs.clone()
+            replay = capture(lambda: compute(weights, *inputs), self._pool)
+            self._graphs[key] = *inputs, replay
+        own_tokens, own_probs, replay = self._graphs[key]
+        own_tokens.copy_(tokens)
+        own_probs.copy_(probs)
+        return replay()
 
 
 @dataclass(frozen=True)
@@ -348,9 +475,11 @@ def connect(model, cache: ExpertCache, at_the_gate: bool = True) -> None:
         at_the_gate: whether copies begin when the gate has chosen, and the whole window passes before
             experts compute. Otherwise they begin when experts are to compute, which waits for them.
     """
+    graphs = ExpertGraphs()
     for layer, experts in offloaded_layers(model):
-        experts.attach(cache, layer.layer_number)
+        experts.attach(cache, layer.layer_number, layer.mlp.token_dispatcher, graphs, at_the_gate)
         layer.path.schedule = widest(layer.path.schedule)
+        layer.path.on_routing = experts.hear
         layer.path.on_dispatch = experts.expect if at_the_gate else None
 
 

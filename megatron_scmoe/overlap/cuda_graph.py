@@ -1,4 +1,5 @@
-"""CUDA graphs: of a whole function, and gate and encode in the graph of a block of training.
+"""CUDA graphs: of a whole function, in parts if need be, and gate and encode in the graph of a block of
+training.
 
 The latter are in the dense block's graph (model/transformer_layer.py). A replay runs no Python, so what
 later steps read of the routing comes out of the graph as tensors and is put back where they look.
@@ -39,24 +40,78 @@ def capture(run: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
     """Capture what ``run`` enqueues, on other streams too.
 
     Args:
-        run: reads and writes tensors that stay where they are; nothing in it may wait for the device.
+        run: reads and writes tensors that stay where they are. Nothing in it may wait for the device
+            but what it leaves to :func:`between_graphs`.
         pool: as of :func:`new_pool`.
 
     Returns:
         What does the same again, and returns the tensor that ``run`` returned, filled anew.
     """
+    global _under_way
     with beside_compute():
         for _ in range(WARM_UPS):
             run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = run()
+    _under_way = _Capture(pool)
+    try:
+        with beside_compute(), _under_way as under_way:
+            output = run()
+    finally:
+        _under_way = None
 
     def replay() -> Tensor:
-        graph.replay()
+        for step in under_way.steps:
+            step()
         return output
 
     return replay
+
+
+def between_graphs(act: Callable[[], object]) -> None:
+    """What no graph can have, for the host has to look at a result: done now, and in each replay.
+
+    While a capture is under way it is not done. The graph ends here, and another one begins behind it.
+
+    Args:
+        act: reads tensors of the graph before, and fills those that the graph behind reads.
+    """
+    if _under_way is None:
+        act()
+    else:
+        _under_way.interrupt(act)
+
+
+def is_capturing() -> bool:
+    """Whether :func:`capture` is recording, and nothing is computed."""
+    return _under_way is not None
+
+
+class _Capture:
+    """Graphs that replay one after the other, and what is done between them.
+
+    Not ``torch.cuda.graph``, which empties PyTorch's cache of memory at the begin of each.
+    """
+
+    def __init__(self, pool):
+        self.steps: list[Callable[[], object]] = []
+        self._pool = pool
+
+    def __enter__(self) -> "_Capture":
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        self.steps.append(self._graph.replay)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._graph.capture_end()
+
+    def interrupt(self, act: Callable[[], object]) -> None:
+        """See :func:`between_graphs`."""
+        self.__exit__(None, None, None)
+        self.steps.append(act)
+        self.__enter__()
+
+
+_under_way: _Capture | None = None
 
 
 CAPTURED_STEPS = (Step.ROUTE, Step.PERMUTE)

@@ -15,12 +15,12 @@ from megatron.core.transformer.attention import SelfAttention
 
 from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.inference import decode_graphs, generation
+from megatron_scmoe.inference import decode_graphs, generation, offloading
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.slots import Slots, Text
 from megatron_scmoe.training import load_model
 from tests import checkpoints, text_models
-from tests.distributed import test_expert_padding, test_slots
+from tests.distributed import test_expert_padding, test_offloading, test_slots
 from tests.harness import run_distributed
 
 KINDS = [text_models.TAPS_INPUT, text_models.LEARNED]
@@ -147,6 +147,38 @@ def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
     for without, within, graphs in run_distributed(_generate, 1, load, None, columns):
         assert [text.tokens for text in within] == [text.tokens for text in without]
         assert graphs > 1
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_of_offloaded_experts_those_alone_come_that_were_chosen(models, tmp_path, layers):
+    """Though padding sends every token to all of them."""
+    load = models / text_models.TAPS_INPUT
+    settings = offloading.OffloadSettings(folder=tmp_path, layers=layers)
+    run_distributed(_offloaded, 1, load, settings)
+
+
+def _offloaded(load: Path, settings: offloading.OffloadSettings) -> None:
+    prompts = [[5, 9, 2, 7], [3, 4, 8, 1]]
+    sampling = generation.SamplingParams(
+        num_tokens_to_generate=test_expert_padding.TOKENS, top_k=1, return_log_probs=True
+    )
+    found = []
+    for use in (OFF, AUTO):
+        model, offload = test_offloading.build(load, settings, at_once=len(prompts))
+        patches, captured = captures()
+        with patches:
+            decode = Decode(model, AUTO, AUTO, use)
+            texts = generation.generate(
+                model, prompts, sampling, text_models.VOCAB, decode=decode, micro_batch=2
+            )
+        assert len(captured) == (use == AUTO)
+        counts = offload.cache.counts
+        found.append((texts, counts.uses, counts.hits, counts.copied_bytes))
+    (without, *counts), (within, *counts_within) = found
+    assert counts_within == counts
+    for one, other in zip(within, without, strict=True):
+        assert one.tokens == other.tokens
+        assert one.log_probs == pytest.approx(other.log_probs, abs=test_slots.ROUNDING)
 
 
 @pytest.mark.parametrize("ranks, where", [(1, ""), (2, "rank 1: ")])

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from megatron.core import parallel_state
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer.moe import token_dispatcher
 
@@ -12,7 +11,7 @@ from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.inference import expert_padding, generation
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.expert_padding import ExpertPadding
-from megatron_scmoe.inference.offloading import OffloadSettings, connect
+from megatron_scmoe.inference.offloading import OffloadSettings
 from megatron_scmoe.training import load_model
 from tests import checkpoints, text_models
 from tests.distributed.test_offloading import build
@@ -105,33 +104,43 @@ def test_auto_pads_a_few_tokens_of_ranks_that_share_experts(found):
 
 
 def test_on_is_refused_where_experts_cannot_be_padded(tmp_path):
-    (refused,) = run_distributed(_refusals, 1, str(tmp_path))
+    (refused,) = run_distributed(_refusals, 1)
     assert refused == [
         "--decode-padding on: the model has --scmoe-chunks 2; accepted: auto, off",
         "--decode-padding on: the model's --moe-token-dispatcher-type allgather has no padding; "
         "accepted: auto, off",
-        "--decode-padding on: with --offload-experts, experts that only pad would be fetched; "
-        "accepted: auto, off",
+    ]
+    run_distributed(checkpoints.save_all, 2, str(tmp_path), "EP2", ["pos2"])
+    found = run_distributed(_offloaded_refusals, 2, tmp_path)
+    assert (
+        found
+        == [
+            "--decode-padding on: of --offload-experts ranks would fetch those that only pad for other "
+            "ranks; accepted: auto, off"
+        ]
+        * 2
+    )
+
+
+def _refusals() -> list[str]:
+    checkpoints.models.init_parallel()
+    return [
+        _refusal(checkpoints.build(checkpoints.arguments("pos2", *flags.split())))
+        for flags in (
+            "--scmoe-chunks 2",
+            "--moe-token-dispatcher-type allgather --no-scmoe-overlap",
+        )
     ]
 
 
-def _refusals(folder: str) -> list[str]:
-    checkpoints.models.init_parallel()
-    refused = []
-    for flags in (
-        "--scmoe-chunks 2",
-        "--moe-token-dispatcher-type allgather --no-scmoe-overlap",
-        "offloaded",
-    ):
-        if flags == "offloaded":
-            checkpoints.save(checkpoints.arguments("pos2"), Path(folder))
-            parallel_state.destroy_model_parallel()
-            model, offload = build(Path(folder), OffloadSettings(folder=Path(folder) / "experts"))
-            connect(model, offload.cache, at_the_gate=False)
-        else:
-            model = checkpoints.build(checkpoints.arguments("pos2", *flags.split()))
-        assert not ExpertPadding(model, AUTO).applies(1)
-        with pytest.raises(ScMoEConfigError) as refusal:
-            Decode(model, AUTO, ON)
-        refused.append(str(refusal.value))
-    return refused
+def _offloaded_refusals(folder: Path) -> str:
+    settings = OffloadSettings(folder=folder / "experts")
+    return _refusal(build(folder / "pos2", settings, expert=2)[0])
+
+
+def _refusal(model) -> str:
+    for in_graphs in (False, True):
+        assert not ExpertPadding(model, AUTO).applies(1, in_graphs)
+    with pytest.raises(ScMoEConfigError) as refusal:
+        Decode(model, AUTO, ON)
+    return str(refusal.value)

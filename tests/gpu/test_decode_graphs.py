@@ -4,6 +4,7 @@ Needs one GPU, two for the all-to-alls, and Transformer Engine.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -70,6 +71,29 @@ def _served(load: str) -> list[tuple[list[tuple], int]]:
             texts, _ = test_slots._join_and_leave(model, args, padding=ON, graphs=use)
         found.append((texts, sum(len(each._graphs) for each in made)))
     return found
+
+
+@pytest.mark.parametrize("at_the_gate", [True, False])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_with_offloaded_experts_between_the_graphs(slots, at_the_gate):
+    (found,) = run_distributed(_offloaded_logits, 1, slots, at_the_gate, backend="nccl")
+    _check(*found)
+
+
+def _offloaded_logits(slots: int, at_the_gate: bool) -> tuple:
+    """As :func:`_logits`, of one row: its experts come from the host, two layers of eight."""
+    offloading = benchmark("offloading")
+    shape = replace(offloading.SHAPES["gpt2-small"], blocks=4, vocab=1000)
+    parallel_state.initialize_model_parallel()
+    with torch.no_grad(), InferenceMode.active():
+        rest, experts = offloading.taken_apart(offloading.build(shape, None))
+        model = offloading.build(shape, offloading.ExpertOffload(offloading.OffloadSettings()))
+        model.load_state_dict(rest, strict=False)
+        packing = offloading.offloaded_layers(model)[0][1].packing
+        host = offloading.on_the_host(experts, packing, Path())
+        cache = offloading.ExpertCache(packing, slots, host)
+        offloading.connect(model, cache, at_the_gate)
+        return _decoded(model, 1, shape.vocab, OVERLAPPED)
 
 
 def _check(without, within, again, graphs):

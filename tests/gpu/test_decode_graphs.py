@@ -76,24 +76,30 @@ def _served(load: str) -> list[tuple[list[tuple], int]]:
 @pytest.mark.parametrize("at_the_gate", [True, False])
 @pytest.mark.parametrize("slots", [2, 6])
 def test_with_offloaded_experts_between_the_graphs(slots, at_the_gate):
-    (found,) = run_distributed(_offloaded_logits, 1, slots, at_the_gate, backend="nccl")
-    _check(*found)
+    ((resident, offloaded),) = run_distributed(
+        _offloaded_logits, 1, slots, at_the_gate, backend="nccl"
+    )
+    _check(*offloaded)
+    assert torch.equal(resident[1], offloaded[1])
 
 
-def _offloaded_logits(slots: int, at_the_gate: bool) -> tuple:
-    """As :func:`_logits`, of one row: its experts come from the host, two layers of eight."""
+def _offloaded_logits(slots: int, at_the_gate: bool) -> tuple[tuple, tuple]:
+    """As :func:`_logits`, of one row, and the same with experts that come from the host, two layers of
+    eight."""
     offloading = benchmark("offloading")
     shape = replace(offloading.SHAPES["gpt2-small"], blocks=4, vocab=1000)
     parallel_state.initialize_model_parallel()
     with torch.no_grad(), InferenceMode.active():
-        rest, experts = offloading.taken_apart(offloading.build(shape, None))
+        model = offloading.build(shape, None)
+        resident = _decoded(model, 1, shape.vocab, OVERLAPPED)
+        rest, experts = offloading.taken_apart(model)
         model = offloading.build(shape, offloading.ExpertOffload(offloading.OffloadSettings()))
         model.load_state_dict(rest, strict=False)
         packing = offloading.offloaded_layers(model)[0][1].packing
         host = offloading.on_the_host(experts, packing, Path())
         cache = offloading.ExpertCache(packing, slots, host)
         offloading.connect(model, cache, at_the_gate)
-        return _decoded(model, 1, shape.vocab, OVERLAPPED)
+        return resident, _decoded(model, 1, shape.vocab, OVERLAPPED)
 
 
 def _check(without, within, again, graphs):
@@ -121,12 +127,17 @@ def _decoded(model, rows: int, vocab: int, schedule: str) -> tuple:
     for use in (OFF, ON, ON):
         cached = CachedModel(model, rows, 64, Decode(model, schedule, AUTO, use))
         cached.read(tokens[:, :CONTEXT], positions[:, :CONTEXT])
-        logits = [
-            cached.decode(
-                rows, tokens[:, at : at + 1], positions[:, at : at + 1], column=at, from_first=True
-            )
-            for at in range(CONTEXT, CONTEXT + TOKENS)
-        ]
+        with benchmark("offloading").sums_in_one_order():
+            logits = [
+                cached.decode(
+                    rows,
+                    tokens[:, at : at + 1],
+                    positions[:, at : at + 1],
+                    column=at,
+                    from_first=True,
+                )
+                for at in range(CONTEXT, CONTEXT + TOKENS)
+            ]
         found.append(torch.cat(logits, 1))
         graphs = len(cached._graphs._graphs) if cached._graphs else 0
     return *found, graphs

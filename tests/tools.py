@@ -1,8 +1,11 @@
 """The commands, and the demo's scripts in tools/, called in this process."""
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,3 +24,15 @@ def tool(name: str):
 def run_tool(name: str, *argv) -> None:
     """Call its ``main`` with the words of a command line."""
     tool(name).main([str(word) for word in argv])
+
+
+@contextlib.contextmanager
+def pipe(content: bytes) -> Iterator[Path]:
+    """A pipe with something short in it, by the name that ``<(command)`` has."""
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    try:
+        yield Path(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)

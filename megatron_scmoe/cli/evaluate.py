@@ -14,6 +14,7 @@ of the softmax, and the logits, float32 [sequences, length, tokens], are without
 training logs has them in it; where there are any, a second line gives that one.
 """
 
+import io
 import os
 import sys
 from argparse import Namespace
@@ -27,6 +28,7 @@ from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
+    check_input,
     check_output,
     is_first_rank,
     refuse_overwrite,
@@ -89,11 +91,9 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
         raise UsageError(
             f"--hf under torchrun with {ranks} ranks: transformers' model runs in one process"
         )
-    for path in (args.text, args.tokens):
-        if path is not None and not path.is_file():
-            raise UsageError(
-                f"{'--text' if args.text else '--tokens'} {path}: there is no such file"
-            )
+    for flag, path in (("--text", args.text), ("--tokens", args.tokens)):
+        if path is not None:
+            check_input(flag, path)
     if args.logits_out is not None:
         check_output("--logits-out", args.logits_out, [".npy"])
         refuse_overwrite("--logits-out", [args.logits_out], args.force)
@@ -164,7 +164,8 @@ def read_sequences(args: Namespace, tokenize, length: int):
             ) from error
     else:
         try:
-            ids = np.load(args.tokens, allow_pickle=False)
+            pipe = io.BytesIO(args.tokens.read_bytes()) if args.tokens.is_fifo() else None
+            ids = np.load(pipe or args.tokens, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise UsageError(
                 f"--tokens {args.tokens}: it is no .npy file of ids ({in_words(error)})"

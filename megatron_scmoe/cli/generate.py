@@ -35,6 +35,7 @@ from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
+    check_input,
     check_output,
     is_first_rank,
     refuse_overwrite,
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         help="the most tokens behind a prompt",
     )  # fmt: skip
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="divides the logits before sampling",
+        "--temperature", type=float, metavar="T",
+        help="divides the logits before sampling (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--top_k", "--top-k", type=int, metavar="K",
@@ -71,12 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         "0 if --temperature or --top_p is given)",
     )  # fmt: skip
     parser.add_argument(
-        "--top_p", "--top-p", type=float, default=0.0, metavar="P",
-        help="sample among the likeliest tokens that have the probability P together; 0 is all",
+        "--top_p", "--top-p", type=float, metavar="P",
+        help="sample among the likeliest tokens that have the probability P together; 0 and 1 are all "
+        "(default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of sampling; each prompt draws its own"
-    )
+        "--seed", type=int, metavar="N",
+        help="of sampling; each prompt draws its own (default: 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--stop-words", nargs="+", default=[], metavar="TEXT", help="a text ends before them"
     )
@@ -105,32 +108,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_flags(args: Namespace) -> None:
-    """Refuse what cannot work before seconds go into imports; settle --top_k."""
+    """Refuse what cannot work before seconds go into imports; settle how tokens are sampled."""
     check_layout(args)
     for name in ("num_tokens_to_generate", "micro_batch"):
         if getattr(args, name) < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: accepted is 1 or more"
             )
-    if not 0 < args.temperature < float("inf"):
-        raise UsageError(
-            f"--temperature {args.temperature}: accepted is more than 0; --top_k 1 takes the "
-            "likeliest token"
-        )
-    if not 0 <= args.top_p <= 1:
-        raise UsageError(f"--top_p {args.top_p}: accepted is 0 to 1")
-    for flag, value in (("--top_k", args.top_k or 0), ("--top-n-logprobs", args.top_n_logprobs)):
-        if value < 0:
-            raise UsageError(f"{flag} {value}: accepted is 0 or more")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: accepted is 0 or more")
-    if args.top_k is None:
-        args.top_k = 0 if args.top_p or args.temperature != 1.0 else 1
-    if args.top_k and args.top_p:
-        raise UsageError(
-            f"--top_k {args.top_k} with --top_p {args.top_p}: accepted is one of them; leave the "
-            "other out"
-        )
+    if args.top_n_logprobs < 0:
+        raise UsageError(f"--top-n-logprobs {args.top_n_logprobs}: accepted is 0 or more")
+    settle_sampling(args)
     if args.termination_id is not None and args.termination_id < NO_TERMINATION:
         raise UsageError(f"--termination-id {args.termination_id}: accepted is an id, or -1")
     check_expert_flags(args)
@@ -139,6 +126,38 @@ def check_flags(args: Namespace) -> None:
     if args.output_path is not None:
         check_output("--output-path", args.output_path, [".jsonl"])
         refuse_overwrite("--output-path", [args.output_path], args.force)
+
+
+def settle_sampling(args: Namespace) -> None:
+    """Give the flags of sampling that were not given their values, as SamplingParams has them.
+
+    Raises UsageError for values that cannot be.
+    """
+    temperature, top_k, top_p, seed = args.temperature, args.top_k, args.top_p, args.seed
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise UsageError(
+            f"--temperature {temperature}: accepted is more than 0; --top_k 1 takes the likeliest token"
+        )
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise UsageError(f"--top_p {top_p}: accepted is 0 to 1")
+    for flag, value in (("--top_k", top_k), ("--seed", seed)):
+        if value is not None and value < 0:
+            raise UsageError(f"{flag} {value}: accepted is 0 or more")
+    samples = (temperature, top_k, top_p) != (None, None, None)
+    if seed is not None and not samples:
+        raise UsageError(
+            f"--seed {seed}: the likeliest token is taken, and none is drawn; accepted with "
+            "--temperature, --top_k or --top_p"
+        )
+    args.temperature = 1.0 if temperature is None else temperature
+    args.top_p = top_p if top_p and top_p < 1 else 0.0  # of all tokens
+    args.seed = seed or 0
+    if top_k is None:
+        args.top_k = 0 if samples else 1
+    if args.top_k and args.top_p:
+        raise UsageError(
+            f"--top_k {top_k} with --top_p {top_p}: accepted is one of them; leave the other out"
+        )
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -152,8 +171,7 @@ def read_prompts(args: Namespace) -> list[str]:
                 raise UsageError(f"--prompts: prompt {number} is not UTF-8; accepted is UTF-8 text")
         return args.prompts
     file = args.prompt_file
-    if not file.is_file():
-        raise UsageError(f"--prompt-file {file}: there is no such file")
+    check_input("--prompt-file", file)
     prompts = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line.strip():

@@ -144,6 +144,27 @@ def end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def check_input(flag: str, path: Path) -> None:
+    """Refuse, before any work, a file that could not be read, once by each rank.
+
+    Raises UsageError.
+    """
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: this is a folder; accepted is a file")
+    if not path.exists():
+        raise UsageError(f"{flag} {path}: there is no such file")
+    if not path.is_fifo():
+        raise UsageError(f"{flag} {path}: a device, no file; accepted is a file or a pipe")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise UsageError(
+            f"{flag} {path}: a pipe, which one process can read, and here are {ranks} ranks; accepted "
+            "is a file"
+        )
+
+
 def check_output(flag: str, path: Path, suffixes: Sequence[str]) -> None:
     """Refuse, before any work, an output that could not be written at its end.
 

@@ -28,12 +28,14 @@ def test_null_is_as_if_the_field_were_not_there():
     ("fields", "expected"),
     [
         (dict(), (1.0, 0, 0.0)),
+        (dict(temperature=1.0), (1.0, 0, 0.0)),
         (dict(temperature=0), (1.0, 1, 0.0)),
         (dict(temperature=0, top_p=0.5), (1.0, 1, 0.0)),
         (dict(top_k=1, top_p=0.5), (1.0, 1, 0.0)),
         (dict(temperature=2, top_k=5), (2.0, 5, 0.0)),
         (dict(top_p=0.5), (1.0, 0, 0.5)),
         (dict(top_p=1), (1.0, 0, 0.0)),
+        (dict(top_k=5, top_p=1.0), (1.0, 5, 0.0)),
     ],
 )
 def test_sampling_is_in_megatrons_terms(fields, expected):

@@ -35,6 +35,10 @@ def initialise_ranks() -> bool:
 
 
 def leave_nothing_at_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the program, so that what is half-written is removed."""
+    """Let SIGTERM and SIGHUP unwind the program, so that what is half-written is removed.
+
+    What is ignored stays ignored: nohup has its commands outlive the terminal so.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))

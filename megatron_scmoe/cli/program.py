@@ -9,6 +9,7 @@ of a checkout, ``pretrain_gpt_scmoe.py`` and those in ``tools/``, run the same c
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,14 @@ def run(name: str) -> NoReturn:
     COMMANDS[name].start(command)
 
 
-def _alone(command: Callable[[], None]) -> NoReturn:
-    """In one process, which writes files."""
-    leave_nothing_at_signals()
+def _run_tool(command: Callable[[], None]) -> NoReturn:
+    """In a process that writes files; of several ranks the first of a host does.
+
+    The others end at once: one that waits for another in the middle of a collective runs no handler,
+    and has nothing to remove.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        leave_nothing_at_signals()
     run_tool(command)
 
 
@@ -65,14 +71,14 @@ class Command:
     """A subcommand: its line in the help, and what its process is to do of signals and errors."""
 
     summary: str
-    start: Callable[[Callable[[], None]], NoReturn] = _alone
+    start: Callable[[Callable[[], None]], NoReturn] = _run_tool
 
 
 COMMANDS = {
     "train": Command("train a GPT with ScMoE layers, by Megatron's own loop", run_command),
-    "evaluate": Command("loss, perplexity and logits of a checkpoint", run_tool),
-    "generate": Command("text that a checkpoint's model writes behind prompts", run_tool),
-    "serve": Command("serve a checkpoint's model over HTTP, as OpenAI's API", run_tool),
+    "evaluate": Command("loss, perplexity and logits of a checkpoint"),
+    "generate": Command("text that a checkpoint's model writes behind prompts"),
+    "serve": Command("serve a checkpoint's model over HTTP, as OpenAI's API"),
     "convert": Command("checkpoints to Hugging Face and back; upcycle; inspect"),
     "train-tokenizer": Command("train a SentencePiece tokenizer for Megatron"),
     "preprocess-data": Command("tokenize text into a dataset for Megatron"),

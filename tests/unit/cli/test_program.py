@@ -1,5 +1,6 @@
 """The console program ``scmoe``: its commands, what it says of a wrong one, what errors name."""
 
+import importlib
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_scmoe.cli import program
 from megatron_scmoe.platform import megatron_flags
+from megatron_scmoe.platform.command_line import staged_outputs
 from tests.tools import REPOSITORY, TOOLS
 
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -57,6 +59,41 @@ def test_errors_name_the_command(name, said):
     assert status == 2
     assert line.startswith(f"scmoe {name}: error: ")
     assert line.endswith(f"(see scmoe {name} --help)")
+
+
+@pytest.mark.parametrize("name", sorted(program.COMMANDS.keys() - {"train"}))
+def test_sigterm_leaves_nothing_half_written(name, tmp_path, monkeypatch, said):
+    def write() -> None:
+        with staged_outputs("--output", [tmp_path / "out"]) as (part,):
+            part.touch()
+            assert list(tmp_path.iterdir())
+            signal.raise_signal(signal.SIGTERM)
+
+    module = importlib.import_module(f"megatron_scmoe.cli.{name.replace('-', '_')}")
+    monkeypatch.setattr(module, "main", write)
+    signal.signal(signal.SIGTERM, _nobody_handles_it)
+    with pytest.raises(SystemExit) as ended:
+        program.main([name])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def _nobody_handles_it(number: int, _) -> None:
+    raise AssertionError("SIGTERM would have ended the process at once")
+
+
+def test_ranks_that_write_nothing_end_at_once(monkeypatch, said):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    said("generate", "--nothing")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_nohup_ignores_stays_ignored(said):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    said("serve", "--nothing")
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
 
 
 def test_errors_name_a_command_of_a_command(said):

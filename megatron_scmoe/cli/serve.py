@@ -9,6 +9,7 @@ any. It answers /v1/completions, /v1/chat/completions, /v1/models, /health and /
 client who it is. SIGTERM or Ctrl-C ends it: what is being written is written to its end.
 """
 
+import errno
 import signal
 import socket
 import sys
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         quiet_imports()
         serve(args, None)
         return
-    with listen(args.host, args.port) as listener:
+    with bind(args.host, args.port) as listener:
         quiet_imports()
         serve(args, listener)
 
@@ -99,8 +100,8 @@ def check_flags(args: Namespace) -> None:
         raise UsageError(f"--port {args.port}: accepted is 0 to {(1 << 16) - 1}")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at that address; clients can connect once it is told to listen.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has that address to itself; clients can connect after :func:`listen`.
 
     Raises:
         UsageError: if there is no such address, or it is taken.
@@ -110,14 +111,39 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # Connections of a server that has ended may be all that is left there. Two that both
+            # ask so would both have the address, until one listens; so it is not asked at first.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
-        raise UsageError(
-            f"--host {host} --port {port}: {error.strerror}; accepted: an address of this machine, "
-            "and a port that is free (0 takes one)"
-        ) from error
+        raise _no_address(host, port, error) from error
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Let clients connect.
+
+    Raises:
+        UsageError: if another server took the address at the same time.
+    """
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the next server
+        listener.listen()
+    except OSError as error:
+        raise _no_address(host, port, error) from error
+
+
+def _no_address(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(
+        f"--host {host} --port {port}: {error.strerror}; accepted: an address of this machine, "
+        "and a port that is free (0 takes one)"
+    )
 
 
 def serve(args: Namespace, listener: socket.socket | None) -> None:
@@ -268,7 +294,7 @@ def run_first_rank(args: Namespace, slots, model, listener: socket.socket, offlo
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     http = threading.Thread(target=serve_http, name="http")
-    listener.listen()
+    listen(listener)
     host, port = listener.getsockname()[:2]
     experts = ""
     if offload is not None and offload.cache is not None:

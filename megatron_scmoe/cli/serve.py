@@ -31,7 +31,12 @@ from megatron_scmoe.cli.model_flags import (
     layout,
 )
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
-from megatron_scmoe.platform.command_line import OneLineParser, UsageError, is_first_rank
+from megatron_scmoe.platform.command_line import (
+    OneLineParser,
+    UsageError,
+    check_input,
+    is_first_rank,
+)
 
 READERS_GRACE_S = 5
 """How long clients may take to read the last of their answers, when the server ends."""
@@ -73,11 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args)
     if not is_first_rank():
         quiet_imports()
-        serve(args, None)
+        serve(args, read_template(args.chat_template), None)
         return
     with bind(args.host, args.port) as listener:
         quiet_imports()
-        serve(args, listener)
+        serve(args, read_template(args.chat_template), listener)
 
 
 def check_flags(args: Namespace) -> None:
@@ -92,8 +97,8 @@ def check_flags(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: accepted is {least} or more")
-    if args.chat_template is not None and not args.chat_template.is_file():
-        raise UsageError(f"--chat-template {args.chat_template}: there is no such file")
+    if args.chat_template is not None:
+        check_input("--chat-template", args.chat_template)
     check_expert_flags(args)
     chunk_of_prompts(args, 1, "--inference-max-requests")
     if not 0 <= args.port < 1 << 16:
@@ -146,8 +151,12 @@ def _no_address(host: str, port: int, error: OSError) -> UsageError:
     )
 
 
-def serve(args: Namespace, listener: socket.socket | None) -> None:
-    """Load the model on every rank and serve until a signal comes; the first rank has a listener."""
+def serve(args: Namespace, template: str | None, listener: socket.socket | None) -> None:
+    """Load the model on every rank and serve until a signal comes; the first rank has a listener.
+
+    Args:
+        template: of --chat-template.
+    """
     import torch
 
     from megatron_scmoe.inference.exported import as_megatron
@@ -155,7 +164,7 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
     offload = expert_offload(args)
     is_mine = initialise_ranks()
     with as_megatron(args.load, args.ckpt_step) as load:
-        slots, served = load_slots(args, load, offload)
+        slots, served = load_slots(args, load, template, offload)
     try:
         if listener is None:
             from megatron_scmoe.inference import engine
@@ -171,7 +180,7 @@ def serve(args: Namespace, listener: socket.socket | None) -> None:
         torch.distributed.destroy_process_group()
 
 
-def load_slots(args: Namespace, load: str, offload):
+def load_slots(args: Namespace, load: str, template: str | None, offload):
     """The batch of the checkpoint ``load``, and what is served of it; ``offload`` has its experts."""
     import torch
 
@@ -184,8 +193,9 @@ def load_slots(args: Namespace, load: str, offload):
 
     checkpoint = load_model.Checkpoint(load, args.ckpt_step, given=args.load)
     length = check_checkpoint(args, checkpoint)
-    template = read_template(args.chat_template)
     tokenizer = load_model.tokenizer_of(checkpoint, args.tokenizer_model, template)
+    if template is None:
+        check_template_of(tokenizer, args.tokenizer_model or checkpoint.args.tokenizer_model)
     vocab_size = count_tokens(
         checkpoint.args.padded_vocab_size, checkpoint.args.vocab_size, tokenizer.vocab_size
     )
@@ -223,13 +233,48 @@ def load_slots(args: Namespace, load: str, offload):
 
 
 def read_template(file: Path | None) -> str | None:
-    """The chat template in a file."""
+    """The chat template in a file.
+
+    Raises:
+        UsageError: if it is no template, of which a client would be told otherwise.
+    """
+    if file is None:
+        return None
+    accepted = "accepted is a text file with a Jinja template"
     try:
-        return None if file is None else file.read_text(encoding="utf-8")
+        template = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--chat-template {file}: it is not UTF-8; accepted is a text file with a Jinja template"
-        ) from error
+        raise UsageError(f"--chat-template {file}: it is not UTF-8; {accepted}") from error
+    if flaw := find_flaw(template):
+        raise UsageError(f"--chat-template {file}: {flaw}; {accepted}")
+    return template
+
+
+def check_template_of(tokenizer, model: str) -> None:
+    """Refuse a tokenizer whose own chat template is none; it may have several, by name."""
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"": templates}
+    for template in templates.values():
+        if flaw := find_flaw(template):
+            raise UsageError(
+                f"--tokenizer-model {model}: its chat template: {flaw}; accepted is --chat-template "
+                "with a Jinja template"
+            )
+
+
+def find_flaw(template: str) -> str | None:
+    """Why it is no Jinja template, as transformers reads them and so Megatron's tokenizers."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "nested too deeply to be read"
+    return None
 
 
 def check_checkpoint(args: Namespace, checkpoint) -> int:

@@ -1,11 +1,13 @@
 """What scmoe serve refuses at its start, before seconds go into a model."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_scmoe.cli.serve import bind, listen
+from megatron_scmoe.cli.serve import bind, check_template_of, listen, read_template
 from megatron_scmoe.platform.command_line import UsageError
+from tests.tools import pipe
 
 HOST = "127.0.0.1"
 
@@ -53,3 +55,51 @@ def test_of_two_that_follow_at_once_the_second_is_refused():
         listen(first)
         with pytest.raises(UsageError, match=taken(port)):
             listen(second)
+
+
+BROKEN = {
+    "{% for m in messages %}\n{{ m.content }": "line 2: unexpected '}'",
+    "{% for m in messages %}": "line 1: Unexpected end of template. Jinja was looking for",
+    "{{ messages | nothing }}": "line 1: No filter named 'nothing'.",
+    "{{ " + "(" * 9999: "nested too deeply to be read",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_cannot_be_parsed(template, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(template)
+    with pytest.raises(UsageError) as refused:
+        read_template(file)
+    told = str(refused.value)
+    assert told.startswith(f"--chat-template {file}: {BROKEN[template]}")
+    assert told.endswith("; accepted is a text file with a Jinja template")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+    "{% generation %}{{ m | tojson }}{{ strftime_now('%Y') }}{% endgeneration %}{% endfor %}"
+)
+"""With what transformers adds to Jinja."""
+
+
+def test_a_template_that_transformers_reads(tmp_path):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    assert read_template(tmp_path / "chat.jinja") == TEMPLATE
+    assert read_template(None) is None
+
+
+def test_a_template_of_the_tokenizer():
+    for templates in (None, TEMPLATE, {"default": TEMPLATE, "tool_use": ""}):
+        check_template_of(SimpleNamespace(chat_template=templates), "tok")
+    with pytest.raises(UsageError) as refused:
+        check_template_of(SimpleNamespace(chat_template={"default": "{{ a }"}), "tok")
+    assert str(refused.value) == (
+        "--tokenizer-model tok: its chat template: line 1: unexpected '}'; accepted is "
+        "--chat-template with a Jinja template"
+    )
+
+
+def test_a_template_may_come_from_a_pipe():
+    with pipe(TEMPLATE.encode()) as file:
+        assert read_template(file) == TEMPLATE

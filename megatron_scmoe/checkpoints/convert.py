@@ -18,6 +18,7 @@ from megatron_scmoe.checkpoints.config_checks import (
     settle_head,
 )
 from megatron_scmoe.checkpoints.formats.registry import find_format
+from megatron_scmoe.checkpoints.identify import ACCEPTED_FOLDER, what_is
 from megatron_scmoe.checkpoints.lazy_tensor import (
     Tensors,
     check_weights,
@@ -140,6 +141,8 @@ def hf_to_megatron(
         ConversionError: if it cannot be done; nothing is written then.
     """
     source = Path(source).expanduser()
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"--input {source}: {what_is(source)}; accepted: {ACCEPTED_FOLDER}")
     padding = padding or Padding()
     config = read_config(source)
     with naming(source):

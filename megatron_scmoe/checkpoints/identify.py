@@ -6,10 +6,14 @@ from pathlib import Path
 
 from megatron_scmoe.checkpoints.output_folder import TRACKER
 
+ACCEPTED_FOLDER = "a Hugging Face folder with config.json and safetensors files"
 ACCEPTED = (
-    f"a torch_dist checkpoint (a folder with {TRACKER}, or an iter_ folder), or a Hugging Face folder "
-    "with config.json and safetensors files"
+    f"a torch_dist checkpoint (a folder with {TRACKER}, or an iter_ folder), or {ACCEPTED_FOLDER}"
 )
+
+
+MEGATRON = "a Megatron checkpoint"
+HUGGING_FACE = "a Hugging Face folder"
 
 
 def what_is(path: Path) -> str:
@@ -28,10 +32,16 @@ def what_is(path: Path) -> str:
         return "an empty folder"
     if (path / TRACKER).is_file():
         return _what_tracker_names(path)
+    backend = _backend(path)
+    if backend == "torch_dist":
+        return MEGATRON
+    is_model = "config.json" in names and "adapter_config.json" not in names
+    if is_model and any(name.endswith(".safetensors") for name in names):
+        return HUGGING_FACE
     for kind, patterns in _FOLDERS.items():
         if any(next(path.glob(pattern), None) is not None for pattern in patterns):
             return kind
-    return _backend(path) or "another folder"
+    return f"a distributed checkpoint of the backend {backend}" if backend else "another folder"
 
 
 _FILES = {
@@ -72,15 +82,14 @@ _FOLDERS = {
 def _what_tracker_names(path: Path) -> str:
     word = (path / TRACKER).read_text(errors="replace").strip()
     folder = path / (word if word == "release" else f"iter_{word[:40]:0>7}")
-    return (
-        f"{folder.name} in it is {what_is(folder)}" if folder.is_dir() else "without its iteration"
-    )
+    if not folder.is_dir():
+        return "without its iteration"
+    kind = what_is(folder)
+    return kind if kind == MEGATRON else f"{folder.name} in it is {kind}"
 
 
 def _backend(path: Path) -> str | None:
-    """By Megatron's metadata.json."""
+    """Of a distributed checkpoint, by Megatron's metadata.json."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        backend = json.loads((path / "metadata.json").read_text()).get("sharded_backend")
-        if backend:
-            return f"a distributed checkpoint of the backend {backend}"
+        return json.loads((path / "metadata.json").read_text()).get("sharded_backend")
     return None

@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_scmoe.arguments import scmoe_config_from_args
 from megatron_scmoe.checkpoints.expected_shapes import check_tensors_of
 from megatron_scmoe.checkpoints.formats.dense import read_hugging_face
+from megatron_scmoe.checkpoints.identify import ACCEPTED, what_is
 from megatron_scmoe.checkpoints.lazy_tensor import (
     LazyTensor,
     concatenate,
@@ -36,7 +37,7 @@ from megatron_scmoe.checkpoints.lazy_tensor import (
     total_bytes,
 )
 from megatron_scmoe.checkpoints.model_arguments import arguments_from_flags, parse_flags
-from megatron_scmoe.checkpoints.output_folder import new_folder
+from megatron_scmoe.checkpoints.output_folder import TRACKER, new_folder
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.stock_checkpoint import read_stock
 from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
@@ -88,6 +89,8 @@ def upcycle(
 def _convert(source: Path, how: Upcycling):
     """Arguments and tensors of the ScMoE model, and notes on them."""
     if not (source / "config.json").is_file():
+        if not any((source / name).is_file() for name in (TRACKER, "metadata.json")):
+            raise ConversionError(f"--input {source}: {what_is(source)}; accepted: {ACCEPTED}")
         return *_upcycle_megatron(source, how), []
     dense = read_hugging_face(source, how.dtype, how.tokenizer, how.padding)
     flags = [*dense.flags, *_moe_flags(how, parse_flags(dense.flags))]

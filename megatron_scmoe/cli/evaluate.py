@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args, parser)
 
     quiet_imports()
+    check_kind(args)
     report = evaluate_hf(args) if args.hf else evaluate_checkpoint(args)
     if is_first_rank():
         print(describe(report))
@@ -97,6 +98,17 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
     if args.logits_out is not None:
         check_output("--logits-out", args.logits_out, [".npy"])
         refuse_overwrite("--logits-out", [args.logits_out], args.force)
+
+
+def check_kind(args: Namespace) -> None:
+    """Refuse a folder of the other flag. Imports Megatron."""
+    from megatron_scmoe.checkpoints.identify import HUGGING_FACE, MEGATRON, what_is
+
+    flag, other, kind, given = "--load", "--hf", HUGGING_FACE, args.load
+    if args.hf:
+        flag, other, kind, given = "--hf", "--load", MEGATRON, args.hf
+    if what_is(Path(given)) == kind:
+        raise UsageError(f"{flag} {given}: it is {kind}; accepted: {other} {given}")
 
 
 def evaluate_checkpoint(args: Namespace):

@@ -118,8 +118,35 @@ def test_inspect_says_what_another_format_is(tmp_path, name):
         ("hf-to-megatron", "--input", tmp_path / "given", "--save", tmp_path / "out"),
         ("upcycle", "--input", tmp_path / "given", "--save", tmp_path / "out", *EXPERTS),
     ):
-        assert str(tmp_path / "given") in refusal(*words)
+        said = refusal(*words)
+        assert str(tmp_path / "given") in said and told in said
     assert not (tmp_path / "out").exists()
+
+
+def test_each_direction_says_that_it_was_given_the_other_kind(folder, tmp_path):
+    checkpoint = folder.parent / "checkpoint"
+    (iteration,) = checkpoint.glob("iter_*")
+    for given in (checkpoint, iteration):
+        told = refusal("hf-to-megatron", "--input", given, "--save", tmp_path / "out")
+        assert told == (
+            f"--input {given}: a Megatron checkpoint; accepted: a Hugging Face folder with "
+            "config.json and safetensors files"
+        )
+    told = refusal("megatron-to-hf", "--load", folder, "--output", tmp_path / "out")
+    assert told.startswith(
+        f"{folder}: no torch_dist checkpoint, but a Hugging Face folder; accepted"
+    )
+
+
+def test_evaluate_says_which_flag_a_folder_goes_with(folder):
+    checkpoint = folder.parent / "checkpoint"
+    for flag, given, kind, accepted in (
+        ("--load", folder, "a Hugging Face folder", "--hf"),
+        ("--hf", checkpoint, "a Megatron checkpoint", "--load"),
+    ):
+        with pytest.raises(ScMoEError) as refused:
+            tool("evaluate").main([flag, str(given), "--text", __file__])
+        assert str(refused.value) == f"{flag} {given}: it is {kind}; accepted: {accepted} {given}"
 
 
 def test_inspect_says_that_weights_are_missing(folder, tmp_path):

@@ -76,8 +76,28 @@ require_counts() {
     done
 }
 
+# require_numbers NAME ...: stop at a variable that is set to anything but a number of 0 or more.
+require_numbers() {
+    local name
+    for name; do
+        if [[ -n ${!name:-} && ! ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]]; then
+            fail "$name=${!name}: accepted: a number, such as 3e-4"
+        fi
+    done
+}
+
+# require_switches NAME ...: stop at a variable that is set to anything but 0 or 1.
+require_switches() {
+    local name
+    for name; do
+        [[ ${!name:-0} =~ ^[01]$ ]] || fail "$name=${!name}: accepted: 0, 1"
+    done
+}
+
 # prepare: check the variables, read config.sh, set PRETRAIN_FLAGS and ENVIRONMENT.
 prepare() {
+    local word
+    require_switches MOCK_DATA CHECK_FILES ASYNC_SAVE SKIP_DAMAGED REQUEUE REHEARSAL
     if [[ ${MOCK_DATA:-} == 1 ]]; then
         require CHECKPOINT_DIR "the folder to save checkpoints in and to resume from"
     else
@@ -87,7 +107,10 @@ prepare() {
             CHECKPOINT_DIR "the folder to save checkpoints in and to resume from"
     fi
     require_counts GPUS_PER_NODE NUM_EXPERTS MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS \
-        TENSOR_PARALLEL PIPELINE_PARALLEL EXPERT_PARALLEL SAVE_INTERVAL EVAL_INTERVAL
+        TENSOR_PARALLEL PIPELINE_PARALLEL EXPERT_PARALLEL SAVE_INTERVAL EVAL_INTERVAL MASTER_PORT
+    [[ ${RESTARTS:-0} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: accepted: a whole number, 0 or more"
+    require_numbers LEARNING_RATE MIN_LEARNING_RATE
+    ((${MASTER_PORT:-1} < 65536)) || fail "MASTER_PORT=$MASTER_PORT: accepted: 1 to 65535"
 
     SCRIPT=pretrain_gpt_scmoe.py
     if [[ -n ${BASELINE:-} ]]; then
@@ -114,6 +137,10 @@ prepare() {
     fi
     ENVIRONMENT=()
     [[ -z ${EXTRA_ENV:-} ]] || read -r -a ENVIRONMENT <<<"$EXTRA_ENV"
+    for word in "${ENVIRONMENT[@]}"; do
+        [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+            fail "EXTRA_ENV: $word: accepted: words such as NCCL_DEBUG=INFO"
+    done
     if ((TENSOR_PARALLEL > 1)); then
         ENVIRONMENT+=(CUDA_DEVICE_MAX_CONNECTIONS=1)  # Megatron asks for it, up to Hopper
     fi
@@ -160,11 +187,9 @@ set_run_flags() {
         --log-throughput
         --tensorboard-dir "${TENSORBOARD_DIR:-$CHECKPOINT_DIR/tensorboard}"
     )
-    [[ $ASYNC_SAVE =~ ^[01]$ ]] || fail "ASYNC_SAVE=$ASYNC_SAVE: accepted: 0, 1"
     if [[ $ASYNC_SAVE == 1 && -z ${BASELINE:-} ]]; then
         RUN_FLAGS+=(--async-save --async-strategy mcore)  # Megatron's own writer: it was tried
     fi
-    [[ $SKIP_DAMAGED =~ ^[01]$ ]] || fail "SKIP_DAMAGED=$SKIP_DAMAGED: accepted: 0, 1"
     if [[ $SKIP_DAMAGED == 1 && -z ${BASELINE:-} ]]; then
         RUN_FLAGS+=(--scmoe-damaged-checkpoint skip)
     fi

@@ -7,14 +7,16 @@
     fail "BASELINE=$BASELINE: accepted: none, as stock Megatron has no zero experts"
 if [[ ${REHEARSAL:-} == 1 ]]; then  # a small model of the same kind, for two GPUs
     : "${GLOBAL_BATCH_SIZE:=8}" "${TRAIN_ITERS:=20}"
-    : "${PIPELINE_PARALLEL:=1}" "${EXPERT_PARALLEL:=2}"
+    : "${PIPELINE_PARALLEL:=1}" "${EXPERT_PARALLEL:=2}" "${NUM_EXPERTS:=16}"
 fi
+: "${NUM_EXPERTS:=512}"         # routed experts in every second block
 : "${MICRO_BATCH_SIZE:=1}"      # sequences a GPU computes at once
 : "${GLOBAL_BATCH_SIZE:=1024}"  # sequences a step; times 8192 is about 8 million tokens
 : "${TRAIN_ITERS:=1000}"        # steps; 8 billion tokens
+: "${LEARNING_RATE:=2e-5}" "${MIN_LEARNING_RATE:=2e-6}"
 : "${TENSOR_PARALLEL:=1}"
 : "${PIPELINE_PARALLEL:=4}"     # has to divide the 28 pairs of blocks
-: "${EXPERT_PARALLEL:=32}"      # has to divide the 512 experts
+: "${EXPERT_PARALLEL:=32}"      # has to divide the experts
 
 VOCABULARY=131072  # for made-up data
 
@@ -52,7 +54,7 @@ MODEL_FLAGS=(
 
     # 12 of 512 experts and 256 zero experts; the second dense MLP is the shared expert.
     --moe-layer-freq '[0,1]*28'
-    --num-experts 512
+    --num-experts "$NUM_EXPERTS"
     --scmoe-zero-experts 256
     --moe-ffn-hidden-size 2048
     --moe-shared-expert-intermediate-size 12288
@@ -75,7 +77,6 @@ if [[ ${REHEARSAL:-} == 1 ]]; then
         --seq-length 2048
         --q-lora-rank 384
         --kv-lora-rank 128
-        --num-experts 16
         --scmoe-zero-experts 8
         --moe-ffn-hidden-size 512
         --moe-shared-expert-intermediate-size 2048
@@ -96,8 +97,8 @@ OPTIMIZER_FLAGS=(
     --adam-beta2 0.95
     --weight-decay 0.1
     --clip-grad 1.0
-    --lr 2e-5
-    --min-lr 2e-6
+    --lr "$LEARNING_RATE"
+    --min-lr "$MIN_LEARNING_RATE"
     --lr-decay-style cosine
     --lr-warmup-fraction 0.01
     --moe-router-bias-update-rate 1e-3

@@ -257,6 +257,16 @@ def test_all_missing_variables_are_named_at_once(script):
     [
         ({"NUM_EXPERTS": "eight"}, (), "NUM_EXPERTS=eight: accepted: a whole number, 1 or more"),
         ({"TENSOR_PARALLEL": "0"}, (), "TENSOR_PARALLEL=0: accepted: a whole number, 1 or more"),
+        *(
+            ({name: "yes"}, (), f"{name}=yes: accepted: 0, 1")
+            for name in ("MOCK_DATA", "CHECK_FILES", "ASYNC_SAVE", "SKIP_DAMAGED", "REQUEUE")
+        ),
+        ({"REHEARSAL": "true"}, (), "REHEARSAL=true: accepted: 0, 1"),
+        ({"RESTARTS": "x"}, (), "RESTARTS=x: accepted: a whole number, 0 or more"),
+        ({"MASTER_PORT": "70000"}, (), "MASTER_PORT=70000: accepted: 1 to 65535"),
+        ({"LEARNING_RATE": "3e-4x"}, (), "LEARNING_RATE=3e-4x: accepted: a number, such as 3e-4"),
+        ({"MIN_LEARNING_RATE": "-1"}, (), "MIN_LEARNING_RATE=-1: accepted: a number, such as"),
+        ({"EXTRA_ENV": "A=1 NCCL_DEBUG"}, (), "EXTRA_ENV: NCCL_DEBUG: accepted: words such as"),
         ({}, ("--train-iters", "10"), "--train-iters: accepted: --dry-run, --help, and flags for"),
     ],
 )
@@ -266,6 +276,23 @@ def test_a_wrong_value_is_named(script, variables, words, message):
 
     assert finished.returncode == 2
     assert f"{script.name}: error: {message}" in finished.stderr
+
+
+def test_zeros_and_numbers_in_any_notation_are_accepted():
+    zeros = dict.fromkeys(("ASYNC_SAVE", "SKIP_DAMAGED", "REQUEUE", "RESTARTS", "REHEARSAL"), "0")
+    rates = {"LEARNING_RATE": "3E-4", "MIN_LEARNING_RATE": ".0"}
+    extra = {"LAUNCHER": "ft_launcher", "EXTRA_ENV": "NCCL_DEBUG=INFO A="}
+    command = dry_run(SBATCH, DATA | zeros | rates | extra)
+    assert value(command, "--max-restarts") == "0"
+    assert (value(command, "--lr"), value(command, "--min-lr")) == ("3E-4", ".0")
+    assert {"NCCL_DEBUG=INFO", "A="} <= set(command)
+
+
+def test_variables_reach_longcat_flash():
+    given = {"LEARNING_RATE": "1e-5", "MIN_LEARNING_RATE": "1e-6", "NUM_EXPERTS": "64"}
+    command = dry_run(LONGCAT, DATA | given)
+    flags = ("--lr", "--min-lr", "--num-experts")
+    assert [value(command, flag) for flag in flags] == list(given.values())
 
 
 def test_the_flags_describe_the_papers_model(accepted):

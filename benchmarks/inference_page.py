@@ -57,7 +57,8 @@ def inference_section(results: dict[str, dict]) -> Iterator[str]:
         "the router's own, and padded experts have as many rows either way.\n"
     )
     for name, result in results.items():
-        yield f"### Inference: {model(result)}, {place(result)}\n"
+        graphs = ", in graphs too" if _has_graphs(result) else ""
+        yield f"### Inference: {model(result)}, {place(result)}{graphs}\n"
         sizes = result["sizes"]
         yield (
             f"[`{name}`](results/{name}.json): {result['date']}, {result['rounds']} rounds. Prefill: "
@@ -66,6 +67,10 @@ def inference_section(results: dict[str, dict]) -> Iterator[str]:
         )
         yield from _rows(result)
         yield f"```bash\n{command(result)}\n```\n"
+
+
+def _has_graphs(result: dict) -> bool:
+    return decode_key(result["batch_sizes"][0], IN_GRAPHS) in next(iter(result["systems"].values()))
 
 
 def command(result: dict) -> str:
@@ -107,7 +112,7 @@ def _parts(result: dict) -> Iterator[str]:
         if sizes[name] != getattr(shape, name):
             yield f"--{name.replace('_', '-')} {sizes[name]}"
     yield f"--batch-sizes {' '.join(map(str, result['batch_sizes']))}"
-    if decode_key(result["batch_sizes"][0], IN_GRAPHS) in next(iter(result["systems"].values())):
+    if _has_graphs(result):
         yield "--graphs"
     yield f"--tap {result['tap']}"
     if result["slot"] is not None:

@@ -81,6 +81,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_scmoe.cli.process import initialise_ranks
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.inference import generation
+from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.expert_cache import ExpertCache
 from megatron_scmoe.inference.expert_store import (
     HostExperts,
@@ -181,9 +182,10 @@ def measure(
         num_tokens_to_generate=options.tokens, top_k=0, temperature=1.0, termination_id=None
     )
     decoding = Decoding(cache)
+    decode = Decode(model)
     generate = partial(
         generation.generate, model, prompts.tolist(), sampling, shape.vocab,
-        micro_batch=options.batch,
+        micro_batch=options.batch, decode=decode,
     )  # fmt: skip
     for is_warm in (False, True, True):
         decoding.begins()
@@ -194,6 +196,7 @@ def measure(
     row = {
         "prefill_ms": statistics.median(decoding.prefill_ms),
         "token_ms": statistics.median(decoding.token_ms),
+        "in_graphs": decode.in_graphs,
         "memory_mb": on_the_device(model, cache) / 1e6,
         "peak_memory_mb": None if machine.ON_CPU else torch.cuda.max_memory_allocated() / 1e6,
     }

@@ -58,8 +58,8 @@ def offloading_section(results: dict[str, dict]) -> Iterator[str]:
         "(`--offload-experts`). *Blocking*: an expert is fetched when it is to compute; *overlapped*: "
         "when the gate has chosen it; *cached*: the same, with a cache of a quarter of all experts. "
         "*Waited*: how long the compute of a token waits for copies. *Saved*: of the peak of memory. "
-        "A resident model's tokens are in CUDA graphs; with offloaded experts the host launches "
-        "kernel by kernel, and that is what a token takes.\n"
+        "*In graphs*: whether tokens were in CUDA graphs. Without, the host launches kernel by kernel, "
+        "and a token takes far longer, so that there is more to hide copies behind.\n"
     )
     for name, result in results.items():
         for shape, found in result["shapes"].items():
@@ -82,11 +82,20 @@ def command(result: dict) -> str:
 
 
 def _rows(found: dict) -> Iterator[str]:
-    heads = ["", "prefill, ms", "token, ms", "waited, ms", "copied, MB a token", "hits"]
+    heads = [
+        "",
+        "prefill, ms",
+        "token, ms",
+        "in graphs",
+        "waited, ms",
+        "copied, MB a token",
+        "hits",
+    ]
     heads += ["peak, MB", "saved", "same text"]
     rows = []
     for mode, row in found["modes"].items():
         cells = [mode, f"{row['prefill_ms']:.1f}", f"{row['token_ms']:.2f}"]
+        cells.append("yes" if row["in_graphs"] else "no")
         if "hit_rate" in row:
             cells += [
                 f"{row['waited_ms']:.2f}",

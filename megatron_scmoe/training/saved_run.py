@@ -62,22 +62,30 @@ def find(args: argparse.Namespace) -> SavedRun | None:
     """The checkpoint that these arguments name and a run of them loads; None if it begins anew.
 
     Raises:
-        InputError: if it is not complete.
+        InputError: if it is not complete, or ``--load`` names none where one is meant.
         ConversionError: if it cannot be read.
     """
-    named = locate.named_checkpoint(args)
-    if named is None:
-        return None
-    flag, folder = named
     try:
+        named = locate.named_checkpoint(args)
+        if named is None:
+            return None
+        flag, folder = named
         path = whole_checkpoint.find(flag, folder, args)
     except InputError:
-        if args.non_persistent_ckpt_type is not None:
+        if _may_be_elsewhere(args):
             return None  # there may be a newer one, which only Megatron finds
         raise
     is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(path))
     state = read_common(path) if is_distributed else _read_files_of_ranks(path)
     return SavedRun(f"{flag} {folder}", path, state, is_distributed)
+
+
+def _may_be_elsewhere(args: argparse.Namespace) -> bool:
+    """Whether Megatron looks for a checkpoint that is not persistent, and may find one."""
+    if args.non_persistent_ckpt_type != "global":
+        return args.non_persistent_ckpt_type is not None
+    folder = args.non_persistent_global_ckpt_dir or (args.load and f"{args.load}/non_persistent")
+    return bool(folder) and locate.has_tracker(folder)
 
 
 def _read_files_of_ranks(folder: Path) -> dict[str, Any]:

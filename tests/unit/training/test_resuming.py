@@ -145,8 +145,19 @@ def test_another_step_is_compared_with_that_step(folder):
 
 
 def test_a_first_start_is_compared_with_nothing(tmp_path):
-    assert saved_run.find(run(tmp_path)) is None
+    assert saved_run.find(run(tmp_path, save=str(tmp_path))) is None
     assert saved_run.find(run(tmp_path, load=None)) is None
+
+
+def test_a_checkpoint_may_be_one_that_is_not_persistent(tmp_path):
+    """Megatron alone finds those of kind local; of kind global only where there is one."""
+    assert saved_run.find(run(tmp_path, non_persistent_ckpt_type="local")) is None
+    args = run(tmp_path, non_persistent_ckpt_type="global")
+    with pytest.raises(saved_run.InputError, match="there is no checkpoint"):
+        saved_run.find(args)
+    (tmp_path / "non_persistent").mkdir()
+    (tmp_path / "non_persistent" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert saved_run.find(args) is None
 
 
 def test_changing_what_is_no_setting_of_the_model_is_refused(folder):

@@ -137,9 +137,8 @@ _NUMBERS = (
 )
 _OPTIONAL_NUMBERS = (
     ("global_batch_size", 1),
-    ("train_iters", 0),
-    ("train_samples", 0),
     ("save_interval", 1),
+    ("save_retain_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
     ("distributed_timeout_minutes", 1),
@@ -166,7 +165,7 @@ def _check_all_is_given(args, has_model: bool) -> None:
     if not args.skip_train:
         if args.lr is None:
             missing.append("--lr")
-        if (args.train_iters, args.train_samples) == (None, None) and not args.full_validation:
+        if (args.train_iters, args.train_samples) == (None, None):
             missing.append("--train-iters")
     if args.tokenizer_type is None and not args.use_checkpoint_args:
         missing.append("--tokenizer-type")
@@ -250,6 +249,12 @@ def _check_layout(args) -> None:
             f"each of {replicas} data-parallel replicas takes --micro-batch-size {micro} at once",
             f"a multiple of {micro * replicas}",
         )
+    least = samples or micro * replicas
+    trained = args.train_samples
+    if trained and trained < least and not (args.skip_train or args.rampup_batch_size):
+        raise RunError(
+            f"--train-samples {trained}", f"one iteration takes {least}", f"{least} or more"
+        )
 
 
 def _check_length(args) -> None:
@@ -260,8 +265,12 @@ def _check_length(args) -> None:
             "each says how long the run is",
             "one of them",
         )
-    has_length = args.train_iters is not None or args.train_samples is not None
-    if not (has_length or args.skip_train or args.full_validation):
+    for name in ("train_iters", "train_samples"):
+        value, least = getattr(args, name), 0 if args.skip_train else 1
+        if value is not None and value < least:
+            also = "" if args.skip_train else ", or --skip-train to evaluate alone"
+            raise RunError(in_flags(name, value), "it is too small", f"{least} or more{also}")
+    if args.train_iters is None and args.train_samples is None:
         raise RunError(
             "neither --train-iters nor --train-samples is given",
             "a run needs its length",
@@ -288,6 +297,7 @@ _PACKAGES = (
     ("optimizer", lambda value: "muon" in value or value == "soap", "emerging_optimizers"),
     ("adlr_autoresume", bool, "userlib"),
     ("enable_ft_package", bool, "nvidia_resiliency_ext"),
+    ("non_persistent_ckpt_type", lambda value: value == "local", "nvidia_resiliency_ext"),
     ("tensorboard_dir", bool, "tensorboard"),
     ("log_device_memory_used", bool, "pynvml"),
     ("log_straggler", bool, "pynvml"),
@@ -298,13 +308,10 @@ _PACKAGES = (
 
 def _check_packages(args) -> None:
     for name, is_given, package in _PACKAGES:
-        value = getattr(args, name)
-        if is_given(value) and importlib.util.find_spec(package) is None:
-            raise RunError(
-                in_flags(name, value),
-                f"the Python package {package} is not installed",
-                "install it, or leave the flag out",
-            )
+        if is_given(getattr(args, name)):
+            _require_package(args, name, package)
+    if args.async_save and args.async_strategy == "nvrx":
+        _require_package(args, "async_strategy", "nvidia_resiliency_ext")
     if args.enable_ft_package and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
         raise RunError(
             "--enable-ft-package",
@@ -316,6 +323,15 @@ def _check_packages(args) -> None:
             f"--wandb-project {args.wandb_project}",
             "the experiment has no name",
             "--wandb-exp-name NAME with it",
+        )
+
+
+def _require_package(args, name: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise RunError(
+            in_flags(name, getattr(args, name)),
+            f"the Python package {package} is not installed",
+            "install it, or leave the flag out",
         )
 
 
@@ -383,6 +399,25 @@ def _check_saving(args) -> None:
         ]
         if stops and is_first_rank():
             print(f"WARNING: {stops[0]} without --save: what was trained is lost then", flush=True)
+    if args.async_save and args.ckpt_format == "torch":
+        raise RunError(
+            "--async-save with --ckpt-format torch",
+            "training waits while Megatron writes this format",
+            "--ckpt-format torch_dist, or leave out --async-save",
+        )
+    kept, interval = args.save_retain_interval, args.save_interval
+    if args.save is not None and kept and kept % interval:
+        raise RunError(
+            f"--save-retain-interval {kept}",
+            "it picks those to keep among the checkpoints saved",
+            f"a multiple of --save-interval {interval}",
+        )
+    if args.non_persistent_ckpt_type == "local" and args.non_persistent_local_ckpt_dir is None:
+        raise RunError(
+            "--non-persistent-ckpt-type local",
+            "each rank saves on its own machine, and there is no folder for it",
+            "--non-persistent-local-ckpt-dir FOLDER with it",
+        )
     if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
         raise RunError(
             f"--non-persistent-save-interval {args.non_persistent_save_interval}",

@@ -117,6 +117,17 @@ def test_a_checkpoint_may_bring_the_model():
         ("--log-timers-to-tensorboard", "--tensorboard-dir FOLDER with it"),
         ("--bf16 --fp16", "^--bf16 with --fp16: .*accepted: one of them"),
         ("--distributed-timeout-minutes 0", "--distributed-timeout-minutes 0: it is too small"),
+        ("--save x --async-save --ckpt-format torch", "^--async-save with --ckpt-format torch: "),
+        (
+            "--save x --save-interval 2 --save-retain-interval 3",
+            "^--save-retain-interval 3: .*; accepted: a multiple of --save-interval 2$",
+        ),
+        ("--save x --save-retain-interval 0", "--save-retain-interval 0"),
+        ("--train-iters 0", "accepted: 1 or more, or --skip-train to evaluate alone"),
+        (
+            "--train-iters -1 --skip-train",
+            "--train-iters -1: it is too small; accepted: 0 or more$",
+        ),
         ("--checkpoint-activations", "accepted: --recompute-activations"),
         ("--dataloader-defer-npy-index-mmap", "accepted: --data-cache-path FOLDER with it"),
     ],
@@ -129,8 +140,20 @@ def test_refusals(words, told):
 
 
 def test_a_run_needs_its_length():
-    with pytest.raises(run_checks.RunError, match="neither --train-iters nor --train-samples"):
-        check(parse(*without("--train-iters")))
+    words = without("--train-iters")
+    for also in ((), ("--full-validation",)):
+        with pytest.raises(run_checks.RunError, match="neither --train-iters nor --train-samples"):
+            check(parse(*words, *also))
+    with pytest.raises(run_checks.RunError, match=r"--train-samples 3: .* takes 4; accepted: 4 or"):
+        check(parse(*words, "--train-samples", "3"))
+    check(parse(*words, "--train-samples", "4"))
+
+
+def test_a_run_that_only_evaluates_needs_none():
+    args = parse(*without("--train-iters"), "--skip-train")
+    assert args.train_iters == 0
+    check(args)
+    check(parse(*FLAGS, "--skip-train", "--train-iters", "0"))
 
 
 @pytest.mark.skipif(not cpu_backend.is_enabled(), reason="of the CPU")
@@ -171,6 +194,8 @@ def test_nobody_watches_ranks_that_torchrun_started(monkeypatch):
         ("--optimizer muon", "emerging_optimizers"),
         ("--enable-ft-package", "nvidia_resiliency_ext"),
         ("--adlr-autoresume", "userlib"),
+        ("--non-persistent-ckpt-type local", "nvidia_resiliency_ext"),
+        ("--save x --async-save --async-strategy nvrx", "nvidia_resiliency_ext"),
     ],
 )
 def test_packages(words, package, monkeypatch):
@@ -188,7 +213,13 @@ class TestValidationData:
 
     @pytest.mark.parametrize(
         "words",
-        ["--train-data-path d", "--data-path d --split 1,0,0", "--data-path d --split 100"],
+        [
+            "--train-data-path d",
+            "--data-path d --split 1,0,0",
+            "--data-path d --split 100",
+            "--data-path d --split 9,0.00,1",
+            "--data-path d --split 9/0/1",
+        ],
     )
     def test_without_any_nothing_is_evaluated(self, words):
         args = parse(*self.data, *words.split())
@@ -201,7 +232,13 @@ class TestValidationData:
 
     @pytest.mark.parametrize(
         "words",
-        ["--train-data-path d --valid-data-path e", "--data-path d", "--data-path d --split 8,2"],
+        [
+            "--train-data-path d --valid-data-path e",
+            "--data-path d",
+            "--data-path d --split 8,2",
+            "--data-path d --split 90/10/0",
+            "--data-path d --split 90:.5",
+        ],
     )
     def test_with_some_the_default_stands(self, words):
         args = parse(*self.data, *words.split())

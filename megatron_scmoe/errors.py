@@ -55,6 +55,10 @@ class ScMoEConfigError(Refusal):
     """A setting that ScMoE cannot work with."""
 
 
+class RunError(Refusal):
+    """Settings of a run that would stop it."""
+
+
 class InputError(Refusal):
     """A file or folder that cannot serve; the message names the flag and the path."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
+from megatron_scmoe.checkpoints import rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
@@ -244,7 +245,7 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
             return f"{file} is truncated ({file.stat().st_size} bytes)"
     distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
     if not distributed and any(file.name != "common.pt" for file in whole_files):
-        return None  # one file for each rank: Megatron's format "torch"
+        return rank_files.find_missing(folder)  # Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last
         try:
             json.loads((folder / "metadata.json").read_text())

@@ -7,7 +7,7 @@ import pickle
 import re
 import shutil
 import struct
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -543,6 +543,35 @@ class TestCheckpoint:
         accepted("--mock-data", "--load", folder)
         cut(file)
         assert f"{file} is truncated" in refused("--mock-data", "--load", folder)
+
+    @pytest.mark.parametrize(
+        ("layout", "ranks"),
+        [
+            (dict(world_size=4), 1),  # all of them replicas
+            (dict(world_size=4, tensor=2), 2),
+            (dict(world_size=4, tensor=2, expert=2, expert_tensor=1), 2),  # (0, 0) and (1, 1)
+            (dict(world_size=8, pipeline=2, expert=4), 8),
+        ],
+    )
+    def test_files_of_an_older_format_are_those_of_all_ranks(
+        self, layout, ranks, refused, accepted, tmp_path
+    ):
+        sizes = {"tensor": 1, "pipeline": 1, "expert": 1} | layout
+        world_size, expert_tensor = sizes.pop("world_size"), sizes.pop("expert_tensor", None)
+        args = Namespace(
+            world_size=world_size,
+            expert_tensor_parallel_size=expert_tensor,
+            **{f"{part}_model_parallel_size": size for part, size in sizes.items()},
+        )
+        (tmp_path / TRACKER).write_text("10")
+        for rank in range(ranks):
+            if rank:
+                told = f"{iteration(tmp_path, 10)} has files of {rank} of {ranks} ranks"
+                assert told in refused("--mock-data", "--load", tmp_path)
+            file = iteration(tmp_path, 10) / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+            file.parent.mkdir(parents=True)
+            torch.save({"args": args}, file)
+        accepted("--mock-data", "--load", tmp_path)
 
     def test_metadata_runs_no_code(self, refused, folder, tmp_path):
         class Harmful:

@@ -14,7 +14,7 @@ from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training import optimizer_state, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
@@ -195,7 +195,7 @@ def test_files_of_ranks_are_read_without_running_them(tmp_path):
     args = run(tmp_path, ckpt_format="torch")
     assert saved_run.find(args).args.scmoe_tap == "pos3"
     torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
-    with pytest.raises(saved_run.ConversionError, match=r"model_optim_rng\.pt is unreadable"):
+    with pytest.raises(ConversionError, match=r"model_optim_rng\.pt is unreadable"):
         saved_run.find(args)
 
 

@@ -55,6 +55,10 @@ class ScMoEConfigError(Refusal):
     """A setting that ScMoE cannot work with."""
 
 
+class RunError(Refusal):
+    """Settings of a run that would stop it."""
+
+
 class InputError(Refusal):
     """A file or folder that cannot serve; the message names the flag and the path."""
 
@@ -85,7 +89,8 @@ def judged_by_megatron() -> Iterator[None]:
 def in_words(error: BaseException, lines: int | None = None) -> str:
     """An error in one line.
 
-    A bare assertion has no message: what it asserts is read from its source. Messages of unpicklers
+    A bare assertion has no message: what it asserts is read from its source, with flags and their
+    values in place of parsed arguments. Messages of unpicklers
     that recommend to load the file unsafely are replaced by what the file asks for.
 
     Args:
@@ -109,12 +114,26 @@ def _asserted(error: BaseException) -> str | None:
     """The expression of the ``assert`` that raised the error; None if no such statement did."""
     if not isinstance(error, AssertionError) or error.__traceback__ is None:
         return None
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    line = frame.lineno or 0
-    for node in ast.walk(ast.parse("".join(linecache.getlines(frame.filename)))):
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    for node in ast.walk(ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))):
         if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or 0):
-            return f"{BARE_ASSERTION} {ast.unparse(node.test)}"
+            return _in_flags(ast.unparse(node.test), frame.f_locals.get("args"))
     return None
+
+
+def _in_flags(asserted: str, args: object) -> str:
+    """``--min-lr 1.0, --lr 0.1: it must hold that --min-lr <= --lr``."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENT.findall(asserted)}
+    given = []
+    for name, flag in flags.items():
+        value = getattr(args, name, None)
+        is_off = value is None or value is False
+        given.append(f"no {flag}" if is_off else flag if value is True else f"{flag} {value}")
+    told = _ARGUMENT.sub(lambda found: flags[found[1]], asserted)
+    return f"{', '.join(given)}{': ' * bool(given)}{BARE_ASSERTION} {told}"
+
+
+_ARGUMENT = re.compile(r"\bargs\.(\w+)")
 
 
 def lacks_memory(error: RuntimeError) -> bool:

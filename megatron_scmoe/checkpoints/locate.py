@@ -7,9 +7,12 @@ from pathlib import Path
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
+from megatron_scmoe.checkpoints import rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
+
+PRETRAINED = "--pretrained-checkpoint"
 
 
 def find_checkpoint(
@@ -23,14 +26,11 @@ def find_checkpoint(
     Raises:
         InputError: if there is none, or files of it are missing or cut off.
     """
-    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+    given = _given(flag, folder, step)
+    needs_tracker = step is None or flag == PRETRAINED  # there Megatron asks for it with a step too
+    if not has_tracker(folder) and (needs_tracker or not _steps(folder)):
+        raise InputError(given, *_absence(flag, folder, ckpt_format))
     if step is None:
-        if not _has_tracker(folder):
-            raise InputError(
-                given,
-                f"there is no checkpoint (no {get_checkpoint_tracker_filename(folder)})",
-                "a folder that was a --save",
-            )
         step = _read_tracker(flag, folder)
     path = _step_folder(folder, step)
     flaw = _find_flaw(path, ckpt_format)
@@ -44,22 +44,36 @@ def find_checkpoint(
 
 
 def named_checkpoint(args) -> tuple[str, str] | None:
-    """The flag that names the checkpoint to load, and its folder; None if training begins anew."""
+    """The flag that names the checkpoint to load, and its folder; None if training begins anew.
+
+    Raises:
+        InputError: if ``--load`` names no checkpoint, and this is not the first start of a job that
+            loads what it saves.
+    """
     flag, folder = "--load", args.load
-    if args.pretrained_checkpoint is not None and not (folder and _has_tracker(folder)):
-        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    has_any = folder is not None and _has_any(folder, args.ckpt_format)
+    if folder is not None and "://" not in folder and not has_any:
+        _check_first_start(folder, args)
+        if args.pretrained_checkpoint is None:
+            return None  # Megatron says so and begins at random
+    if args.pretrained_checkpoint is not None and not has_any:
+        flag, folder = PRETRAINED, args.pretrained_checkpoint
     if folder is None or "://" in folder:
         return None
-    nothing_yet = not (_has_tracker(folder) or args.ckpt_step)
-    if flag == "--load" and nothing_yet and not args.exit_on_missing_checkpoint:
-        return None  # a first start; Megatron says so and begins at random
     return flag, folder
+
+
+def loads_what_it_saves(args) -> bool:
+    """Whether ``--load`` and ``--save`` name one folder: a job that goes on by itself."""
+    if args.load is None or args.save is None:
+        return False
+    return os.path.realpath(args.load) == os.path.realpath(args.save)
 
 
 def is_iteration(folder: str) -> bool:
     """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
     marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
-    return not _has_tracker(folder) and any(mark.is_file() for mark in marks)
+    return not has_tracker(folder) and any(mark.is_file() for mark in marks)
 
 
 def check_iteration(flag: str, folder: str) -> Path:
@@ -96,9 +110,14 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
     return _first_complete(folder, earlier, ckpt_format)
 
 
+def has_tracker(folder: str) -> bool:
+    """Whether the file is there that names the last iteration."""
+    return os.path.isfile(get_checkpoint_tracker_filename(folder))
+
+
 def has_empty_tracker(folder: str) -> bool:
-    """Whether the file that names the last iteration is there, and says nothing."""
-    return _has_tracker(folder) and not _tracker_says(folder)
+    """Whether it is there, and says nothing."""
+    return has_tracker(folder) and not _tracker_says(folder)
 
 
 def write_tracker(folder: str, iteration: Path) -> None:
@@ -117,11 +136,64 @@ def folder_of(folder: str, step: int | None) -> Path | None:
     return _step_folder(folder, step)
 
 
-def _has_tracker(folder: str) -> bool:
-    return os.path.isfile(get_checkpoint_tracker_filename(folder))
+def _given(flag: str, folder: str, step: int | str | None) -> str:
+    return f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+
+
+def _has_any(folder: str, ckpt_format: str) -> bool:
+    """Whether there is something to go on from: a tracker may be lost, and checkpoints be there."""
+    return has_tracker(folder) or _first_complete(folder, _steps(folder), ckpt_format) is not None
+
+
+def _check_first_start(folder: str, args) -> None:
+    """Refuse ``--load`` of a folder without a checkpoint, but for a job that has saved none yet."""
+    reason, accepted = _absence("--load", folder, args.ckpt_format)
+    if _other_kind("--load", folder) is None:
+        needs_one = args.exit_on_missing_checkpoint or args.use_checkpoint_args or args.ckpt_step
+        if not loads_what_it_saves(args):
+            accepted += ", or what --save names: a job begins there, and goes on from there"
+        elif args.pretrained_checkpoint is not None or not needs_one:
+            return
+        elif args.use_checkpoint_args:
+            accepted += ", or the flags of the model without --use-checkpoint-args"
+    raise InputError(_given("--load", folder, args.ckpt_step), reason, accepted)
+
+
+def _absence(flag: str, folder: str, ckpt_format: str) -> tuple[str, str]:
+    """Why nothing is loaded from a folder without a tracker, and what is accepted."""
+    tracker = get_checkpoint_tracker_filename(folder)
+    newest = _nearest_complete(folder, float("inf"), ckpt_format)
+    if newest is not None:
+        return f"{tracker} is missing", _fill_in(tracker, newest)
+    nothing = f"there is no checkpoint (no {tracker})"
+    return _other_kind(flag, folder) or (nothing, "a folder that was a --save")
+
+
+def _other_kind(flag: str, folder: str) -> tuple[str, str] | None:
+    """What a folder is that was no ``--save``, and what is accepted in its place; None if unknown."""
+    path = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
+    if is_iteration(folder) or any(path.glob("mp_rank_*/*.pt")):
+        accepted = "the folder above it, if that was a --save"
+        if path.name == "release":
+            accepted = f"{flag} {path.parent}"
+        elif path.name.startswith("iter_") and path.name[5:].isdigit():
+            accepted = f"{flag} {path.parent} --ckpt-step {int(path.name[5:])}"
+        return "it is one iteration, not a --save", accepted
+    if (path / "config.json").is_file():
+        convert = f"tools/convert.py hf-to-megatron --input {folder} --save FOLDER"
+        return "it is a Hugging Face model", f"a folder that was a --save: {convert} writes one"
+    return None
+
+
+def _fill_in(tracker: str, nearest: int | None) -> str:
+    accepted = "the number of a complete checkpoint in it"
+    return accepted if nearest is None else f"{accepted}: echo {nearest} > {tracker}"
 
 
 def _tracker_says(folder: str) -> str:
+    """What it holds; nothing if it is missing."""
+    if not has_tracker(folder):
+        return ""
     return Path(get_checkpoint_tracker_filename(folder)).read_text(errors="replace").strip()
 
 
@@ -132,11 +204,10 @@ def _read_tracker(flag: str, folder: str) -> int | str:
     if word == "release" or (word.isascii() and word.isdigit()):
         return word if word == "release" else int(word)
     nearest = _nearest_complete(folder, float("inf"), "torch_dist")
-    accepted = "the number of a complete checkpoint in it"
     raise InputError(
         f"{flag} {folder}",
         f"{file} names no iteration (it holds {word[:20]!r})",
-        accepted if nearest is None else f"{accepted}: echo {nearest} > {file}",
+        _fill_in(file, nearest),
     )
 
 
@@ -174,7 +245,7 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
             return f"{file} is truncated ({file.stat().st_size} bytes)"
     distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
     if not distributed and any(file.name != "common.pt" for file in whole_files):
-        return None  # one file for each rank: Megatron's format "torch"
+        return rank_files.find_missing(folder)  # Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last
         try:
             json.loads((folder / "metadata.json").read_text())

@@ -20,6 +20,30 @@ from megatron_scmoe.errors import InputError
 INDEX_SAMPLE = 1_000_000
 """Sequences whose entries in the index are looked at."""
 
+MEGATRON_SPLIT = "969, 30, 1"
+"""What Megatron takes where ``--split`` is not given."""
+
+
+def parse_split(split: str | None) -> list[float]:
+    """The shares of training, validation and test, which sum to 1.
+
+    Args:
+        split: as ``--split`` takes it: numbers, with anything between them; None if it is not given.
+
+    Raises:
+        InputError: if it cannot be parsed.
+    """
+    if split is None:
+        split = MEGATRON_SPLIT
+    try:
+        with np.errstate(invalid="ignore"):  # 0,0,0
+            shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = []
+    if not shares or not np.isfinite(shares).all():
+        raise InputError(f"--split {split}", "cannot be parsed", "shares such as 969,30,1")
+    return shares
+
 
 @dataclass(frozen=True)
 class IndexedDataset:
@@ -100,7 +124,7 @@ class IndexedDataset:
         Raises:
             InputError: if the split cannot be parsed.
         """
-        for part, share in zip(Split, convert_split_vector_to_split_matrix(_parse_split(split))):
+        for part, share in zip(Split, convert_split_vector_to_split_matrix(parse_split(split))):
             if share is None:
                 continue
             first, last = (round(edge * starts.size) for edge in share)
@@ -129,17 +153,6 @@ class IndexedDataset:
     def _require(self, whole: bool, flaw: str) -> None:
         if not whole:
             raise InputError(self.given, flaw, self._MADE_BY)
-
-
-def _parse_split(split: str) -> list[float]:
-    try:
-        with np.errstate(invalid="ignore"):  # 0,0,0
-            shares = parse_and_normalize_split(split)
-    except (AssertionError, ValueError):
-        shares = []
-    if not shares or not np.isfinite(shares).all():
-        raise InputError(f"--split {split}", "cannot be parsed", "shares such as 969,30,1")
-    return shares
 
 
 def _windows(total: int, limit: int) -> list[slice]:

@@ -23,7 +23,7 @@ from megatron_scmoe.analysis.simulator import OperatorTimes, OperatorTimesError
 from megatron_scmoe.checkpoints import locate
 from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, tune_file
-from megatron_scmoe.training.indexed_dataset import IndexedDataset
+from megatron_scmoe.training.indexed_dataset import MEGATRON_SPLIT, IndexedDataset
 
 SAMPLE = 4_000_000
 """Tokens of a dataset that are looked at: beginning, middle and end."""
@@ -57,7 +57,7 @@ def check_files(args) -> None:
         if args.data_cache_path is None:
             _check_cache_beside(dataset)
         _remove_cut_indices(args.data_cache_path or f"{dataset.prefix}/cache")
-    _check_split("969, 30, 1" if args.split is None else args.split, to_split)  # Megatron's default
+    _check_split(MEGATRON_SPLIT if args.split is None else args.split, to_split)
     if not args.use_checkpoint_args:  # they name another tokenizer
         _check_tokenizer(args)
     _check_checkpoint(args)

@@ -1,31 +1,23 @@
 """What would stop a run, at once or hours later, said before it starts and by the flag's name.
 
 Megatron meets these in the midst of a run, or with an assertion that names no flag. What has to do
-with the model is in validation/, with files in input_checks.py.
+with the model is in validation/, with files in input_checks.py, with saving in saving_checks.py.
 """
 
 import argparse
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
 from megatron_scmoe.arguments import flag_of, in_flags
-from megatron_scmoe.errors import Refusal
+from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
-from megatron_scmoe.training import input_checks
+from megatron_scmoe.training import input_checks, saving_checks
 from megatron_scmoe.training.run_defaults import has_validation_data
 from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
-
-
-class RunError(Refusal):
-    """Settings of a run that would stop it."""
 
 
 def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
@@ -53,7 +45,7 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     _check_length(args)
     _check_packages(args)
     _check_device(args)
-    _check_saving(args)
+    saving_checks.check_flags(args)
     _check_logging(args)
     if args.dataloader_defer_npy_index_mmap and args.data_cache_path is None:
         raise RunError(
@@ -67,59 +59,6 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "there is no validation data, and the first evaluation would end the run",
             "--eval-iters 0, --valid-data-path PREFIX, or a --split with a second part above 0",
         )
-
-
-def check_disk(args: argparse.Namespace) -> None:
-    """Check that a checkpoint fits on the disk; on the first rank, which writes there as well.
-
-    Raises:
-        RunError: if it does not.
-    """
-    if args.save is None or "://" in args.save or not is_first_rank():
-        return
-    existing = Path(args.save).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    needed, free = checkpoint_bytes(args), shutil.disk_usage(existing).free
-    if needed > free:
-        smaller = "" if args.no_save_optim else ", or --no-save-optim"
-        raise RunError(
-            f"--save {args.save}",
-            f"a checkpoint has about {_gigabytes(needed)}, and {_gigabytes(free)} are free",
-            f"a folder on another disk{smaller}",
-        )
-    iterations = (args.train_iters or 0) - (args.iteration if hasattr(args, "iteration") else 0)
-    number = -(-iterations // args.save_interval)
-    if number * needed > free:
-        print(
-            f"WARNING: --save {args.save}: {number} checkpoints of about {_gigabytes(needed)} will be "
-            f"written, and {_gigabytes(free)} are free; the run stops when the disk is full",
-            flush=True,
-        )
-
-
-def checkpoint_bytes(args: argparse.Namespace) -> float:
-    """About how many bytes one checkpoint of the whole model takes, from validated arguments."""
-    whole = argparse.Namespace(**vars(args))
-    for name in ("tensor", "pipeline", "expert", "expert_tensor"):
-        vars(whole)[f"{name}_model_parallel_size"] = 1
-    vars(whole).update(
-        expert_tensor_parallel_size=1, data_parallel_size=1, use_distributed_optimizer=False
-    )
-    parameters = compute_weight_and_optimizer_memory(whole) / _MEGATRON_BYTES
-    weights = torch.empty((), dtype=args.params_dtype).element_size()
-    if args.no_save_optim:
-        return parameters * weights
-    moments = 4 * {"adam": 2, "sgd": 1}.get(args.optimizer, 2)
-    return parameters * (weights + moments + (0 if args.params_dtype == torch.float32 else 4))
-
-
-_MEGATRON_BYTES = 18
-"""For each parameter, in Megatron's estimate for data parallelism without a distributed optimizer."""
-
-
-def _gigabytes(number: float) -> str:
-    return f"{number / 1e9:.3g} GB"
 
 
 _MODEL_NUMBERS = (
@@ -137,9 +76,8 @@ _NUMBERS = (
 )
 _OPTIONAL_NUMBERS = (
     ("global_batch_size", 1),
-    ("train_iters", 0),
-    ("train_samples", 0),
     ("save_interval", 1),
+    ("save_retain_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
     ("distributed_timeout_minutes", 1),
@@ -166,7 +104,7 @@ def _check_all_is_given(args, has_model: bool) -> None:
     if not args.skip_train:
         if args.lr is None:
             missing.append("--lr")
-        if (args.train_iters, args.train_samples) == (None, None) and not args.full_validation:
+        if (args.train_iters, args.train_samples) == (None, None):
             missing.append("--train-iters")
     if args.tokenizer_type is None and not args.use_checkpoint_args:
         missing.append("--tokenizer-type")
@@ -250,6 +188,12 @@ def _check_layout(args) -> None:
             f"each of {replicas} data-parallel replicas takes --micro-batch-size {micro} at once",
             f"a multiple of {micro * replicas}",
         )
+    least = samples or micro * replicas
+    trained = args.train_samples
+    if trained and trained < least and not (args.skip_train or args.rampup_batch_size):
+        raise RunError(
+            f"--train-samples {trained}", f"one iteration takes {least}", f"{least} or more"
+        )
 
 
 def _check_length(args) -> None:
@@ -260,8 +204,12 @@ def _check_length(args) -> None:
             "each says how long the run is",
             "one of them",
         )
-    has_length = args.train_iters is not None or args.train_samples is not None
-    if not (has_length or args.skip_train or args.full_validation):
+    for name in ("train_iters", "train_samples"):
+        value, least = getattr(args, name), 0 if args.skip_train else 1
+        if value is not None and value < least:
+            also = "" if args.skip_train else ", or --skip-train to evaluate alone"
+            raise RunError(in_flags(name, value), "it is too small", f"{least} or more{also}")
+    if args.train_iters is None and args.train_samples is None:
         raise RunError(
             "neither --train-iters nor --train-samples is given",
             "a run needs its length",
@@ -288,6 +236,7 @@ _PACKAGES = (
     ("optimizer", lambda value: "muon" in value or value == "soap", "emerging_optimizers"),
     ("adlr_autoresume", bool, "userlib"),
     ("enable_ft_package", bool, "nvidia_resiliency_ext"),
+    ("non_persistent_ckpt_type", lambda value: value == "local", "nvidia_resiliency_ext"),
     ("tensorboard_dir", bool, "tensorboard"),
     ("log_device_memory_used", bool, "pynvml"),
     ("log_straggler", bool, "pynvml"),
@@ -298,13 +247,10 @@ _PACKAGES = (
 
 def _check_packages(args) -> None:
     for name, is_given, package in _PACKAGES:
-        value = getattr(args, name)
-        if is_given(value) and importlib.util.find_spec(package) is None:
-            raise RunError(
-                in_flags(name, value),
-                f"the Python package {package} is not installed",
-                "install it, or leave the flag out",
-            )
+        if is_given(getattr(args, name)):
+            _require_package(args, name, package)
+    if args.async_save and args.async_strategy == "nvrx":
+        _require_package(args, "async_strategy", "nvidia_resiliency_ext")
     if args.enable_ft_package and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
         raise RunError(
             "--enable-ft-package",
@@ -316,6 +262,15 @@ def _check_packages(args) -> None:
             f"--wandb-project {args.wandb_project}",
             "the experiment has no name",
             "--wandb-exp-name NAME with it",
+        )
+
+
+def _require_package(args, name: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise RunError(
+            in_flags(name, getattr(args, name)),
+            f"the Python package {package} is not installed",
+            "install it, or leave the flag out",
         )
 
 
@@ -367,28 +322,6 @@ def _gpu_flags(args) -> Iterator[str]:
         yield f"--fp8-format {args.fp8}"
     if args.profile and not args.use_pytorch_profiler:
         yield "--profile without --use-pytorch-profiler"
-
-
-def _check_saving(args) -> None:
-    if args.save is None:
-        for name in ("save_interval", "async_save", "save_retain_interval"):
-            if getattr(args, name):
-                raise RunError(
-                    in_flags(name, getattr(args, name)), "nothing is saved", "--save FOLDER with it"
-                )
-        stops = [
-            in_flags(name, getattr(args, name))
-            for name in ("exit_signal_handler", "exit_interval", "exit_duration_in_mins")
-            if getattr(args, name)
-        ]
-        if stops and is_first_rank():
-            print(f"WARNING: {stops[0]} without --save: what was trained is lost then", flush=True)
-    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
-        raise RunError(
-            f"--non-persistent-save-interval {args.non_persistent_save_interval}",
-            "it has no kind of checkpoint to save",
-            "--non-persistent-ckpt-type global with it",
-        )
 
 
 def _check_logging(args) -> None:

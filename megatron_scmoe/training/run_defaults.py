@@ -10,6 +10,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_scmoe.arguments import in_flags
 from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.training.indexed_dataset import parse_split
 
 INTERVAL = 1000
 """Iterations between evaluations, and between checkpoints."""
@@ -24,6 +25,7 @@ OPEN = (
     "eval_interval",
     "eval_iters",
     "save_interval",
+    "train_iters",
     "max_position_embeddings",
     "use_persistent_ckpt_worker",
     "async_strategy",
@@ -59,6 +61,8 @@ def choose(given: argparse.Namespace) -> dict:
     if cpu_backend.is_enabled():
         wanted |= {"distributed_backend": "gloo", "gradient_accumulation_fusion": False}
         wanted |= {"masked_softmax_fusion": False}
+    if given.skip_train and given.train_samples is None:
+        wanted["train_iters"] = 0  # Megatron computes with it all the same
     if given.save is not None:
         wanted["save_interval"] = INTERVAL
     if given.async_save:
@@ -79,12 +83,15 @@ def choose(given: argparse.Namespace) -> dict:
 
 
 def has_validation_data(args: argparse.Namespace) -> bool:
-    """Whether the flags that name the data leave some for evaluation."""
+    """Whether the flags that name the data leave some for evaluation.
+
+    Raises:
+        InputError: if ``--split`` cannot be parsed.
+    """
     if args.mock_data or args.full_validation:
         return True
     if args.data_path or args.data_args_path:
-        shares = [part for part in (args.split or "969, 30, 1").split(",") if part.strip()]
-        return len(shares) > 1 and shares[1].strip() not in ("0", "0.0")
+        return parse_split(args.split)[1] > 0
     if args.per_split_data_args_path:
         return True  # a file, which input_checks.py reads
     return bool(args.valid_data_path)

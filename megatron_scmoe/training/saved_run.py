@@ -1,19 +1,17 @@
 """The checkpoint that a run is about to load, and what it says of the run that wrote it."""
 
 import argparse
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 
-from megatron_scmoe.checkpoints import locate
+from megatron_scmoe.checkpoints import locate, rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
-from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
-from megatron_scmoe.errors import ConversionError, InputError, in_words
+from megatron_scmoe.checkpoints.torch_dist import read_common
+from megatron_scmoe.errors import InputError
 from megatron_scmoe.training import whole_checkpoint
 
 
@@ -62,33 +60,27 @@ def find(args: argparse.Namespace) -> SavedRun | None:
     """The checkpoint that these arguments name and a run of them loads; None if it begins anew.
 
     Raises:
-        InputError: if it is not complete.
+        InputError: if it is not complete, or ``--load`` names none where one is meant.
         ConversionError: if it cannot be read.
     """
-    named = locate.named_checkpoint(args)
-    if named is None:
-        return None
-    flag, folder = named
     try:
+        named = locate.named_checkpoint(args)
+        if named is None:
+            return None
+        flag, folder = named
         path = whole_checkpoint.find(flag, folder, args)
     except InputError:
-        if args.non_persistent_ckpt_type is not None:
+        if _may_be_elsewhere(args):
             return None  # there may be a newer one, which only Megatron finds
         raise
     is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(path))
-    state = read_common(path) if is_distributed else _read_files_of_ranks(path)
+    state = read_common(path) if is_distributed else rank_files.read_common(path)
     return SavedRun(f"{flag} {folder}", path, state, is_distributed)
 
 
-def _read_files_of_ranks(folder: Path) -> dict[str, Any]:
-    """The same of Megatron's format "torch", which has a file for each rank; {} of any other."""
-    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
-    if not files:
-        return {}
-    try:
-        with only_safe_types():
-            state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConversionError(f"{files[0]} is unreadable ({in_words(error)[:200]})") from error
-    tensors = ("model", "optimizer", "rng_state")
-    return {name: part for name, part in state.items() if not name.startswith(tensors)}
+def _may_be_elsewhere(args: argparse.Namespace) -> bool:
+    """Whether Megatron looks for a checkpoint that is not persistent, and may find one."""
+    if args.non_persistent_ckpt_type != "global":
+        return args.non_persistent_ckpt_type is not None
+    folder = args.non_persistent_global_ckpt_dir or (args.load and f"{args.load}/non_persistent")
+    return bool(folder) and locate.has_tracker(folder)

@@ -31,8 +31,7 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
     step = args.ckpt_step or None
     checked = getattr(args, "scmoe_verify_checkpoint", False)
     skips = getattr(args, "scmoe_damaged_checkpoint", REFUSE) == SKIP and step is None
-    # A tracker is empty if its writer was ended just then; the checkpoint was complete by then.
-    skips |= step is None and locate.has_empty_tracker(folder)
+    skips |= step is None and _names_none(flag, folder, args)
     skipped: list[tuple[int | None, InputError]] = []
     while True:
         try:
@@ -53,6 +52,17 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
                 _set_aside(folder, flawed, reason, path)
         rank_store.gather(f"renamed before {path}", "")
     return path
+
+
+def _names_none(flag: str, folder: str, args: argparse.Namespace) -> bool:
+    """Whether a tracker says nothing, or is lost where the run would write over what it named.
+
+    It is empty, or not there at the first save, if its writer was ended just then; the checkpoint was
+    complete by then.
+    """
+    if locate.has_tracker(folder):
+        return locate.has_empty_tracker(folder)
+    return flag == "--load" and locate.loads_what_it_saves(args)
 
 
 def step_to_name(args: argparse.Namespace, path: Path) -> dict[str, int]:
@@ -87,11 +97,11 @@ def _check_bytes(flag: str, folder: str, path: Path, step, all_ranks: bool) -> N
 
 
 def _set_aside(folder: str, step: int | None, error: InputError, instead: Path) -> None:
-    """Rename a damaged checkpoint, or fill in an empty tracker, and say so."""
+    """Rename a damaged checkpoint, or fill in a tracker, and say so."""
     damaged = locate.folder_of(folder, step)
     told = error.without_advice
     if damaged is None:
-        locate.write_tracker(folder, instead)  # Megatron ends at an empty one
+        locate.write_tracker(folder, instead)  # Megatron ends at an empty one, or begins anew
     elif damaged.is_dir():
         aside = damaged.with_name(f"{damaged.name}.damaged")
         told += f"; it is {aside.name} now"

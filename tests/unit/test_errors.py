@@ -41,6 +41,16 @@ class TestAssertions:
         words = check(tmp_path / "bare.py", source)
         assert words == "it must hold that x is not None and x > 1"
 
+    def test_parsed_arguments_are_flags_with_their_values(self, tmp_path):
+        source = """import argparse
+args = argparse.Namespace(min_lr=1.0, lr=0.1, bf16=True, fp16=None)
+assert args.min_lr <= args.lr and not args.bf16 or args.fp16
+"""
+        assert check(tmp_path / "flags.py", source) == (
+            "--min-lr 1.0, --lr 0.1, --bf16, no --fp16: it must hold that --min-lr <= --lr and "
+            "(not --bf16) or --fp16"
+        )
+
     def test_one_with_a_message_gives_the_message(self, tmp_path):
         source = "assert x > 1, '''too\n  small'''\n"
         assert check(tmp_path / "told.py", source) == "too small"

@@ -564,7 +564,7 @@ def test_the_flags_train(tmp_path):
     variables = MOCK | {"CHECKPOINT_DIR": str(tmp_path), "GPUS_PER_NODE": "1", "NUM_EXPERTS": "2"}
     variables["ASYNC_SAVE"] = "0"
     flags = pretrain_flags(dry_run(TRAIN, variables, "--", *smaller))
-    for flag in ("--save", "--save-interval"):  # the checkpoint has tests of its own
+    for flag in ("--save", "--load", "--save-interval"):  # the checkpoint has tests of its own
         place = flags.index(flag)
         del flags[place : place + 2]
 

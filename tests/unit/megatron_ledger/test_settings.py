@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_scmoe.checkpoints import model_arguments, output_folder
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform import log_filters
-from megatron_scmoe.training import optimizer_state, run_checks
+from megatron_scmoe.training import optimizer_state, saving_checks
 from tests.unit.megatron_ledger.source import megatron_parser, row, source
 
 # Flags.
@@ -118,7 +118,7 @@ def test_lengths_of_the_schedule_are_the_same():
 @row("megatron.training.theoretical_memory_usage.compute_weight_and_optimizer_memory")
 def test_bytes_of_a_parameter_are_the_same():
     name = "megatron.training.theoretical_memory_usage.compute_weight_and_optimizer_memory"
-    given = f"{run_checks._MEGATRON_BYTES} if not args.use_distributed_optimizer"
+    given = f"{saving_checks._MEGATRON_BYTES} if not args.use_distributed_optimizer"
     assert given in source(name)
 
 

@@ -4,9 +4,10 @@ import functools
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -399,10 +400,52 @@ class TestCheckpoint:
     def test_none_yet_is_a_first_start(self, missing, accepted, refused, tmp_path):
         folder = tmp_path / "new"
         if missing == "tracker":
-            folder.mkdir()
-        accepted("--mock-data", "--load", folder)
-        message = refused("--mock-data", "--load", folder, "--exit-on-missing-checkpoint")
-        assert message.startswith(f"--load {folder}: there is no checkpoint (no {folder}/{TRACKER}")
+            (folder / "data_cache").mkdir(parents=True)
+        flags = ("--mock-data", "--load", folder, "--save")
+        accepted(*flags, folder)
+        accepted(*flags, tmp_path / "." / "new")
+        nothing = f"--load {folder}: there is no checkpoint (no {folder}/{TRACKER}"
+        for meant in ("--exit-on-missing-checkpoint", "--use-checkpoint-args"):
+            assert refused(*flags, folder, meant).startswith(nothing)
+        for message in (refused(*flags, tmp_path / "other"), refused(*flags[:-1])):
+            assert message.startswith(nothing)
+            assert "or what --save names: a job begins there" in message
+
+    @pytest.mark.parametrize("name", ["iter_0000020", "release", "copy", "rank"])
+    def test_one_iteration_is_no_save(self, name, refused, folder):
+        one, accepted = folder / name, f"--load {folder} --ckpt-step 20"
+        if name in ("release", "copy"):
+            accepted = {"release": f"--load {folder}", "copy": "the folder above it"}[name]
+            iteration(folder, 20).rename(one)
+        elif name == "rank":  # of Megatron's format "torch"
+            one = iteration(folder, 20)
+            shutil.rmtree(one)
+            (one / "mp_rank_00").mkdir(parents=True)
+            (one / "mp_rank_00" / "model_optim_rng.pt").touch()
+        for also in ((), ("--save", one), ("--use-checkpoint-args",), ("--ckpt-step", "20")):
+            message = refused("--mock-data", "--load", one, *also)
+            assert "it is one iteration, not a --save; accepted: " + accepted in message
+
+    def test_an_exported_model_is_no_save(self, refused, tmp_path):
+        (tmp_path / "config.json").touch()
+        for also in ((), ("--save", tmp_path), ("--use-checkpoint-args",)):
+            message = refused("--mock-data", "--load", tmp_path, *also)
+            assert message.startswith(f"--load {tmp_path}: it is a Hugging Face model; accepted: ")
+            assert f"tools/convert.py hf-to-megatron --input {tmp_path} --save FOLDER" in message
+
+    def test_a_lost_tracker_is_no_first_start(self, refused, accepted, folder, tmp_path):
+        """A run with --save there writes it anew (whole_checkpoint.py), which comes before this."""
+        (folder / TRACKER).unlink()
+        remedy = f"{folder}/{TRACKER} is missing; accepted: .*: echo 30 > {folder}/{TRACKER}"
+        for also in ((), ("--save", tmp_path), ("--pretrained-checkpoint", tmp_path)):
+            message = refused("--mock-data", "--load", folder, *also)
+            assert re.fullmatch(f"--load {folder}: {remedy}", message)
+        accepted("--mock-data", "--load", folder, "--ckpt-step", "20")
+        message = refused("--mock-data", "--pretrained-checkpoint", folder, "--ckpt-step", "20")
+        assert re.fullmatch(f"--pretrained-checkpoint {folder} --ckpt-step 20: {remedy}", message)
+        for step in STEPS:  # a first save that was cut off
+            (iteration(folder, step) / "metadata.json").unlink()
+        accepted("--mock-data", "--load", folder, "--save", folder)
 
     @pytest.mark.parametrize("name", FILES)
     def test_missing_file(self, name, refused, accepted, folder):
@@ -484,8 +527,10 @@ class TestCheckpoint:
 
     def test_pretrained_checkpoint(self, refused, accepted, folder, tmp_path):
         new = tmp_path / "new"
-        flags = ("--mock-data", "--load", new, "--pretrained-checkpoint")
+        flags = ("--mock-data", "--load", new, "--save", new, "--pretrained-checkpoint")
         accepted(*flags, folder)
+        typo = refused("--mock-data", "--load", new, "--pretrained-checkpoint", folder)
+        assert typo.startswith(f"--load {new}: there is no checkpoint")
         assert f"--pretrained-checkpoint {new}: there is no checkpoint" in refused(*flags, new)
         cut(iteration(folder, 30) / "__0_0.distcp")
         assert f"--pretrained-checkpoint {folder}: the checkpoint is" in refused(*flags, folder)
@@ -498,6 +543,35 @@ class TestCheckpoint:
         accepted("--mock-data", "--load", folder)
         cut(file)
         assert f"{file} is truncated" in refused("--mock-data", "--load", folder)
+
+    @pytest.mark.parametrize(
+        ("layout", "ranks"),
+        [
+            (dict(world_size=4), 1),  # all of them replicas
+            (dict(world_size=4, tensor=2), 2),
+            (dict(world_size=4, tensor=2, expert=2, expert_tensor=1), 2),  # (0, 0) and (1, 1)
+            (dict(world_size=8, pipeline=2, expert=4), 8),
+        ],
+    )
+    def test_files_of_an_older_format_are_those_of_all_ranks(
+        self, layout, ranks, refused, accepted, tmp_path
+    ):
+        sizes = {"tensor": 1, "pipeline": 1, "expert": 1} | layout
+        world_size, expert_tensor = sizes.pop("world_size"), sizes.pop("expert_tensor", None)
+        args = Namespace(
+            world_size=world_size,
+            expert_tensor_parallel_size=expert_tensor,
+            **{f"{part}_model_parallel_size": size for part, size in sizes.items()},
+        )
+        (tmp_path / TRACKER).write_text("10")
+        for rank in range(ranks):
+            if rank:
+                told = f"{iteration(tmp_path, 10)} has files of {rank} of {ranks} ranks"
+                assert told in refused("--mock-data", "--load", tmp_path)
+            file = iteration(tmp_path, 10) / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+            file.parent.mkdir(parents=True)
+            torch.save({"args": args}, file)
+        accepted("--mock-data", "--load", tmp_path)
 
     def test_metadata_runs_no_code(self, refused, folder, tmp_path):
         class Harmful:

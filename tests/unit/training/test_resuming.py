@@ -14,7 +14,7 @@ from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training import optimizer_state, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
@@ -145,8 +145,19 @@ def test_another_step_is_compared_with_that_step(folder):
 
 
 def test_a_first_start_is_compared_with_nothing(tmp_path):
-    assert saved_run.find(run(tmp_path)) is None
+    assert saved_run.find(run(tmp_path, save=str(tmp_path))) is None
     assert saved_run.find(run(tmp_path, load=None)) is None
+
+
+def test_a_checkpoint_may_be_one_that_is_not_persistent(tmp_path):
+    """Megatron alone finds those of kind local; of kind global only where there is one."""
+    assert saved_run.find(run(tmp_path, non_persistent_ckpt_type="local")) is None
+    args = run(tmp_path, non_persistent_ckpt_type="global")
+    with pytest.raises(saved_run.InputError, match="there is no checkpoint"):
+        saved_run.find(args)
+    (tmp_path / "non_persistent").mkdir()
+    (tmp_path / "non_persistent" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert saved_run.find(args) is None
 
 
 def test_changing_what_is_no_setting_of_the_model_is_refused(folder):
@@ -184,7 +195,7 @@ def test_files_of_ranks_are_read_without_running_them(tmp_path):
     args = run(tmp_path, ckpt_format="torch")
     assert saved_run.find(args).args.scmoe_tap == "pos3"
     torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
-    with pytest.raises(saved_run.ConversionError, match=r"model_optim_rng\.pt is unreadable"):
+    with pytest.raises(ConversionError, match=r"model_optim_rng\.pt is unreadable"):
         saved_run.find(args)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
-from megatron_scmoe.training import run_checks, run_defaults
+from megatron_scmoe.training import run_checks, run_defaults, saving_checks
 
 FLAGS = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4
     --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3
@@ -50,15 +51,13 @@ def test_flags_that_work(ranks):
     "--num-layers --hidden-size --num-attention-heads --seq-length --micro-batch-size --lr".split(),
 )
 def test_flags_that_are_needed(flag):
-    with pytest.raises(
-        run_checks.RunError, match=f"^{flag} is not given: a run needs it; accepted"
-    ):
+    with pytest.raises(RunError, match=f"^{flag} is not given: a run needs it; accepted"):
         check(parse(*without(flag)))
 
 
 def test_all_that_is_missing_is_named_at_once():
     words = "--num-layers 2 --hidden-size 32 --seq-length 32 --micro-batch-size 2 --skip-train"
-    with pytest.raises(run_checks.RunError) as info:
+    with pytest.raises(RunError) as info:
         check(parse(*words.split()))
     assert str(info.value).startswith(
         "--num-attention-heads, --num-experts, --tokenizer-type, --data-path (or --mock-data) are not "
@@ -117,20 +116,43 @@ def test_a_checkpoint_may_bring_the_model():
         ("--log-timers-to-tensorboard", "--tensorboard-dir FOLDER with it"),
         ("--bf16 --fp16", "^--bf16 with --fp16: .*accepted: one of them"),
         ("--distributed-timeout-minutes 0", "--distributed-timeout-minutes 0: it is too small"),
+        ("--save x --async-save --ckpt-format torch", "^--async-save with --ckpt-format torch: "),
+        (
+            "--save x --save-interval 2 --save-retain-interval 3",
+            "^--save-retain-interval 3: .*; accepted: a multiple of --save-interval 2$",
+        ),
+        ("--save x --save-retain-interval 0", "--save-retain-interval 0"),
+        ("--train-iters 0", "accepted: 1 or more, or --skip-train to evaluate alone"),
+        (
+            "--train-iters -1 --skip-train",
+            "--train-iters -1: it is too small; accepted: 0 or more$",
+        ),
         ("--checkpoint-activations", "accepted: --recompute-activations"),
         ("--dataloader-defer-npy-index-mmap", "accepted: --data-cache-path FOLDER with it"),
     ],
 )
 def test_refusals(words, told):
-    with pytest.raises(run_checks.RunError, match=told) as refused:
+    with pytest.raises(RunError, match=told) as refused:
         check(parse(*FLAGS, *words.split()))
     assert "\n" not in str(refused.value)
     assert "; accepted: " in str(refused.value)
 
 
 def test_a_run_needs_its_length():
-    with pytest.raises(run_checks.RunError, match="neither --train-iters nor --train-samples"):
-        check(parse(*without("--train-iters")))
+    words = without("--train-iters")
+    for also in ((), ("--full-validation",)):
+        with pytest.raises(RunError, match="neither --train-iters nor --train-samples"):
+            check(parse(*words, *also))
+    with pytest.raises(RunError, match=r"--train-samples 3: .* takes 4; accepted: 4 or"):
+        check(parse(*words, "--train-samples", "3"))
+    check(parse(*words, "--train-samples", "4"))
+
+
+def test_a_run_that_only_evaluates_needs_none():
+    args = parse(*without("--train-iters"), "--skip-train")
+    assert args.train_iters == 0
+    check(args)
+    check(parse(*FLAGS, "--skip-train", "--train-iters", "0"))
 
 
 @pytest.mark.skipif(not cpu_backend.is_enabled(), reason="of the CPU")
@@ -151,14 +173,14 @@ def test_a_run_needs_its_length():
 )
 def test_what_needs_a_gpu(words):
     flag = words.split()[-2 if words.split()[-1][0] != "-" else -1]
-    with pytest.raises(run_checks.RunError, match=f"^{flag}"):
+    with pytest.raises(RunError, match=f"^{flag}"):
         check(parse(*FLAGS, *words.split()))
 
 
 def test_nobody_watches_ranks_that_torchrun_started(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.delenv("FT_RANK_MONITOR_IPC_SOCKET", raising=False)
-    with pytest.raises(run_checks.RunError, match="accepted: ft_launcher in place of torchrun"):
+    with pytest.raises(RunError, match="accepted: ft_launcher in place of torchrun"):
         check(parse(*FLAGS, "--enable-ft-package", "--save", "x"))
     monkeypatch.setenv("FT_RANK_MONITOR_IPC_SOCKET", "socket")
     check(parse(*FLAGS, "--enable-ft-package", "--save", "x"))
@@ -171,6 +193,8 @@ def test_nobody_watches_ranks_that_torchrun_started(monkeypatch):
         ("--optimizer muon", "emerging_optimizers"),
         ("--enable-ft-package", "nvidia_resiliency_ext"),
         ("--adlr-autoresume", "userlib"),
+        ("--non-persistent-ckpt-type local", "nvidia_resiliency_ext"),
+        ("--save x --async-save --async-strategy nvrx", "nvidia_resiliency_ext"),
     ],
 )
 def test_packages(words, package, monkeypatch):
@@ -179,7 +203,7 @@ def test_packages(words, package, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
-    with pytest.raises(run_checks.RunError, match=f"the Python package {package} is not installed"):
+    with pytest.raises(RunError, match=f"the Python package {package} is not installed"):
         check(parse(*FLAGS, *words.split()))
 
 
@@ -188,20 +212,30 @@ class TestValidationData:
 
     @pytest.mark.parametrize(
         "words",
-        ["--train-data-path d", "--data-path d --split 1,0,0", "--data-path d --split 100"],
+        [
+            "--train-data-path d",
+            "--data-path d --split 1,0,0",
+            "--data-path d --split 100",
+            "--data-path d --split 9,0.00,1",
+            "--data-path d --split 9/0/1",
+        ],
     )
     def test_without_any_nothing_is_evaluated(self, words):
         args = parse(*self.data, *words.split())
         assert args.eval_iters == 0
         check(args)
-        with pytest.raises(
-            run_checks.RunError, match="--eval-iters 5: there is no validation data"
-        ):
+        with pytest.raises(RunError, match="--eval-iters 5: there is no validation data"):
             check(parse(*self.data, *words.split(), "--eval-iters", "5"))
 
     @pytest.mark.parametrize(
         "words",
-        ["--train-data-path d --valid-data-path e", "--data-path d", "--data-path d --split 8,2"],
+        [
+            "--train-data-path d --valid-data-path e",
+            "--data-path d",
+            "--data-path d --split 8,2",
+            "--data-path d --split 90/10/0",
+            "--data-path d --split 90:.5",
+        ],
     )
     def test_with_some_the_default_stands(self, words):
         args = parse(*self.data, *words.split())
@@ -233,30 +267,30 @@ class TestDisk:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
     def test_size_is_that_of_weights_and_moments(self, tmp_path):
-        whole = run_checks.checkpoint_bytes(self.args(tmp_path))
+        whole = saving_checks.checkpoint_bytes(self.args(tmp_path))
         parameters = whole / 12
         hidden, vocab = 32, 128
         least = 2 * vocab * hidden + (4 + 1) * 3 * hidden * 32 + 3 * hidden * 64
         assert least < parameters < 2 * least
-        weights = run_checks.checkpoint_bytes(self.args(tmp_path, no_save_optim=True))
+        weights = saving_checks.checkpoint_bytes(self.args(tmp_path, no_save_optim=True))
         assert weights == pytest.approx(whole / 3)
-        half = run_checks.checkpoint_bytes(self.args(tmp_path, params_dtype=torch.bfloat16))
+        half = saving_checks.checkpoint_bytes(self.args(tmp_path, params_dtype=torch.bfloat16))
         assert half == pytest.approx(whole / 12 * 14)
 
     def test_a_disk_too_small_for_one(self, tmp_path, monkeypatch):
         args = self.args(tmp_path / "not" / "yet")
-        self.free(monkeypatch, run_checks.checkpoint_bytes(args) - 1)
+        self.free(monkeypatch, saving_checks.checkpoint_bytes(args) - 1)
         told = f"^--save {args.save}: a checkpoint has about .* are free; accepted: a folder on another"
-        with pytest.raises(run_checks.RunError, match=told):
-            run_checks.check_disk(args)
+        with pytest.raises(RunError, match=told):
+            saving_checks.check_disk(args)
 
     def test_a_disk_too_small_for_all_is_a_warning(self, tmp_path, monkeypatch, capsys):
         args = self.args(tmp_path, save_interval=1)
-        self.free(monkeypatch, 2.5 * run_checks.checkpoint_bytes(args))
-        run_checks.check_disk(args)
+        self.free(monkeypatch, 2.5 * saving_checks.checkpoint_bytes(args))
+        saving_checks.check_disk(args)
         assert capsys.readouterr().out.startswith(f"WARNING: --save {tmp_path}: 3 checkpoints of")
-        self.free(monkeypatch, 3 * run_checks.checkpoint_bytes(args))
-        run_checks.check_disk(args)
+        self.free(monkeypatch, 3 * saving_checks.checkpoint_bytes(args))
+        saving_checks.check_disk(args)
         assert capsys.readouterr().out == ""
 
 

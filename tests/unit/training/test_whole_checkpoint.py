@@ -33,6 +33,8 @@ def folder(saved, tmp_path) -> Path:
 
 def find(folder: Path, **changes) -> Path:
     args = argparse.Namespace(
+        load=str(folder),
+        save=None,
         ckpt_step=None,
         ckpt_format="torch_dist",
         scmoe_verify_checkpoint=True,
@@ -101,6 +103,24 @@ def test_an_empty_tracker_means_the_newest(folder, capsys):
     assert path.name == "iter_0000030"
     assert capsys.readouterr().out.endswith("; the run goes on from iter_0000030\n")
     assert (folder / TRACKER).read_text() == "30"  # Megatron ends at an empty one
+
+
+def test_a_lost_tracker_means_the_newest_that_is_complete(folder, capsys):
+    """The run would write over what was saved, or a first save was ended just before it."""
+    (folder / TRACKER).unlink()
+    (folder / "iter_0000030" / "metadata.json").unlink()
+    assert find(folder, save=f"{folder}/.").name == "iter_0000020"
+    assert capsys.readouterr().out == (
+        f"WARNING: --load {folder}: {folder}/{TRACKER} is missing; the run goes on from iter_0000020\n"
+    )
+    assert (folder / TRACKER).read_text() == "20"
+
+
+def test_nothing_is_written_where_nothing_is_saved(folder, tmp_path):
+    (folder / TRACKER).unlink()
+    with pytest.raises(InputError, match=f"echo 30 > {folder}/{TRACKER}$"):
+        find(folder, save=str(tmp_path / "other"))
+    assert not (folder / TRACKER).exists()
 
 
 def test_megatron_is_told_the_step_only_if_its_tracker_names_another(folder):

@@ -702,7 +702,7 @@ def test_refuses_more(folders, tmp_path):
     save_file(weights, odd / "model.safetensors", metadata={"format": "pt"})
     told = refusal(odd, tmp_path / "ckpt", how)
     assert "tensor model.layers.1.mlp.up_proj.weight is missing" in told
-    assert "no torch_dist checkpoint" in refusal(tmp_path, tmp_path / "ckpt", how)
+    assert "accepted: a torch_dist checkpoint" in refusal(tmp_path, tmp_path / "ckpt", how)
 
     upcycle(llama, tmp_path / "ckpt", how)
     assert "exists; --force replaces it" in refusal(llama, tmp_path / "ckpt", how)

@@ -10,6 +10,9 @@ from tables import table
 BENCHMARK = "offloading"
 """What its JSON is marked with."""
 
+BEFORE_GRAPHS = "4f841bd"
+"""The last commit at which a token with offloaded experts was launched kernel by kernel."""
+
 
 def is_offloading(result: dict) -> bool:
     """Whether a JSON is one of offloading.py."""
@@ -64,7 +67,9 @@ def offloading_section(results: dict[str, dict]) -> Iterator[str]:
     for name, result in results.items():
         for shape, found in result["shapes"].items():
             blocks = found["sizes"]["blocks"]
-            yield f"### Offloading: {MODELS[shape]}, {blocks} blocks, {place(result)}\n"
+            eager = not found["modes"]["overlapped"]["in_graphs"]
+            how = ", kernel by kernel" if eager else ""
+            yield f"### Offloading: {MODELS[shape]}, {blocks} blocks, {place(result)}{how}\n"
             share = hidden_share(found["modes"])
             hidden = f" Overlap hides {share:.1%} of the waits." if share is not None else ""
             yield (
@@ -73,6 +78,8 @@ def offloading_section(results: dict[str, dict]) -> Iterator[str]:
                 f"{result['tokens']} tokens written, the medians.{hidden}\n"
             )
             yield from _rows(found)
+            if eager:
+                yield f"At commit {BEFORE_GRAPHS}, before offloaded experts were in graphs:\n"
             yield f"```bash\n{command(result)}\n```\n"
 
 

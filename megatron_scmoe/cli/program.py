@@ -56,7 +56,7 @@ def run(name: str) -> NoReturn:
 
 
 def _run_tool(command: Callable[[], None]) -> NoReturn:
-    """In a process that writes files; of several ranks the first of a host does.
+    """In a process that writes files; of several ranks the first of each host does (exported.py).
 
     The others end at once: one that waits for another in the middle of a collective runs no handler,
     and has nothing to remove.

@@ -10,6 +10,7 @@ those that have arrived. Kernels and the order of sums are those of a resident m
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
-from megatron_scmoe.errors import InputError, lacks_memory
+from megatron_scmoe.errors import InputError, in_words, lacks_memory
 from megatron_scmoe.inference.expert_cache import Counts, ExpertCache, Policy
 from megatron_scmoe.inference.expert_store import (
     HostExperts,
@@ -225,11 +226,13 @@ class Chosen:
 class ExpertGraphs:
     """CUDA graphs of one expert's compute: one for each place of a cache, and number of tokens.
 
-    They share memory, so an output is to be read before the next one is computed.
+    They share memory, so an output is to be read before the next one is computed. Each is captured when
+    it is needed, so perhaps late in a text: where that fails, experts go on without.
     """
 
     def __init__(self):
         self._pool = new_pool()
+        self._may_capture = True
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
 
     def run(
@@ -237,10 +240,20 @@ class ExpertGraphs:
     ) -> Tensor:
         """What ``compute`` gives; the first time in a place it is captured."""
         key = weights[0].data_ptr(), len(tokens)
-        if key not in self._graphs:
+        if key not in self._graphs and self._may_capture:
             inputs = tokens.clone(), probs.clone()
-            replay = capture(lambda: compute(weights, *inputs), self._pool)
-            self._graphs[key] = *inputs, replay
+            try:
+                replay = capture(lambda: compute(weights, *inputs), self._pool)
+                self._graphs[key] = *inputs, replay
+            except RuntimeError as error:
+                self._may_capture = False
+                print(
+                    f"warning: an expert could not be captured in a CUDA graph ({in_words(error, 1)}); it "
+                    "and those that have none are computed kernel by kernel",
+                    file=sys.stderr,
+                )
+        if key not in self._graphs:
+            return compute(weights, tokens, probs)
         own_tokens, own_probs, replay = self._graphs[key]
         own_tokens.copy_(tokens)
         own_probs.copy_(probs)

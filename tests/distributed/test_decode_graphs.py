@@ -150,14 +150,29 @@ def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
 
 
 @pytest.mark.parametrize("layers", [None, 1])
-def test_of_offloaded_experts_those_alone_come_that_were_chosen(models, tmp_path, layers):
-    """Though padding sends every token to all of them."""
+@pytest.mark.parametrize("captures_fail_from", [0, 3, 100])
+def test_of_offloaded_experts_those_alone_come_that_were_chosen(
+    models, tmp_path, layers, captures_fail_from
+):
+    """Though padding sends every token to all of them; and whether or not each has a graph."""
     load = models / text_models.TAPS_INPUT
     settings = offloading.OffloadSettings(folder=tmp_path, layers=layers)
-    run_distributed(_offloaded, 1, load, settings)
+    (told,) = run_distributed(_offloaded, 1, load, settings, captures_fail_from)
+    warned = told.count("warning: an expert could not be captured in a CUDA graph (out of memory)")
+    assert warned == (captures_fail_from < 100)
 
 
-def _offloaded(load: Path, settings: offloading.OffloadSettings) -> None:
+def _offloaded(load: Path, settings: offloading.OffloadSettings, captures_fail_from: int) -> str:
+    captured_experts = []
+
+    def capture(run, pool):
+        if len(captured_experts) == captures_fail_from:
+            raise RuntimeError("out of memory")
+        captured_experts.append(run)
+        return run
+
+    as_captured = mock.patch.multiple(offloading, is_capturing=lambda: True, capture=capture)
+    told = io.StringIO()
     prompts = [[5, 9, 2, 7], [3, 4, 8, 1]]
     sampling = generation.SamplingParams(
         num_tokens_to_generate=test_expert_padding.TOKENS, top_k=1, return_log_probs=True
@@ -166,12 +181,13 @@ def _offloaded(load: Path, settings: offloading.OffloadSettings) -> None:
     for use in (OFF, AUTO):
         model, offload = test_offloading.build(load, settings, at_once=len(prompts))
         patches, captured = captures()
-        with patches:
+        with patches, as_captured, contextlib.redirect_stderr(told):
             decode = Decode(model, AUTO, AUTO, use)
             texts = generation.generate(
                 model, prompts, sampling, text_models.VOCAB, decode=decode, micro_batch=2
             )
         assert len(captured) == (use == AUTO)
+        assert bool(captured_experts) == (use == AUTO and captures_fail_from > 0)
         counts = offload.cache.counts
         found.append((texts, counts.uses, counts.hits, counts.copied_bytes))
     (without, *counts), (within, *counts_within) = found
@@ -179,6 +195,7 @@ def _offloaded(load: Path, settings: offloading.OffloadSettings) -> None:
     for one, other in zip(within, without, strict=True):
         assert one.tokens == other.tokens
         assert one.log_probs == pytest.approx(other.log_probs, abs=test_slots.ROUNDING)
+    return told.getvalue()
 
 
 @pytest.mark.parametrize("ranks, where", [(1, ""), (2, "rank 1: ")])

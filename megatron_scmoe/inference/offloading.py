@@ -248,8 +248,8 @@ class ExpertGraphs:
             except RuntimeError as error:
                 self._may_capture = False
                 print(
-                    f"warning: an expert could not be captured in a CUDA graph ({in_words(error, 1)}); it "
-                    "and those that have none are computed kernel by kernel",
+                    "warning: an expert could not be captured in a CUDA graph "
+                    f"({in_words(error, 1)}); it and those that have none are computed kernel by kernel",
                     file=sys.stderr,
                 )
         if key not in self._graphs:

@@ -249,7 +249,7 @@ class ExpertGraphs:
                 self._may_capture = False
                 print(
                     "warning: an expert could not be captured in a CUDA graph "
-                    f"({in_words(error, 1)}); it and those that have none are computed kernel by kernel",
+                    f"({in_words(error, 1)}); those that have none are computed kernel by kernel",
                     file=sys.stderr,
                 )
         if key not in self._graphs:

@@ -155,6 +155,8 @@ def parse_settings():
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():
         print(run_defaults.describe(chosen), flush=True)
+    if saved_run.is_first_start(given, saved):
+        given.use_checkpoint_args = False  # in what is checked here: nothing is left open to them
     complete = not given.use_checkpoint_args or saved is None or saved.args is not None
     scmoe = scmoe_config_from_args(given)
     run_checks.check_flags(given, has_model=complete)

@@ -128,6 +128,12 @@ def flag_of(name: str) -> str:
     return flags[0] if flags else f"--{name.replace('_', '-')}"
 
 
+def is_switch_off(name: str) -> bool:
+    """Whether the flag of an argument makes it false: ``--disable-bias-linear``."""
+    action = _action(name)
+    return action is not None and action.nargs == 0 and action.const is False
+
+
 def name_of_flag(word: str) -> str | None:
     """The parsed argument of a flag without its dashes: ``scmoe_tap`` of ``scmoe-tap``; or None."""
     action = _parser()._option_string_actions.get(f"--{word}")

@@ -4,8 +4,7 @@ import ast
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 BARE_ASSERTION = "it must hold that"
 
@@ -67,30 +66,10 @@ class ConversionError(ScMoEError, ValueError):
     """What stops a conversion, in one line that names the file, tensor or flag."""
 
 
-@contextmanager
-def judged_by_megatron() -> Iterator[None]:
-    """Turn what Megatron says of settings into one line: assertions, ValueErrors, and the
-    RuntimeErrors and ImportErrors by which it asks for a package.
-
-    Put its validation of arguments and configurations in here, and nothing else: anywhere else such
-    an exception is a bug.
-
-    Raises:
-        SettingsError: with Megatron's words.
-    """
-    try:
-        yield
-    except ScMoEError:
-        raise
-    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
-        raise SettingsError(in_words(error)) from error
-
-
 def in_words(error: BaseException, lines: int | None = None) -> str:
     """An error in one line.
 
-    A bare assertion has no message: what it asserts is read from its source, with flags and their
-    values in place of parsed arguments. Messages of unpicklers
+    A bare assertion has no message: what it asserts is read from its source. Messages of unpicklers
     that recommend to load the file unsafely are replaced by what the file asks for.
 
     Args:
@@ -102,7 +81,9 @@ def in_words(error: BaseException, lines: int | None = None) -> str:
     if re.search("weights_only|allow_pickle", message):
         return "its bytes are damaged, or of another format"
     words = " ".join(" ".join(message.splitlines()[:lines]).split())
-    return words or _asserted(error) or type(error).__name__
+    if not words and (failed := failed_assertion(error)):
+        return f"{BARE_ASSERTION} {ast.unparse(failed[0])}"
+    return words or type(error).__name__
 
 
 def reason_of(error: Exception) -> str:
@@ -110,30 +91,18 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _asserted(error: BaseException) -> str | None:
-    """The expression of the ``assert`` that raised the error; None if no such statement did."""
-    if not isinstance(error, AssertionError) or error.__traceback__ is None:
+def failed_assertion(error: BaseException) -> tuple[ast.expr, dict[str, Any]] | None:
+    """What the ``assert`` statement that raised the error tests, and the local variables there.
+
+    None if it has a message of its own, or no such statement raised it.
+    """
+    if not isinstance(error, AssertionError) or str(error) or error.__traceback__ is None:
         return None
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     for node in ast.walk(ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))):
         if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or 0):
-            return _in_flags(ast.unparse(node.test), frame.f_locals.get("args"))
+            return node.test, frame.f_locals
     return None
-
-
-def _in_flags(asserted: str, args: object) -> str:
-    """``--min-lr 1.0, --lr 0.1: it must hold that --min-lr <= --lr``."""
-    flags = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENT.findall(asserted)}
-    given = []
-    for name, flag in flags.items():
-        value = getattr(args, name, None)
-        is_off = value is None or value is False
-        given.append(f"no {flag}" if is_off else flag if value is True else f"{flag} {value}")
-    told = _ARGUMENT.sub(lambda found: flags[found[1]], asserted)
-    return f"{', '.join(given)}{': ' * bool(given)}{BARE_ASSERTION} {told}"
-
-
-_ARGUMENT = re.compile(r"\bargs\.(\w+)")
 
 
 def lacks_memory(error: RuntimeError) -> bool:

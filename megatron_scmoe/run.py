@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_scmoe.config import SPEC
-from megatron_scmoe.errors import ScMoEError, SettingsError, in_words
+from megatron_scmoe.errors import ScMoEError, SettingsError
 from megatron_scmoe.platform import cpu_backend, launch
 from megatron_scmoe.platform.command_line import (
     UsageError,
@@ -83,7 +83,10 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:
         if not isinstance(error, ScMoEError) and _is_of_arguments(error):
-            raise SettingsError(in_words(error)) from error
+            # Only now: Megatron is imported by the script, behind what launch prepares.
+            from megatron_scmoe.platform.megatron_judgement import in_words_of_flags
+
+            raise SettingsError(in_words_of_flags(error)) from error
         raise
 
 

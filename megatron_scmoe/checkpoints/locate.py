@@ -3,16 +3,21 @@
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
 from megatron_scmoe.checkpoints import rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
+from megatron_scmoe.checkpoints.identify import HUGGING_FACE, what_is
 from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
 
 PRETRAINED = "--pretrained-checkpoint"
+
+RELEASE = "release"
+"""What Megatron calls a model without a run: its folder, and the word in the tracker."""
 
 
 def find_checkpoint(
@@ -26,9 +31,10 @@ def find_checkpoint(
     Raises:
         InputError: if there is none, or files of it are missing or cut off.
     """
-    given = _given(flag, folder, step)
+    given = as_given(flag, folder, step)
     needs_tracker = step is None or flag == PRETRAINED  # there Megatron asks for it with a step too
-    if not has_tracker(folder) and (needs_tracker or not _steps(folder)):
+    has_none = step != RELEASE and not _steps(folder)
+    if not has_tracker(folder) and (needs_tracker or has_none):
         raise InputError(given, *_absence(flag, folder, ckpt_format))
     if step is None:
         step = _read_tracker(flag, folder)
@@ -38,7 +44,7 @@ def find_checkpoint(
         nearest = _nearest_complete(folder, step, ckpt_format)
         accepted = "another folder; no checkpoint in this one is complete"
         if nearest is not None:
-            accepted = f"--ckpt-step {nearest}, the nearest complete checkpoint"
+            accepted = f"{how_to_load(folder, nearest)}, the nearest complete checkpoint"
         raise InputError(given, f"the checkpoint is not complete: {flaw}", accepted)
     return path
 
@@ -90,23 +96,42 @@ def check_iteration(flag: str, folder: str) -> Path:
     return Path(folder)
 
 
-def last_complete(folder: str) -> int | None:
-    """The newest complete torch_dist checkpoint in ``folder``, whatever the tracker says."""
+def as_given(flag: str, folder: str, step: int | str | None) -> str:
+    """How a command line names a checkpoint."""
+    return f"{flag} {folder}" + (f" --ckpt-step {step}" if step and step != RELEASE else "")
+
+
+def how_to_load(folder: str, step: int | str) -> str:
+    """What to type to load a checkpoint that the tracker does not name."""
+    if step == RELEASE:
+        return f"echo {RELEASE} > {get_checkpoint_tracker_filename(folder)}"
+    return f"--ckpt-step {step}"
+
+
+def last_complete(folder: str) -> int | str | None:
+    """The newest complete torch_dist checkpoint in ``folder``, whatever the tracker says.
+
+    Its iteration; "release" where no iteration is complete.
+    """
     return _nearest_complete(folder, float("inf"), "torch_dist")
 
 
-def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> int | None:
+def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> int | str | None:
     """The newest complete checkpoint before ``step``; before the one of the tracker if it is None.
+
+    "release" is the oldest, unless the tracker names it.
 
     Args:
         step: its iteration, or the name of its folder.
     """
-    if isinstance(step, str):
-        step = int(step[5:]) if step.startswith("iter_") else None
-    if step is None:
-        word = _tracker_says(folder)
-        step = int(word) if word.isascii() and word.isdigit() else None
-    earlier = sorted((s for s in _steps(folder) if step is None or s < step), reverse=True)
+    word = _tracker_says(folder)
+    if step == RELEASE != word:
+        return None
+    number = _number(word) if step is None else _number(str(step).removeprefix("iter_"))
+    earlier: list[int | str] = []
+    earlier += sorted((s for s in _steps(folder) if number is None or s < number), reverse=True)
+    if word != RELEASE:
+        earlier.append(RELEASE)
     return _first_complete(folder, earlier, ckpt_format)
 
 
@@ -120,43 +145,54 @@ def has_empty_tracker(folder: str) -> bool:
     return has_tracker(folder) and not _tracker_says(folder)
 
 
-def write_tracker(folder: str, iteration: Path) -> None:
-    """Name the last iteration, by its folder."""
+def write_tracker(folder: str, checkpoint: Path) -> None:
+    """Name the last checkpoint, by its folder."""
     with atomic_write(Path(get_checkpoint_tracker_filename(folder))) as [file]:
-        file.write_text(str(int(iteration.name.removeprefix("iter_"))))
+        file.write_text(_word_of(checkpoint))
 
 
-def folder_of(folder: str, step: int | None) -> Path | None:
-    """The folder of an iteration, or of the one that the tracker names; None if it names none."""
+def is_named(folder: str, checkpoint: Path) -> bool:
+    """Whether the tracker names this checkpoint, as far as this host can see.
+
+    A host may remember of a shared file system that a file was not there. Listing the folder makes
+    it look again.
+    """
+    os.listdir(folder)
+    return _tracker_says(folder) == _word_of(checkpoint)
+
+
+def folder_of(folder: str, step: int | str | None) -> Path | None:
+    """The folder of a checkpoint, or of the iteration that the tracker names; None if it names none."""
     if step is None:
-        word = _tracker_says(folder)
-        if not (word.isascii() and word.isdigit()):
-            return None
-        step = int(word)
-    return _step_folder(folder, step)
+        step = _number(_tracker_says(folder))
+    return None if step is None else _step_folder(folder, step)
 
 
-def _given(flag: str, folder: str, step: int | str | None) -> str:
-    return f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+def _word_of(checkpoint: Path) -> str:
+    """What a tracker says that names this folder."""
+    name = checkpoint.name
+    return name if name == RELEASE else str(int(name.removeprefix("iter_")))
+
+
+def _number(word: str) -> int | None:
+    return int(word) if word.isascii() and word.isdigit() else None
 
 
 def _has_any(folder: str, ckpt_format: str) -> bool:
     """Whether there is something to go on from: a tracker may be lost, and checkpoints be there."""
-    return has_tracker(folder) or _first_complete(folder, _steps(folder), ckpt_format) is not None
+    return has_tracker(folder) or _nearest_complete(folder, RELEASE, ckpt_format) is not None
 
 
 def _check_first_start(folder: str, args) -> None:
     """Refuse ``--load`` of a folder without a checkpoint, but for a job that has saved none yet."""
     reason, accepted = _absence("--load", folder, args.ckpt_format)
     if _other_kind("--load", folder) is None:
-        needs_one = args.exit_on_missing_checkpoint or args.use_checkpoint_args or args.ckpt_step
+        needs_one = args.exit_on_missing_checkpoint or args.ckpt_step
         if not loads_what_it_saves(args):
             accepted += ", or what --save names: a job begins there, and goes on from there"
         elif args.pretrained_checkpoint is not None or not needs_one:
-            return
-        elif args.use_checkpoint_args:
-            accepted += ", or the flags of the model without --use-checkpoint-args"
-    raise InputError(_given("--load", folder, args.ckpt_step), reason, accepted)
+            return  # with --use-checkpoint-args too: then the flags describe the model
+    raise InputError(as_given("--load", folder, args.ckpt_step), reason, accepted)
 
 
 def _absence(flag: str, folder: str, ckpt_format: str) -> tuple[str, str]:
@@ -174,19 +210,21 @@ def _other_kind(flag: str, folder: str) -> tuple[str, str] | None:
     path = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     if is_iteration(folder) or any(path.glob("mp_rank_*/*.pt")):
         accepted = "the folder above it, if that was a --save"
-        if path.name == "release":
+        if path.name == RELEASE:
             accepted = f"{flag} {path.parent}"
         elif path.name.startswith("iter_") and path.name[5:].isdigit():
             accepted = f"{flag} {path.parent} --ckpt-step {int(path.name[5:])}"
         return "it is one iteration, not a --save", accepted
-    if (path / "config.json").is_file():
+    if what_is(path) == HUGGING_FACE:
         convert = f"tools/convert.py hf-to-megatron --input {folder} --save FOLDER"
         return "it is a Hugging Face model", f"a folder that was a --save: {convert} writes one"
     return None
 
 
-def _fill_in(tracker: str, nearest: int | None) -> str:
+def _fill_in(tracker: str, nearest: int | str | None) -> str:
     accepted = "the number of a complete checkpoint in it"
+    if nearest == RELEASE:
+        accepted = "the name of the complete checkpoint in it"
     return accepted if nearest is None else f"{accepted}: echo {nearest} > {tracker}"
 
 
@@ -201,8 +239,9 @@ def _read_tracker(flag: str, folder: str) -> int | str:
     """The iteration of the last complete checkpoint, or "release"."""
     file = get_checkpoint_tracker_filename(folder)
     word = _tracker_says(folder)
-    if word == "release" or (word.isascii() and word.isdigit()):
-        return word if word == "release" else int(word)
+    number = _number(word)
+    if word == RELEASE or number is not None:
+        return RELEASE if number is None else number
     nearest = _nearest_complete(folder, float("inf"), "torch_dist")
     raise InputError(
         f"{flag} {folder}",
@@ -212,17 +251,17 @@ def _read_tracker(flag: str, folder: str) -> int | str:
 
 
 def _step_folder(folder: str, step: int | str) -> Path:
-    release = step == "release"
+    release = step == RELEASE
     return Path(get_checkpoint_name(folder, 0 if release else step, release, return_base_dir=True))
 
 
-def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | None:
-    """The complete checkpoint nearest to ``step``, an earlier one if there is any."""
+def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | str | None:
+    """The complete checkpoint nearest to ``step``: an earlier one, a later one, or "release"."""
     found = _steps(folder)
-    wanted = float("inf") if isinstance(step, str) else step  # "release" is behind them all
+    wanted = float("inf") if isinstance(step, str) else step
     earlier = sorted((s for s in found if s < wanted), reverse=True)
     later = sorted(s for s in found if s > wanted)
-    return _first_complete(folder, earlier + later, ckpt_format)
+    return _first_complete(folder, [*earlier, *later, RELEASE], ckpt_format)
 
 
 def _steps(folder: str) -> list[int]:
@@ -230,7 +269,7 @@ def _steps(folder: str) -> list[int]:
     return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
 
 
-def _first_complete(folder: str, steps: list[int], ckpt_format: str) -> int | None:
+def _first_complete(folder: str, steps: Sequence[int | str], ckpt_format: str) -> int | str | None:
     complete = (s for s in steps if not _find_flaw(_step_folder(folder, s), ckpt_format))
     return next(complete, None)
 

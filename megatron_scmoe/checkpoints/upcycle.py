@@ -43,8 +43,9 @@ from megatron_scmoe.checkpoints.stock_checkpoint import read_stock
 from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.upcycle_settings import Upcycling
 from megatron_scmoe.config import moe_pattern
-from megatron_scmoe.errors import ConversionError, ScMoEError, judged_by_megatron
+from megatron_scmoe.errors import ConversionError, ScMoEError
 from megatron_scmoe.platform import megatron_workarounds
+from megatron_scmoe.platform.megatron_judgement import judged_by_megatron
 from megatron_scmoe.validation.rules import validate
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_scmoe.checkpoints.locate import last_complete
+from megatron_scmoe.checkpoints.locate import RELEASE, last_complete
 from megatron_scmoe.errors import ScMoEError
 
 
@@ -121,6 +121,6 @@ def _describe(folder: str, rank: int, reason: str) -> str:
     last = last_complete(folder)
     kept = "there is no complete checkpoint yet"
     if last is not None:
-        kept = f"--load goes on from iteration {last}"
+        kept = f"--load goes on from {last if last == RELEASE else f'iteration {last}'}"
     what = f"rank {rank} could not write its part of a checkpoint ({reason}{free})"
     return f"--save {folder}: {what}; {kept}"

@@ -36,9 +36,10 @@ from megatron_scmoe.checkpoints.model_arguments import built_by_spec, with_defau
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import ConversionError, InputError, in_words, judged_by_megatron
+from megatron_scmoe.errors import ConversionError, InputError, in_words
 from megatron_scmoe.model.layer_spec import stage_spec
 from megatron_scmoe.platform import megatron_workarounds
+from megatron_scmoe.platform.megatron_judgement import judged_by_megatron
 
 NULL_TOKENIZER = "NullTokenizer"
 """Megatron's tokenizer type for ids that come from elsewhere; it reads no text."""

@@ -17,10 +17,11 @@ from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_ar
 from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import ScMoEConfigError, ScMoEError, judged_by_megatron
+from megatron_scmoe.errors import ScMoEConfigError, ScMoEError
 from megatron_scmoe.model.layer_spec import describe, stage_spec
 from megatron_scmoe.platform import command_line, launch, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
+from megatron_scmoe.platform.megatron_judgement import judged_by_megatron
 from megatron_scmoe.training import (
     async_saves,
     data_identity,
@@ -154,6 +155,8 @@ def parse_settings():
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():
         print(run_defaults.describe(chosen), flush=True)
+    if saved_run.is_first_start(given, saved):
+        given.use_checkpoint_args = False  # in what is checked here: nothing is left open to them
     complete = not given.use_checkpoint_args or saved is None or saved.args is not None
     scmoe = scmoe_config_from_args(given)
     run_checks.check_flags(given, has_model=complete)

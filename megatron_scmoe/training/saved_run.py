@@ -78,6 +78,17 @@ def find(args: argparse.Namespace) -> SavedRun | None:
     return SavedRun(f"{flag} {folder}", path, state, is_distributed)
 
 
+def is_first_start(args: argparse.Namespace, saved: SavedRun | None) -> bool:
+    """Whether a job that loads what it saves has saved nothing yet.
+
+    Args:
+        saved: what :func:`find` has found for ``args``.
+    """
+    if saved is not None or args.non_persistent_ckpt_type is not None:
+        return False
+    return locate.loads_what_it_saves(args) and "://" not in args.load
+
+
 def _may_be_elsewhere(args: argparse.Namespace) -> bool:
     """Whether Megatron looks for a checkpoint that is not persistent, and may find one."""
     if args.non_persistent_ckpt_type != "global":

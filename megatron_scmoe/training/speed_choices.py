@@ -22,10 +22,11 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import validate_args
 
 from megatron_scmoe.arguments import in_flags, scmoe_config_from_args
-from megatron_scmoe.errors import ScMoEError, judged_by_megatron
+from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.overlap.schedule import slot_behind_second_attention
 from megatron_scmoe.platform import cpu_backend, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, TUNE_OFF
+from megatron_scmoe.platform.megatron_judgement import judged_by_megatron
 from megatron_scmoe.training import optimizer_state
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate

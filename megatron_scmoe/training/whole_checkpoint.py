@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 from megatron_scmoe.checkpoints import locate
@@ -12,6 +13,9 @@ from megatron_scmoe.platform.command_line import is_first_rank
 
 REFUSE, SKIP = "refuse", "skip"
 """Values of ``--scmoe-damaged-checkpoint``."""
+
+SEEN_WITHIN_S = 60
+"""How long a host may take to see a file of another one; NFS remembers for as long by default."""
 
 
 def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
@@ -32,7 +36,7 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
     checked = getattr(args, "scmoe_verify_checkpoint", False)
     skips = getattr(args, "scmoe_damaged_checkpoint", REFUSE) == SKIP and step is None
     skips |= step is None and _names_none(flag, folder, args)
-    skipped: list[tuple[int | None, InputError]] = []
+    skipped: list[tuple[int | str | None, InputError]] = []
     while True:
         try:
             path = locate.find_checkpoint(flag, folder, step, args.ckpt_format)
@@ -46,11 +50,7 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
             skipped.append((step, error))
             step = before
     if skipped:
-        rank_store.gather(f"found {path}", "")  # nobody looks at the others any more
-        if is_first_rank():
-            for flawed, reason in skipped:
-                _set_aside(folder, flawed, reason, path)
-        rank_store.gather(f"renamed before {path}", "")
+        _go_on_from(path, folder, skipped)
     return path
 
 
@@ -91,19 +91,48 @@ def _check_bytes(flag: str, folder: str, path: Path, step, all_ranks: bool) -> N
     before = locate.complete_before(folder, step or path.name, "torch_dist")
     accepted = "another folder"
     if before is not None:
-        accepted = f"--ckpt-step {before}, the complete checkpoint before it"
-    given = f"{flag} {folder}" + (f" --ckpt-step {step}" if step else "")
+        accepted = f"{locate.how_to_load(folder, before)}, the complete checkpoint before it"
+    given = locate.as_given(flag, folder, step)
     raise InputError(given, f"the checkpoint is not what was saved: {damage}", accepted)
 
 
-def _set_aside(folder: str, step: int | None, error: InputError, instead: Path) -> None:
-    """Rename a damaged checkpoint, or fill in a tracker, and say so."""
+def _go_on_from(
+    path: Path, folder: str, skipped: list[tuple[int | str | None, InputError]]
+) -> None:
+    """Set aside what is damaged, and name ``path`` where Megatron cannot be told of it otherwise."""
+    names_it = locate.folder_of(folder, None) is None or path.name == locate.RELEASE
+    rank_store.gather(f"found {path}", "")  # nobody looks at the others any more
+    if is_first_rank():
+        for flawed, reason in skipped:
+            _set_aside(folder, flawed, reason, path)
+        if names_it:
+            locate.write_tracker(folder, path)  # Megatron ends at an empty one, or begins anew
+    rank_store.gather(f"renamed before {path}", "")
+    if names_it:
+        _wait_until_named(folder, path)
+
+
+def _set_aside(folder: str, step: int | str | None, error: InputError, instead: Path) -> None:
+    """Rename a damaged checkpoint, if any is named, and say so."""
     damaged = locate.folder_of(folder, step)
     told = error.without_advice
-    if damaged is None:
-        locate.write_tracker(folder, instead)  # Megatron ends at an empty one, or begins anew
-    elif damaged.is_dir():
+    if damaged is not None and damaged.is_dir():
         aside = damaged.with_name(f"{damaged.name}.damaged")
         told += f"; it is {aside.name} now"
         damaged.rename(aside)
     print(f"WARNING: {told}; the run goes on from {instead.name}", flush=True)
+
+
+def _wait_until_named(folder: str, path: Path) -> None:
+    """Wait until this rank sees what the first one wrote: where the file is, Megatron's reading of it
+    is a collective, and a rank that sees none would leave the others waiting."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not locate.is_named(folder, path):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"--load {folder}",
+                f"the first rank has named {path.name} there, and rank "
+                f"{os.environ.get('RANK', '0')} does not see it after {SEEN_WITHIN_S} s",
+                "a folder that all hosts share",
+            )
+        time.sleep(0.2)

@@ -404,10 +404,14 @@ class TestCheckpoint:
         flags = ("--mock-data", "--load", folder, "--save")
         accepted(*flags, folder)
         accepted(*flags, tmp_path / "." / "new")
+        accepted(
+            *flags, folder, "--use-checkpoint-args"
+        )  # one command for this start and later ones
         nothing = f"--load {folder}: there is no checkpoint (no {folder}/{TRACKER}"
-        for meant in ("--exit-on-missing-checkpoint", "--use-checkpoint-args"):
-            assert refused(*flags, folder, meant).startswith(nothing)
-        for message in (refused(*flags, tmp_path / "other"), refused(*flags[:-1])):
+        assert refused(*flags, folder, "--exit-on-missing-checkpoint").startswith(nothing)
+        elsewhere = ((*flags, tmp_path / "other"), flags[:-1])
+        for given in (*elsewhere, (*flags[:-1], "--use-checkpoint-args")):
+            message = refused(*given)
             assert message.startswith(nothing)
             assert "or what --save names: a job begins there" in message
 
@@ -428,10 +432,55 @@ class TestCheckpoint:
 
     def test_an_exported_model_is_no_save(self, refused, tmp_path):
         (tmp_path / "config.json").touch()
+        (tmp_path / "model.safetensors").touch()
         for also in ((), ("--save", tmp_path), ("--use-checkpoint-args",)):
             message = refused("--mock-data", "--load", tmp_path, *also)
             assert message.startswith(f"--load {tmp_path}: it is a Hugging Face model; accepted: ")
             assert f"tools/convert.py hf-to-megatron --input {tmp_path} --save FOLDER" in message
+
+    @pytest.mark.parametrize("names", [["config.json"], ["config.json", "adapter_config.json"]])
+    def test_a_file_of_the_user_s_beside_what_is_saved_is_no_model(
+        self, names, accepted, refused, tmp_path
+    ):
+        for name in names:
+            (tmp_path / name).touch()
+        accepted("--mock-data", "--load", tmp_path, "--save", tmp_path)
+        message = refused("--mock-data", "--load", tmp_path)
+        assert message.startswith(f"--load {tmp_path}: there is no checkpoint (no {tmp_path}/")
+
+    def test_a_lost_tracker_beside_a_release_is_no_first_start(
+        self, refused, accepted, folder, tmp_path
+    ):
+        """What convert and upcycle write is a release, and no iteration."""
+        (folder / TRACKER).unlink()
+        iteration(folder, 30).rename(folder / "release")
+        assert refused("--mock-data", "--load", folder).endswith(f"echo 20 > {folder}/{TRACKER}")
+        for step in (10, 20):
+            shutil.rmtree(iteration(folder, step))
+        for flag, *also in (
+            ["--load"],
+            ["--load", "--save", tmp_path],
+            ["--load", "--use-checkpoint-args"],
+            ["--pretrained-checkpoint"],
+        ):
+            assert refused("--mock-data", flag, folder, *also) == (
+                f"{flag} {folder}: {folder}/{TRACKER} is missing; accepted: the name of the complete "
+                f"checkpoint in it: echo release > {folder}/{TRACKER}"
+            )
+        (folder / TRACKER).write_text("release")
+        accepted("--mock-data", "--load", folder)
+        (folder / TRACKER).unlink()
+        (folder / "release" / "metadata.json").unlink()
+        accepted("--mock-data", "--load", folder, "--save", folder)
+
+    def test_a_release_is_what_is_left(self, refused, folder):
+        shutil.copytree(iteration(folder, 30), folder / "release")
+        for step in STEPS:
+            cut(iteration(folder, step) / "__0_0.distcp")
+        message = refused("--mock-data", "--load", folder)
+        assert message.endswith(
+            f"accepted: echo release > {folder}/{TRACKER}, the nearest complete checkpoint"
+        )
 
     def test_a_lost_tracker_is_no_first_start(self, refused, accepted, folder, tmp_path):
         """A run with --save there writes it anew (whole_checkpoint.py), which comes before this."""

@@ -149,6 +149,18 @@ def test_a_first_start_is_compared_with_nothing(tmp_path):
     assert saved_run.find(run(tmp_path, load=None)) is None
 
 
+def test_a_first_start_is_one_of_a_job_that_loads_what_it_saves(folder, tmp_path):
+    def is_first(load, **changes) -> bool:
+        args = run(load, **changes)
+        return saved_run.is_first_start(args, saved_run.find(args))
+
+    assert is_first(tmp_path, save=f"{tmp_path}/.")
+    assert not is_first(folder, save=str(folder))
+    assert not is_first(tmp_path, save=str(tmp_path), pretrained_checkpoint=str(folder))
+    assert not is_first(tmp_path, save=str(tmp_path), non_persistent_ckpt_type="local")
+    assert not is_first("s3://bucket/run", save="s3://bucket/run")  # Megatron alone looks there
+
+
 def test_a_checkpoint_may_be_one_that_is_not_persistent(tmp_path):
     """Megatron alone finds those of kind local; of kind global only where there is one."""
     assert saved_run.find(run(tmp_path, non_persistent_ckpt_type="local")) is None

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def find(folder: Path, **changes) -> Path:
     return whole_checkpoint.find("--load", str(folder), args)
 
 
-def flip(folder: Path, step: int) -> None:
-    file = folder / f"iter_{step:07d}" / "__0_0.distcp"
+def flip(checkpoint: Path) -> None:
+    file = checkpoint / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -57,7 +58,7 @@ def test_the_last_one_is_found(folder):
 
 
 def test_a_flipped_bit_is_refused(folder):
-    flip(folder, 30)
+    flip(folder / "iter_0000030")
     with pytest.raises(InputError) as caught:
         find(folder)
     assert str(caught.value) == (
@@ -68,12 +69,12 @@ def test_a_flipped_bit_is_refused(folder):
 
 
 def test_without_the_check_it_is_loaded(folder):
-    flip(folder, 30)
+    flip(folder / "iter_0000030")
     assert find(folder, scmoe_verify_checkpoint=False).name == "iter_0000030"
 
 
 def test_damage_is_skipped_and_set_aside(folder, capsys):
-    flip(folder, 30)
+    flip(folder / "iter_0000030")
     (folder / "iter_0000020" / "__0_0.distcp").write_bytes(b"half")
     assert find(folder, scmoe_damaged_checkpoint="skip").name == "iter_0000010"
     assert (folder / "iter_0000030.damaged").is_dir()
@@ -84,7 +85,7 @@ def test_damage_is_skipped_and_set_aside(folder, capsys):
 
 
 def test_a_step_that_is_named_is_not_skipped(folder):
-    flip(folder, 30)
+    flip(folder / "iter_0000030")
     with pytest.raises(InputError):
         find(folder, ckpt_step=30, scmoe_damaged_checkpoint="skip")
 
@@ -114,6 +115,76 @@ def test_a_lost_tracker_means_the_newest_that_is_complete(folder, capsys):
         f"WARNING: --load {folder}: {folder}/{TRACKER} is missing; the run goes on from iter_0000020\n"
     )
     assert (folder / TRACKER).read_text() == "20"
+
+
+@pytest.mark.parametrize("tracker", [None, ""], ids=["lost", "empty"])
+def test_without_a_tracker_a_release_is_taken_where_no_iteration_is_complete(
+    tracker, folder, capsys
+):
+    """What convert and upcycle write; the run would begin at random beside it."""
+    (folder / TRACKER).unlink()
+    if tracker is not None:
+        (folder / TRACKER).write_text(tracker)
+    shutil.copytree(folder / "iter_0000030", folder / "release")
+    for step in (10, 20, 30):
+        (folder / f"iter_{step:07d}" / "metadata.json").unlink()
+    assert find(folder, save=str(folder)).name == "release"
+    assert capsys.readouterr().out.endswith("; the run goes on from release\n")
+    assert (folder / TRACKER).read_text() == "release"
+
+
+def test_a_damaged_release_is_refused_however_it_is_found(folder):
+    shutil.move(folder / "iter_0000030", folder / "release")
+    for step in (10, 20):
+        shutil.rmtree(folder / f"iter_{step:07d}")
+    flip(folder / "release")
+    for is_lost in (False, True):
+        (folder / TRACKER).write_text("release")
+        if is_lost:
+            (folder / TRACKER).unlink()
+        with pytest.raises(InputError) as caught:
+            find(folder, save=str(folder), scmoe_damaged_checkpoint="skip")
+        assert str(caught.value).startswith(
+            f"--load {folder}: the checkpoint is not what was saved: {folder}/release/__0_0.distcp"
+        )
+        assert str(caught.value).endswith("accepted: another folder")
+
+
+def test_skipping_ends_at_a_release(folder):
+    shutil.copytree(folder / "iter_0000010", folder / "release")
+    for step in (10, 20, 30):
+        flip(folder / f"iter_{step:07d}")
+    assert find(folder, scmoe_damaged_checkpoint="skip").name == "release"
+    assert (folder / "iter_0000030.damaged").is_dir()
+    assert (folder / TRACKER).read_text() == "release"  # --ckpt-step cannot name it
+
+
+class TestAnotherHost:
+    """It sees what the first rank writes some time later, as over NFS."""
+
+    @pytest.fixture(autouse=True)
+    def second_rank(self, folder, monkeypatch):
+        (folder / TRACKER).unlink()
+        monkeypatch.setenv("RANK", "1")
+
+    def test_goes_on_when_it_sees_the_tracker(self, folder):
+        def write():
+            (folder / TRACKER).write_text("30")
+
+        first_rank = threading.Timer(0.3, write)
+        first_rank.start()
+        assert find(folder, save=str(folder), scmoe_verify_checkpoint=False).name == "iter_0000030"
+        assert (folder / TRACKER).is_file()
+        first_rank.join()
+
+    def test_is_told_if_it_never_does(self, folder, monkeypatch):
+        monkeypatch.setattr(whole_checkpoint, "SEEN_WITHIN_S", 0)
+        with pytest.raises(InputError) as caught:
+            find(folder, save=str(folder), scmoe_verify_checkpoint=False)
+        assert str(caught.value) == (
+            f"--load {folder}: the first rank has named iter_0000030 there, and rank 1 does not see "
+            "it after 0 s; accepted: a folder that all hosts share"
+        )
 
 
 def test_nothing_is_written_where_nothing_is_saved(folder, tmp_path):

@@ -149,8 +149,7 @@ def test_graphs_of_more_columns_follow_as_the_texts_grow(models, columns):
         assert graphs > 1
 
 
-@pytest.mark.parametrize("layers", [None, 1])
-@pytest.mark.parametrize("captures_fail_from", [0, 3, 100])
+@pytest.mark.parametrize("layers, captures_fail_from", [(None, 100), (1, 100), (None, 3)])
 def test_of_offloaded_experts_those_alone_come_that_were_chosen(
     models, tmp_path, layers, captures_fail_from
 ):

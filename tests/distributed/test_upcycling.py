@@ -268,9 +268,8 @@ def corpus(folders, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("corpus")
     shutil.copytree(folders("gpt2"), folder / "model")
-    text = (
-        REPOSITORY / "LICENSE"
-    ).read_text()  # which experts see tokens hangs on it: never edited
+    # Nobody edits it: which experts see tokens hangs on the text.
+    text = (REPOSITORY / "LICENSE").read_text()
     (folder / "text.txt").write_text(text)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

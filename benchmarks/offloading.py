@@ -90,11 +90,11 @@ from megatron_scmoe.inference.expert_store import (
     PinnedExperts,
     pinned_memory,
 )
+from megatron_scmoe.inference.offloaded_experts import named_weights
 from megatron_scmoe.inference.offloading import (
     ExpertOffload,
     OffloadSettings,
     connect,
-    named_weights,
     offloaded_layers,
 )
 from megatron_scmoe.model.layer_spec import build_block_spec
@@ -191,8 +191,6 @@ def measure(
         decoding.begins()
         generate(on_token=decoding.on_token)
         decoding.ends(counts=is_warm)
-    with sums_in_one_order():
-        written = generate()
     row = {
         "prefill_ms": statistics.median(decoding.prefill_ms),
         "token_ms": statistics.median(decoding.token_ms),
@@ -200,7 +198,10 @@ def measure(
         "memory_mb": on_the_device(model, cache) / 1e6,
         "peak_memory_mb": None if machine.ON_CPU else torch.cuda.max_memory_allocated() / 1e6,
     }
-    return row | decoding.of_cache(), [completion.tokens for completion in written]
+    row |= decoding.of_cache()
+    with sums_in_one_order():
+        written = generate()
+    return row, [completion.tokens for completion in written]
 
 
 def sums_in_one_order() -> AbstractContextManager:

@@ -89,16 +89,8 @@ def command(result: dict) -> str:
 
 
 def _rows(found: dict) -> Iterator[str]:
-    heads = [
-        "",
-        "prefill, ms",
-        "token, ms",
-        "in graphs",
-        "waited, ms",
-        "copied, MB a token",
-        "hits",
-    ]
-    heads += ["peak, MB", "saved", "same text"]
+    heads = ["", "prefill, ms", "token, ms", "in graphs", "waited, ms", "copied, MB a token"]
+    heads += ["hits", "peak, MB", "saved", "same text"]
     rows = []
     for mode, row in found["modes"].items():
         cells = [mode, f"{row['prefill_ms']:.1f}", f"{row['token_ms']:.2f}"]

@@ -25,7 +25,7 @@ from megatron_scmoe.config import (
     DecodePadding,
     DecodeSchedule,
 )
-from megatron_scmoe.errors import ScMoEConfigError
+from megatron_scmoe.errors import ScMoEConfigError, in_words
 from megatron_scmoe.inference import decode_graphs
 from megatron_scmoe.inference.decode_graphs import Key
 from megatron_scmoe.inference.expert_padding import ExpertPadding
@@ -137,10 +137,9 @@ class Decode:
         self.in_graphs = False
         self._counts = False
         if torch.distributed.get_rank() == 0:
-            reason = str(error).strip().partition("\n")[0]
             print(
                 "warning: a decode could not be captured in a CUDA graph, and goes on without "
-                f"({reason}); --decode-cuda-graphs {ON} shows where",
+                f"({in_words(error, 1)}); --decode-cuda-graphs {ON} shows where",
                 file=sys.stderr,
                 flush=True,
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_scmoe.config import AUTO, OFF, ON, DecodePadding
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.inference.offloading import OffloadedExperts
+from megatron_scmoe.inference.offloaded_experts import OffloadedExperts
 from megatron_scmoe.model.moe_layer import ScMoELayer
 from megatron_scmoe.platform import cpu_backend
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from megatron_scmoe.config import AUTO, OFF, ON, OVERLAPPED
 from megatron_scmoe.errors import ScMoEConfigError
-from megatron_scmoe.inference import decode_graphs, generation, offloading
+from megatron_scmoe.inference import decode_graphs, generation, offloaded_experts, offloading
 from megatron_scmoe.inference.decode_schedule import Decode
 from megatron_scmoe.inference.slots import Slots, Text
 from megatron_scmoe.training import load_model
@@ -170,7 +170,7 @@ def _offloaded(load: Path, settings: offloading.OffloadSettings, captures_fail_f
         captured_experts.append(run)
         return run
 
-    as_captured = mock.patch.multiple(offloading, is_capturing=lambda: True, capture=capture)
+    as_captured = mock.patch.multiple(offloaded_experts, is_capturing=lambda: True, capture=capture)
     told = io.StringIO()
     prompts = [[5, 9, 2, 7], [3, 4, 8, 1]]
     sampling = generation.SamplingParams(

@@ -1,7 +1,7 @@
 """What takes long is started before the tests are collected, which imports Megatron as well."""
 
 from tests import harness
-from tests.gpu.rank_sets import EXACT, GPUS, ONE_QUEUE
+from tests.gpu.rank_sets import EXACT, EXACT_ONE_QUEUE, GPUS, ONE_QUEUE
 
 
 def pytest_collection(session) -> None:
@@ -11,6 +11,7 @@ def pytest_collection(session) -> None:
     harness.gpu_ranks(EXACT)
     if GPUS > 1:
         harness.gpu_ranks(ONE_QUEUE)
+        harness.gpu_ranks(EXACT_ONE_QUEUE)
     harness._context.Process(target=_build_extension).start()
 
 

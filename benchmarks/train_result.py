@@ -173,7 +173,13 @@ def loss_notes(runs: dict[str, dict]) -> list[str]:
         else:
             first = min(apart, key=int)
             most = max(_apart(row["losses"][n], serial["losses"].get(n)) for n in apart)
-            notes.append(f"{about} DIFFER from iteration {first} on, by {most:.0e} of it at most")
+            alone = len(row["rounds_ms"]) == 1
+            whose = (
+                "; one round does not tell whether a system's own losses repeat" if alone else ""
+            )
+            notes.append(
+                f"{about} DIFFER from iteration {first} on, by {most:.0e} of it at most{whose}"
+            )
     return notes
 
 

@@ -13,7 +13,7 @@ from train_settings import GRAPH_WARMUP, SYSTEMS, Layout, Variant, all_settings
 
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
 
-FIRST_LOGS = 2
+FIRST_LOGS = 1
 """How many lines of the log hold the first iteration's time."""
 
 

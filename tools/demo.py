@@ -12,9 +12,7 @@ trains it, saves a checkpoint, resumes from it, and writes below demo/
     before.log, train.log, resume.log     what Megatron said, the command in the first line
     tensorboard/                          the same run for TensorBoard
 
-Losses in training come from TensorBoard's files, as the second line that Megatron logs after a start
-is a mean over two iterations. Held-out losses come from the log, as Megatron gives TensorBoard none
-when it only evaluates (--skip-train).
+Losses come from the log: Megatron gives TensorBoard none when it only evaluates (--skip-train).
 """
 
 import importlib.util
@@ -38,7 +36,6 @@ from prepare_demo_data import DemoData, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
@@ -136,7 +133,7 @@ class Record:
 
 @dataclass
 class Losses:
-    """Records by iteration, filled from Megatron's log and then from TensorBoard's files."""
+    """Records by iteration, filled from Megatron's log."""
 
     records: dict[int, Record] = field(default_factory=dict)
 
@@ -159,14 +156,6 @@ class Losses:
             record.validation_loss = float(found[2])
             return record
         return None
-
-    def read_tensorboard(self, folder: Path) -> None:
-        """Put the exact losses of training in place of the log's."""
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag, name in (("lm loss", "lm_loss"), ("load_balancing_loss", "aux_loss")):
-            for event in events.Scalars(tag):
-                setattr(self._at(event.step), name, event.value)
 
     def validation(self, iteration: int) -> float:
         """The held-out loss after `iteration`."""
@@ -241,7 +230,6 @@ def demo(folder: Path, plan: Plan, extra_flags: Sequence[str]) -> None:
     losses = Losses()
     for name, (start, end, flags) in stages.items():
         run(name, [*common, *flags], hardware, folder, start, end, losses, console)
-    losses.read_tensorboard(folder / "tensorboard")
 
     settings = {"smoke": plan is SMOKE, "hardware": hardware.name, "ranks": hardware.ranks}
     with staged_outputs("--output", [folder / "losses.json", folder / "loss_curve.png"]) as (

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,11 +39,12 @@ def in_words_of_flags(error: BaseException) -> str:
     """An error in one line (:func:`~megatron_scmoe.errors.in_words`).
 
     In a bare assertion about parsed arguments, flags with their values are in place of the
-    arguments: ``--min-lr 1.0, --lr 0.1: it must hold that --min-lr <= --lr``.
+    arguments: ``--min-lr 1.0, --lr 0.1: it must hold that --min-lr <= --lr``. In a message flags are
+    in place of the names of several words: ``eval_global_batch_size``.
     """
     failed = failed_assertion(error)
     if failed is None:
-        return in_words(error)
+        return _NAME.sub(_flag_in_place, in_words(error))
     test, variables = failed
     args = variables.get("args")
     if not isinstance(args, argparse.Namespace):
@@ -50,6 +52,15 @@ def in_words_of_flags(error: BaseException) -> str:
     flags = _Flags(args)
     told = ast.unparse(flags.visit(test))
     return f"{', '.join(flags.given)}{': ' * bool(flags.given)}{BARE_ASSERTION} {told}"
+
+
+_NAME = re.compile(r"(?<![\w./-])[a-z]+(?:_[a-z\d]+)+(?![\w./(=-])")
+"""What may be the name of an argument; not in a path, a call or a longer name."""
+
+
+def _flag_in_place(name: re.Match[str]) -> str:
+    flag = flag_of(name[0])
+    return flag if name_of_flag(flag[2:]) == name[0] and not is_switch_off(name[0]) else name[0]
 
 
 class _Flags(ast.NodeTransformer):

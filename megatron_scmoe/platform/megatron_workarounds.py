@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import inspect
 import os
 import queue
 
@@ -104,8 +105,11 @@ def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply(args) -> None:
-    """Close the gaps that need a change in Megatron itself; all but the first on the CPU only."""
+    """Close the gaps that need a change in Megatron itself."""
     _use_built_dataset_helper()
+    _end_intervals_of_the_first_iteration()
+    if not HAVE_TE:
+        _know_linear_modules_by_types_alone()
     if cpu_backend.is_enabled():
         _use_adam_with_group_steps()
         if not args.async_save:
@@ -123,6 +127,42 @@ def _use_built_dataset_helper() -> None:
     built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
     if built and not os.path.exists(os.path.join(folder, "Makefile")):
         utils.compile_helpers = lambda: None
+
+
+def _end_intervals_of_the_first_iteration() -> None:
+    """With ``--log-interval 1`` the second line after a start gives means over two iterations.
+
+    Megatron logs the first iteration whatever the interval is, and goes on adding up, for the line at
+    the interval's end. Where that is the same line, nothing ends the interval. Scripts of a checkout
+    without such a first line are left alone.
+    """
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    log = training.training_log
+    names = list(inspect.signature(log).parameters)
+    if "is_first_iteration" not in names:
+        return
+    place = names.index("iteration")
+
+    @functools.wraps(log)
+    def log_and_end(*values, is_first_iteration=False, **others):
+        iteration = others["iteration"] if "iteration" in others else values[place]
+        is_due = iteration % get_args().log_interval == 0
+        return log(*values, is_first_iteration=is_first_iteration and not is_due, **others)
+
+    training.training_log = log_and_end
+
+
+def _know_linear_modules_by_types_alone() -> None:
+    """Without Transformer Engine mocks stand for its modules, and ``isinstance`` refuses these.
+
+    ``--save-activations-interval`` and ``--save-dgrads-interval`` would end the run.
+    """
+    from megatron.training import activation_logging, dgrad_logging
+
+    for module in (activation_logging, dgrad_logging):
+        module.LINEAR_TYPES = tuple(kind for kind in module.LINEAR_TYPES if isinstance(kind, type))
 
 
 def _use_adam_with_group_steps() -> None:

@@ -64,6 +64,7 @@ def main() -> None:
         config = megatron_workarounds.transformer_config(args)
     validate(scmoe, config)
     input_checks.check_tokens(args, get_tokenizer())
+    run_checks.check_recordings(args)
     saving_checks.check_disk(args)
     tokens = args.seq_length // args.context_parallel_size
     slot_tuner.check_times(scmoe, slot_tuner.sizes_of(config, args.micro_batch_size, tokens))

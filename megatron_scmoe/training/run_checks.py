@@ -61,6 +61,32 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
         )
 
 
+def check_recordings(args: argparse.Namespace) -> None:
+    """Check flags that record what modules compute, against what the run has chosen for itself.
+
+    Raises:
+        RunError: for a recording that would stay empty, or end the run in its first iteration.
+    """
+    counts, gradients = args.save_tokens_per_expert_interval, args.save_dgrads_interval
+    has_te = args.transformer_impl == "transformer_engine"
+    if counts and not (args.moe_grouped_gemm and has_te):
+        raise RunError(
+            f"--save-tokens-per-expert-interval {counts}",
+            "Megatron counts in Transformer Engine's grouped GEMM, which this run does not have",
+            "--transformer-impl transformer_engine --moe-grouped-gemm on a GPU, or leave it out: "
+            "--scmoe-log-overlap-interval logs the largest number over the mean",
+        )
+    if gradients and not (
+        args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
+    ):
+        raise RunError(
+            f"--save-dgrads-interval {gradients}",
+            "it hooks the output layer, whose logits Megatron's loss overwrites: autograd refuses",
+            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te on a GPU, or leave it out: "
+            "--save-wgrads-interval and --save-activations-interval work",
+        )
+
+
 _MODEL_NUMBERS = (
     ("num_layers", 1),
     ("hidden_size", 1),
@@ -182,7 +208,8 @@ def _check_layout(args) -> None:
             )
     replicas = ranks // (tensor * pipeline * context)
     samples, micro = args.global_batch_size, args.micro_batch_size
-    if samples and samples % (micro * replicas):
+    may_be_less = args.decrease_batch_size_if_needed and samples and samples >= micro * replicas
+    if samples and samples % (micro * replicas) and not may_be_less:
         raise RunError(
             f"--global-batch-size {samples}",
             f"each of {replicas} data-parallel replicas takes --micro-batch-size {micro} at once",
@@ -281,6 +308,13 @@ def _check_device(args) -> None:
             "Transformer Engine is not installed",
             "--transformer-impl local, or leave the flag out",
         )
+    for name in ("qk_clip", "log_max_attention_logit"):
+        if getattr(args, name) and not HAVE_TE:
+            raise RunError(
+                flag_of(name),
+                "Transformer Engine finds the largest logit, and is not installed",
+                "leave the flag out",
+            )
     if args.moe_latent_size and not HAVE_TE:
         raise RunError(
             f"--moe-latent-size {args.moe_latent_size}",

@@ -38,6 +38,17 @@ def flex_has_its_package(scmoe: ScMoEConfig, settings: Settings) -> None:
             )
 
 
+@rule("--moe-enable-deepep", "--moe-token-dispatcher-type")
+def deepep_is_a_backend_of_flex(scmoe: ScMoEConfig, settings: Settings) -> None:
+    dispatcher = settings.moe_token_dispatcher_type
+    if settings.moe_enable_deepep and dispatcher != "flex":
+        raise ScMoEConfigError(
+            f"--moe-enable-deepep with --moe-token-dispatcher-type {dispatcher}",
+            "DeepEP carries the tokens of the flex dispatcher alone",
+            "--moe-token-dispatcher-type flex, or leave --moe-enable-deepep out",
+        )
+
+
 @rule("--scmoe-copy-engine-all-to-alls", "--scmoe-exchange")
 def copied_needs_copy_engines(scmoe: ScMoEConfig, settings: Settings) -> None:
     if not _uses_copy_engines(scmoe) and scmoe.copy_engine_all_to_alls is not None:

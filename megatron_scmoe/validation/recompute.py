@@ -6,11 +6,12 @@ from megatron_scmoe.validation.rule import rule
 from megatron_scmoe.validation.settings import Settings
 
 
-@rule("--recompute-modules")
+@rule("--recompute-modules", "--moe-layer-recompute")
 def moe_is_not_recomputed_alone(scmoe: ScMoEConfig, settings: Settings) -> None:
-    if "moe" in _selected_modules(settings):
+    is_old_name = bool(settings.moe_layer_recompute)
+    if is_old_name or "moe" in _selected_modules(settings):
         raise ScMoEConfigError(
-            "--recompute-modules moe",
+            "--moe-layer-recompute" if is_old_name else "--recompute-modules moe",
             "the routed path runs beside two blocks and cannot be recomputed as one piece",
             "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
         )

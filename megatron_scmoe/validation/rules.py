@@ -85,6 +85,7 @@ RULES: tuple[Rule, ...] = (
     latent_attention.fused_down_projections_have_megatrons_norms,
     parallelism.tensor_parallel_ranks_have_tokens_of_their_own,
     communication.allgather_is_not_overlapped,
+    communication.deepep_is_a_backend_of_flex,
     communication.flex_has_its_package,
     communication.copied_needs_copy_engines,
     communication.copied_are_all_to_alls,

@@ -31,6 +31,12 @@ UNSUPPORTED = (
         "leave the flag out",
     ),
     Refused(
+        "moe_use_upcycling",
+        "--moe-use-upcycling",
+        "Megatron makes MoE layers of its own of a dense checkpoint, without a tap",
+        "scmoe convert upcycle, and --load of what it writes (docs/upcycling.md)",
+    ),
+    Refused(
         "mtp_num_layers",
         "--mtp-num-layers",
         "a multi-token-prediction layer has no preceding block to tap",

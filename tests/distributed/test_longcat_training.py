@@ -1,7 +1,6 @@
 """LongCat-Flash through the pretraining script: import, ten steps, the biases' rule, resume."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -90,9 +89,9 @@ def test_resume_continues_exactly(trained, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     save = ["--save", str(tmp_path), "--save-interval", str(STEPS)]
     resumed = train(None, "--load", str(tmp_path), *save)
-    for iteration in (6, 8, 9, 10):  # Megatron's second line is a mean of two
+    assert sorted(resumed.losses) == [6, 7, 8, 9, 10]
+    for iteration in resumed.losses:
         assert resumed.losses[iteration] == straight.losses[iteration]
-    assert math.isfinite(resumed.losses[7])
     ends = [
         read_megatron(path / f"iter_{STEPS:07d}").tensors for path in (tmp_path, folder / "saved")
     ]

@@ -33,13 +33,9 @@ def test_resume_continues_exactly(tmp_path, optimizer):
     straight = train(*DROPOUT, *optimizer)
     train(*flags, "--exit-interval", "5")
     resumed = train(*flags, "--load", str(tmp_path))
-    # Megatron's second line after a start is a mean over two iterations: iteration 7 here.
     assert sorted(resumed.losses) == [6, 7, 8, 9, 10]
-    for iteration in (6, 8, 9, 10):
+    for iteration in resumed.losses:
         assert resumed.losses[iteration] == straight.losses[iteration]
-    mean = (straight.losses[6] + straight.losses[7]) / 2
-    assert resumed.losses[7] == pytest.approx(mean, abs=2e-6)
-    for iteration in range(6, 11):
         assert resumed.grad_norms[iteration] == straight.grad_norms[iteration]
     assert len(set(straight.losses.values())) == 10
 

@@ -20,7 +20,7 @@ def test_a_run_saved_while_it_trained_goes_on_with_its_optimizer_on_another_layo
     resumed = run_pretrain([*flags, "--load", str(tmp_path), "--ckpt-step", "5"], 1)
     assert resumed.status == 0, resumed.output[-2000:]
     assert sorted(resumed.losses) == [6, 7, 8, 9, 10]
-    for step in (6, 8, 9, 10):  # Megatron's second line after a start shows the mean of two steps
+    for step in resumed.losses:
         # bf16, summed in another order; with Adam's steps lost it is off by more than 0.03.
         assert resumed.losses[step] == pytest.approx(whole.losses[step], abs=0.01)
 

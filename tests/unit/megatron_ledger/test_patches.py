@@ -36,6 +36,13 @@ def test_make_is_run_without_a_makefile():
     assert importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
+@row("megatron.training.training.training_log")
+def test_no_interval_ends_with_the_first_iteration():
+    text = source("megatron.training.training.training_log")
+    assert "should_reset = not is_first_iteration" in text
+    assert "if iteration % args.log_interval == 0 or is_first_iteration:" in text
+
+
 @row("megatron.core.transformer.utils._sequence_parallel_attr_cache")
 def test_modules_are_remembered_by_a_models_address():
     text = source("megatron.core.transformer.utils._init_sequence_parallel_cache")

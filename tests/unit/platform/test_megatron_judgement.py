@@ -70,6 +70,24 @@ def test_what_megatron_refuses_is_one_line():
             raise refusal
 
 
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            "eval_global_batch_size (3) must be divisible by eval_micro_batch_size (2) * "
+            "data_parallel_size",
+            "--eval-global-batch-size (3) must be divisible by --eval-micro-batch-size (2) * "
+            "data_parallel_size",
+        ),
+        ("add_bias_linear is set", "add_bias_linear is set"),  # its flag says the opposite
+        ("no file /tmp/num_layers/x, num_layers.bin", "no file /tmp/num_layers/x, num_layers.bin"),
+        ("num_layers() and other_num_layers", "num_layers() and other_num_layers"),
+    ],
+)
+def test_names_of_arguments_in_a_message_are_flags(message, words):
+    assert in_words_of_flags(ValueError(message)) == words
+
+
 def test_own_words_are_kept_and_a_bug_stays_one():
     for error in (UsageError("own"), KeyError("bug"), TypeError("bug")):
         with pytest.raises(type(error)) as caught, judged_by_megatron():

@@ -46,6 +46,33 @@ def test_flags_that_work(ranks):
     check(parse(*FLAGS, "--expert-model-parallel-size", str(ranks), world_size=ranks))
 
 
+def test_a_batch_may_be_decreased():
+    check(parse(*FLAGS, "--global-batch-size", "3", "--decrease-batch-size-if-needed"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "more", "accepted"),
+    [
+        ("--save-tokens-per-expert-interval 5", "", "--transformer-impl transformer_engine"),
+        ("--save-tokens-per-expert-interval 5", "--moe-grouped-gemm", "--transformer-impl trans"),
+        ("--save-dgrads-interval 5", "", "--cross-entropy-loss-fusion"),
+        ("--save-dgrads-interval 5", "--cross-entropy-loss-fusion", "--cross-entropy-loss-fusion"),
+    ],
+)
+def test_recordings_that_would_stay_empty_or_end_the_run(flag, more, accepted):
+    with pytest.raises(RunError, match=f"^{flag}: .*; accepted: {accepted}"):
+        run_checks.check_recordings(parse(*FLAGS, *flag.split(), *more.split()))
+
+
+def test_other_recordings():
+    te = "--transformer-impl transformer_engine --moe-grouped-gemm --cross-entropy-loss-fusion"
+    recorded = "--save-tokens-per-expert-interval 5 --save-dgrads-interval 5".split()
+    run_checks.check_recordings(
+        parse(*FLAGS, *te.split(), "--cross-entropy-fusion-impl", "te", *recorded)
+    )
+    run_checks.check_recordings(parse(*FLAGS, "--save-activations-interval", "5"))
+
+
 @pytest.mark.parametrize(
     "flag",
     "--num-layers --hidden-size --num-attention-heads --seq-length --micro-batch-size --lr".split(),
@@ -99,6 +126,10 @@ def test_a_checkpoint_may_bring_the_model():
         ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2 x .* groups of 2"),
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: it counts ranks"),
         ("--global-batch-size 3", "--global-batch-size 3: .*accepted: a multiple of 2"),
+        (
+            "--global-batch-size 1 --decrease-batch-size-if-needed",
+            "--global-batch-size 1: .*accepted: a multiple of 2",
+        ),
         ("--eval-interval 0", "--eval-interval 0: it is too small; accepted: 1 or more"),
         ("--log-interval 0", "--log-interval 0"),
         ("--eval-iters -1", "--eval-iters -1"),

@@ -278,9 +278,10 @@ def write_texts(args: Namespace, prompts: list[str], load: str, offload) -> None
         )
         show(texts[0].new_text(completions[0].tokens, is_last=True) + "\n")
         if not streams and is_first_rank():
+            is_ascii = (output.encoding or "utf-8").lower() not in ("utf-8", "utf8")
             for prompt, own_ids, text, completion in zip(prompts, ids, texts, completions):
                 record = describe(prompt, own_ids, text, completion, args, tokenizer)
-                print(json.dumps(record, ensure_ascii=False), file=output)
+                print(json.dumps(record, ensure_ascii=is_ascii), file=output)
     if offload is not None:
         line = offload.report(sum(len(completion.tokens) for completion in completions))
         if is_first_rank():

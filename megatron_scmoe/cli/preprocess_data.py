@@ -90,6 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite an existing dataset")
     args = parser.parse_args(argv)
 
+    if "/" in args.json_key:
+        raise UsageError(
+            f"--json-key {args.json_key}: the dataset's files are named by it; accepted is a key "
+            "without /"
+        )
     refuse_overwrite(
         "--output-prefix", dataset_files(args.output_prefix, args.json_key), args.force
     )

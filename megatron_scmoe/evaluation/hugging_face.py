@@ -73,7 +73,8 @@ class HuggingFaceModel:
             )
 
     def tokenize(self, text: str) -> np.ndarray:
-        """The ids of a text, int64 [n]; no special tokens are added."""
+        """The ids of a text, int64 [n], with the special tokens that the tokenizer adds: so Megatron's
+        tokenizers read a text, and so the model was trained."""
         from transformers import AutoTokenizer
 
         if not any(any(Path(self.folder).glob(name)) for name in _OF_TOKENIZERS):
@@ -84,7 +85,7 @@ class HuggingFaceModel:
             )
         with self._errors():
             tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.trust)
-        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        return np.array(tokenizer(text)["input_ids"], dtype=np.int64)
 
     @torch.no_grad()
     def evaluate(

@@ -70,7 +70,7 @@ class Continuation:
     def _behind(self, kept: "_Kept", ids: list[int]) -> str:
         """The text of all ids, those behind what is kept decoded anew."""
         decoded = self._tokenizer.detokenize([*kept.context, *ids[len(kept.ids) :]])
-        return kept.text + decoded[_common_length(kept.context_text, decoded) :]
+        return kept.text + decoded[common_length(kept.context_text, decoded) :]
 
     def _keep(self, ids: list[int], text: str) -> None:
         """Keep the text of all ids but the last few, if decoding those behind it gives the same.
@@ -105,7 +105,7 @@ class _Kept:
     context_text: str
 
 
-def _common_length(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """With how many characters both begin."""
     pairs = enumerate(zip(one, other))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import io
 import json
 import os
 import signal
@@ -93,6 +94,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     Errors of this package are one line. Everything else is a bug, and keeps its traceback.
     """
     _leave_a_word_for_a_violent_end()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than a text
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except ScMoEError as error:

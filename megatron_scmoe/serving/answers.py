@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_scmoe.inference.engine import Progress
 from megatron_scmoe.inference.slots import Place
-from megatron_scmoe.inference.text import HALF
+from megatron_scmoe.inference.text import HALF, common_length
 
 TextOf = Callable[[int], str]
 """The text of an id."""
@@ -34,6 +34,26 @@ class Written:
         self.text += other.text
         self.places += other.places
         self.finish_reason = other.finish_reason
+
+
+def offsets(detokenize: Callable[[list[int]], str], ids: list[int], text: str) -> list[int]:
+    """How many characters of ``text`` stand before each token of it.
+
+    A token that is not shown, such as one for the begin, has no character, and parts of a character
+    stand where it does.
+
+    Args:
+        detokenize: the text of ids.
+        ids: of all of ``text``.
+        text: what is shown of them.
+    """
+    whole = detokenize(ids)
+    hidden = len(whole) - len(text) if whole.endswith(text) else 0
+    found = [0]
+    for end in range(1, len(ids)):
+        before = common_length(detokenize(ids[:end]), whole) - hidden
+        found.append(min(max(before, found[-1]), len(text)))
+    return found
 
 
 class Answer:

@@ -1,10 +1,12 @@
 """The API over HTTP: an ASGI application in front of an engine."""
 
+import asyncio
 import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from megatron_scmoe.inference.engine import CLOSING, Engine, Job, Progress
 from megatron_scmoe.inference.slots import Place, Text
 from megatron_scmoe.inference.text import Continuation
-from megatron_scmoe.serving.answers import Answer, ChatAnswer, CompletionAnswer, Written
+from megatron_scmoe.serving.answers import Answer, ChatAnswer, CompletionAnswer, Written, offsets
+from megatron_scmoe.serving.chat import ChatPrompts
 from megatron_scmoe.serving.metrics import CONTENT_TYPE, Metrics
 from megatron_scmoe.serving.protocol import (
     MAX_TEXTS,
@@ -63,6 +66,9 @@ class Service:
         self._metrics = Metrics(engine)
         self._writer = Writer(engine, self._metrics, max_queue)
         self._keys = itertools.count()
+        self._chats = ChatPrompts(model.tokenizer) if model.tokenizer.chat_template else None
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        """A long prompt takes seconds, in which others are answered."""
 
     def app(self) -> ASGIApp:
         """The application."""
@@ -94,7 +100,8 @@ class Service:
             raise ApiError(400, f"{count} texts: accepted are 1 to {MAX_TEXTS}.", "prompt")
         parts = []
         for prompt in wish.prompts:
-            ids = self._tokenize(prompt) if isinstance(prompt, str) else prompt
+            tokenize = self._model.tokenizer.tokenize
+            ids = await self._beside(tokenize, prompt) if isinstance(prompt, str) else prompt
             echo = None
             if wish.echo:
                 echo = prompt if isinstance(prompt, str) else self._model.tokenizer.detokenize(ids)
@@ -113,7 +120,7 @@ class Service:
         self._check_name(wish.model)
         if wish.top_logprobs and not wish.logprobs:
             raise ApiError(400, "'top_logprobs' goes with 'logprobs' only.", "top_logprobs")
-        ids = self._tokenize(self._render(wish))
+        ids = await self._beside(self._prompt_of, wish)
         most = wish.max_completion_tokens or wish.max_tokens or self._model.length - len(ids)
         parts = [_Part(ids)] * wish.n
         told = dict(log_probs=wish.logprobs, top_n=wish.top_logprobs)
@@ -157,12 +164,13 @@ class Service:
     def _token(self, token: int) -> str:
         return self._model.tokenizer.detokenize([token])
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self._model.tokenizer.tokenize(text)
+    async def _beside[Result](self, work: Callable[..., Result], *values: Any) -> Result:
+        """What the tokenizer gives, while other requests go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *values)
 
-    def _render(self, wish: ChatRequest) -> str:
-        """The messages as the text that the model was trained on."""
-        if not self._model.tokenizer.chat_template:
+    def _prompt_of(self, wish: ChatRequest) -> list[int]:
+        """The messages as the model was trained on them."""
+        if self._chats is None:
             raise ApiError(
                 400,
                 "The tokenizer of this model has no chat template; use /v1/completions.",
@@ -171,9 +179,7 @@ class Service:
             )
         messages = [message.as_template_reads_it() for message in wish.messages]
         try:
-            return self._model.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return self._chats.ids(messages)
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())
             raise ApiError(
@@ -241,7 +247,7 @@ class Service:
                     tokens += len(progress.places)
                     piece = Written()
                     if not started[index]:
-                        piece = self._echo(parts[index], progress)
+                        piece = await self._beside(self._echo, parts[index], progress)
                         started[index] = True
                     piece.add(progress, len(parts[index].echo or ""))
                     yield index, piece
@@ -278,13 +284,11 @@ class Service:
 
     def _echo(self, part: "_Part", progress: Progress) -> Written:
         """An echoed prompt, with its places if they are told of."""
-        places = []
+        places, text = [], part.echo or ""
         if progress.prompt or len(part.ids) == 1:
-            offsets = [
-                len(self._model.tokenizer.detokenize(part.ids[:i])) for i in range(len(part.ids))
-            ]
-            places = list(zip([Place(part.ids[0]), *progress.prompt], offsets))
-        return Written(part.echo or "", places)
+            starts = offsets(self._model.tokenizer.detokenize, part.ids, text)
+            places = list(zip([Place(part.ids[0]), *progress.prompt], starts))
+        return Written(text, places)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ server is accepted where it says what the server does anyway, and refused otherw
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 MAX_TEXTS = 128
 """Most texts that one request may ask for."""
@@ -127,6 +127,21 @@ class Message(BaseModel):
     role: str
     content: str | list[TextPart] = ""
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def has_text_alone(cls, content: Any) -> Any:
+        """Refuse images and the like by their name."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ApiError(
+                    400,
+                    f"'messages' has a part of type '{brief(kind)}': this server reads 'text' only.",
+                    "messages",
+                    "unsupported",
+                )
+        return content
+
     def as_template_reads_it(self) -> dict[str, Any]:
         content = self.content
         if not isinstance(content, str):
@@ -182,9 +197,12 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
         if name in given and given.pop(name) not in neutral:
             raise ApiError(400, f"This server does not support '{name}'.", name, "unsupported")
     try:
-        return kind.model_validate(given)
+        wish = kind.model_validate(given)
     except ValidationError as error:
         raise _in_one_line(error, given) from error
+    if "stream_options" in given and not wish.stream:
+        raise ApiError(400, "'stream_options' goes with 'stream' only.", "stream_options")
+    return wish
 
 
 def brief(text: str) -> str:

@@ -282,7 +282,8 @@ def test_a_chat_that_the_template_refuses_or_that_has_images(client):
     assert "no tools" in refusal(lambda: create(model=NAME, messages=tool)).body["message"]
     image = [{"type": "image_url", "image_url": {"url": "data:"}}]
     messages = [{"role": "user", "content": image}]
-    assert refusal(lambda: create(model=NAME, messages=messages)).param == "messages"
+    refused = refusal(lambda: create(model=NAME, messages=messages))
+    assert refused.param == "messages" and "image_url" in refused.body["message"]
     assert refusal(lambda: create(model=NAME, messages=[])).param == "messages"
 
 

@@ -215,6 +215,14 @@ class TestErrors:
         assert "accepted is" in message
         assert list(tmp_path.iterdir()) == []
 
+    def test_key_that_is_no_part_of_a_file_name(self, refused, corpus, tokenizer_model, tmp_path):
+        told = refused(
+            "preprocess_data", "--input", corpus, "--tokenizer-model", tokenizer_model,
+            "--output-prefix", tmp_path / "out" / "data", "--json-key", "a/b",
+        )  # fmt: skip
+        assert told.startswith("--json-key a/b: ") and "accepted is a key without /" in told
+        assert not (tmp_path / "out").exists()
+
     def test_existing_output_is_kept(self, refused, preprocess, corpus, tokenizer_model, tmp_path):
         prefix = preprocess(corpus)
         before = Path(f"{prefix}.bin").read_bytes()

@@ -167,3 +167,19 @@ def test_the_version_says_where_it_is_installed(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         program.main(["--version"])
     assert capsys.readouterr().out.split()[-1] == str(Path(program.__file__).parents[1])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_knows_few_characters_is_shown_the_others_by_their_numbers(encoding):
+    code = (
+        "from megatron_scmoe.platform.command_line import run_tool\n"
+        "run_tool(lambda: print('A \\u65e5 \\udc80'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONIOENCODING": encoding, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = "\u65e5" if encoding == "utf-8" else r"\u65e5"
+    assert done.stdout.decode(encoding) == f"A {shown} \\udc80\n"

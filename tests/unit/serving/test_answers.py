@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from megatron_scmoe.inference.slots import Place
-from megatron_scmoe.serving.answers import ChatAnswer, Written
+from megatron_scmoe.serving.answers import ChatAnswer, Written, offsets
 from megatron_scmoe.serving.app import _event
 
 WORDS = {1: "\N{LATIN SMALL LETTER E WITH ACUTE}", 2: "\N{REPLACEMENT CHARACTER}"}
@@ -17,6 +19,24 @@ def test_half_a_character_has_no_bytes():
     assert first["bytes"] == [0xC3, 0xA9]
     assert [top["bytes"] for top in first["top_logprobs"]] == [[0xC3, 0xA9], None]
     assert second["bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "expected"),
+    [
+        (["<s>", "a", " bc", "d"], "a bcd", [0, 0, 1, 4]),  # <s> is not shown
+        ([b"\xe6", b"\x97", b"\xa5", b"x"], "\u65e5x", [0, 0, 0, 1]),
+        (["a", b"\xc3", b"\xa9"], "a\xe9", [0, 1, 1]),
+        (["a", "b"], "b", [0, 0]),  # cut at the begin
+        (["ab", "c", "d"], "a", [0, 1, 1]),  # shown otherwise than it is decoded
+    ],
+)
+def test_places_lie_in_the_text_that_is_shown(pieces, text, expected):
+    def detokenize(ids):
+        parts = (p if isinstance(p, bytes) else p.encode() for p in (pieces[i] for i in ids))
+        return b"".join(parts).decode(errors="replace")
+
+    assert offsets(detokenize, list(range(len(pieces))), text) == expected
 
 
 def test_an_event_is_one_line_for_every_client():

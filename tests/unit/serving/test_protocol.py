@@ -81,6 +81,11 @@ def test_what_the_server_does_anyway_may_be_asked_for():
             "stream_options",
             "Unrecognized request argument supplied: stream_options.usage",
         ),
+        (
+            dict(stream_options={"include_usage": True}),
+            "stream_options",
+            "'stream_options' goes with 'stream' only.",
+        ),
     ],
 )
 def test_what_is_refused(fields, param, told):
@@ -90,6 +95,14 @@ def test_what_is_refused(fields, param, told):
     assert (refused.value.status, refused.value.param) == (400, param)
     assert told in refused.value.message
     assert len(refused.value.message) < 200
+
+
+@pytest.mark.parametrize("more", [{}, {"text": "a"}])
+def test_what_is_no_text_in_a_message_is_refused_by_its_type(more):
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}, **more}]
+    body = dict(model="m", messages=[dict(role="user", content=parts)])
+    with pytest.raises(ApiError, match="a part of type 'image_url': this server reads 'text' only"):
+        parse(ChatRequest, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b"\xff{}", b"[" * 200_000])

@@ -157,12 +157,14 @@ def _end_intervals_of_the_first_iteration() -> None:
 def _know_linear_modules_by_types_alone() -> None:
     """Without Transformer Engine mocks stand for its modules, and ``isinstance`` refuses these.
 
-    ``--save-activations-interval`` and ``--save-dgrads-interval`` would end the run.
+    ``--save-activations-interval`` would end the run. Not every checkout has it.
     """
-    from megatron.training import activation_logging, dgrad_logging
+    if importlib.util.find_spec("megatron.training.activation_logging") is not None:
+        from megatron.training import activation_logging as recorder
 
-    for module in (activation_logging, dgrad_logging):
-        module.LINEAR_TYPES = tuple(kind for kind in module.LINEAR_TYPES if isinstance(kind, type))
+        recorder.LINEAR_TYPES = tuple(
+            kind for kind in recorder.LINEAR_TYPES if isinstance(kind, type)
+        )
 
 
 def _use_adam_with_group_steps() -> None:

@@ -1,6 +1,7 @@
 """The pretraining script itself: resume, precisions, optimizers."""
 
 import pytest
+import torch
 
 from tests.harness import Run, run_pretrain
 
@@ -38,6 +39,19 @@ def test_resume_continues_exactly(tmp_path, optimizer):
         assert resumed.losses[iteration] == straight.losses[iteration]
         assert resumed.grad_norms[iteration] == straight.grad_norms[iteration]
     assert len(set(straight.losses.values())) == 10
+
+
+def test_activations_are_recorded_without_transformer_engine(tmp_path):
+    saved = ["--save", str(tmp_path), "--save-interval", "2", "--save-activations-interval", "2"]
+    train(*NO_DROPOUT, *saved, iterations=2)
+    files = list(tmp_path.glob("activations/iter_0000002/*.pth"))
+    assert len(files) == 2  # ranks
+    for file in files:
+        recorded = torch.load(file, weights_only=True)["model_chunk0"]
+        assert {name.split(".linear_fc1")[0] for name in recorded if ".mlp.experts." in name} >= {
+            "decoder.layers.1.mlp.experts.local_experts.0",
+            "decoder.layers.1.mlp.experts.local_experts.1",
+        }
 
 
 def test_distributed_optimizer_trains_as_the_plain_one():

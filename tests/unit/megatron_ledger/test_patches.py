@@ -43,6 +43,15 @@ def test_no_interval_ends_with_the_first_iteration():
     assert "if iteration % args.log_interval == 0 or is_first_iteration:" in text
 
 
+@row("megatron.training.activation_logging.LINEAR_TYPES")
+def test_mocks_are_among_the_types():
+    text = source("megatron.training.activation_logging._discover_te_types")
+    assert "all_types.extend([TELinear, TENorm, TEColumnParallelLinear" in text
+    assert "isinstance(module, module_types)" in source(
+        "megatron.training.activation_logging._register_hooks"
+    )
+
+
 @row("megatron.core.transformer.utils._sequence_parallel_attr_cache")
 def test_modules_are_remembered_by_a_models_address():
     text = source("megatron.core.transformer.utils._init_sequence_parallel_cache")

@@ -69,11 +69,12 @@ check_files() {
     if [[ ${MOCK_DATA:-} != 1 ]]; then
         read -r -a words <<<"$DATA_PATH"
         for word in "${words[@]}"; do
-            [[ ! $word =~ ^[0-9.]+$ ]] || continue  # a weight of a blend
+            [[ ! $word =~ ^[0-9.]+([eE][+-]?[0-9]+)?$ ]] || continue  # a weight of a blend
             for suffix in bin idx; do
                 [[ -f $word.$suffix ]] || wrong "DATA_PATH: no file $word.$suffix here; $hint"
             done
         done
+        [[ -z ${PRETRAINED:-} || -e $PRETRAINED ]] || wrong "PRETRAINED: no $PRETRAINED here; $hint"
         [[ -e $TOKENIZER_MODEL ]] || wrong "TOKENIZER_MODEL: no $TOKENIZER_MODEL here; $hint"
     fi
     while [[ ! -e $folder && $folder == */* ]]; do  # what is not there yet will be made

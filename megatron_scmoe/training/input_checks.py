@@ -9,6 +9,7 @@ go on to the rendezvous; if the first one stops, the launcher ends them there.
 """
 
 import copy
+import math
 import os
 import re
 import tempfile
@@ -70,6 +71,9 @@ def check_files(args) -> None:
         _check_writable(TUNE_FLAG, str(Path(file).absolute().parent))
 
 
+_OF_PARTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
+
+
 def names_data(args) -> bool:
     """Whether any flag says where the data is."""
     return any(_value(args, flag) for flags in _SOURCES for flag in flags)
@@ -122,10 +126,13 @@ def _datasets(args) -> Iterator[IndexedDataset]:
     except AssertionError as error:
         raise InputError(given, "weights and prefixes do not alternate", _BLEND) from error
     except (KeyError, TypeError, ValueError) as error:
-        wanted = _LISTS.get(source, _BLEND)
-        raise InputError(given, f"cannot be parsed ({reason_of(error)})", wanted) from error
+        wanted, reason = _LISTS.get(source, _BLEND), reason_of(error)
+        if isinstance(error, KeyError):
+            reason = f"the key {reason} is missing"
+        raise InputError(given, f"cannot be parsed ({reason})", wanted) from error
     splits = ("", "train-", "valid-", "test-")
     for split, part in zip(splits, (blend, *(per_split or ()))):
+        _check_weights(part[1] if part else None, given if in_file else f"--{split}data-path")
         for prefix in part[0] if part else ():
             flag = given if in_file else f"--{split}data-path {prefix}"
             if "://" not in prefix:  # object storage is left to its own library
@@ -141,7 +148,9 @@ def _datasets(args) -> Iterator[IndexedDataset]:
 _BLEND = "PREFIX ..., or WEIGHT PREFIX ... with a weight for each"
 _LISTS = {
     "--data-args-path": f"a file with {_BLEND}",
-    "--per-split-data-args-path": 'a JSON file {"train": [PREFIX, ...], "valid": ..., "test": ...}',
+    "--per-split-data-args-path": (
+        'a JSON file {"train": [PREFIX, ...], "valid": ..., "test": ...}, null where there is none'
+    ),
 }
 _SOURCES = (
     ("--mock-data",),
@@ -149,6 +158,13 @@ _SOURCES = (
     ("--train-data-path", "--valid-data-path", "--test-data-path"),
     *((flag,) for flag in _LISTS),
 )
+
+
+def _check_weights(weights: list[float] | None, given: str) -> None:
+    """Refuse weights of a blend from which Megatron can draw nothing."""
+    for weight in weights or ():
+        if not 0 < weight < math.inf:
+            raise InputError(f"{given}: the weight {weight:g}", "nothing is drawn by it", "above 0")
 
 
 def _data_source(args) -> str | None:
@@ -163,7 +179,18 @@ def _data_source(args) -> str | None:
             "there is nothing to train on",
             "--data-path PREFIX, --train-data-path PREFIX (and valid, test), or --mock-data",
         )
-    return given[0] if given else None
+    source = given[0] if given else None
+    if source in ("--valid-data-path", "--test-data-path") and not args.skip_train:
+        raise InputError(
+            f"{source} {' '.join(_value(args, source))}",
+            "there is nothing to train on",
+            "--train-data-path PREFIX with it, or --skip-train",
+        )
+    if args.split is not None and (source in _OF_PARTS or source == "--per-split-data-args-path"):
+        raise InputError(
+            f"--split {args.split} with {source}", "that names the data of each part", "one of them"
+        )
+    return source
 
 
 def _value(args, flag: str):
@@ -263,7 +290,14 @@ def _check_checkpoint(args) -> None:
     if args.non_persistent_ckpt_type is not None:
         return  # there are two, and which is newer is only known to Megatron
     if named := locate.named_checkpoint(args):
-        locate.find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
+        path = locate.find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
+        is_distributed = (path / "metadata.json").is_file()
+        if args.ckpt_format == "torch" and is_distributed and not args.auto_detect_ckpt_format:
+            raise InputError(
+                f"--ckpt-format torch with {' '.join(named)}",
+                f"{path} is of torch_dist",
+                "--ckpt-format torch_dist, or --auto-detect-ckpt-format with it",
+            )
 
 
 def _check_operator_times(args) -> None:

@@ -266,3 +266,7 @@ def _refuse_foreign_settings(args) -> None:
     for name, (flag, reason) in _FOREIGN.items():
         if getattr(args, name):
             raise ScMoEConfigError(flag, reason, "leave the flag out")
+    if args.dataloader_type == "external":
+        raise ScMoEConfigError(
+            "--dataloader-type external", "a loader of your own is not wired", "single or cyclic"
+        )

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_scmoe.arguments import flag_of, in_flags
-from megatron_scmoe.errors import RunError
+from megatron_scmoe.errors import RunError, in_words
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
 from megatron_scmoe.training import input_checks, saving_checks
@@ -43,6 +44,8 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
         _check_layout(args)
         _warn_of_balance(args)
     _check_length(args)
+    _check_batch_schedule(args)
+    _check_validation(args)
     _check_packages(args)
     _check_device(args)
     saving_checks.check_flags(args)
@@ -52,12 +55,6 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "--dataloader-defer-npy-index-mmap",
             "it reads the indices that an earlier run has built",
             "--data-cache-path FOLDER with it",
-        )
-    if args.eval_iters and not (args.skip_train or has_validation_data(args)):
-        raise RunError(
-            f"--eval-iters {args.eval_iters}",
-            "there is no validation data, and the first evaluation would end the run",
-            "--eval-iters 0, --valid-data-path PREFIX, or a --split with a second part above 0",
         )
 
 
@@ -106,6 +103,16 @@ _OPTIONAL_NUMBERS = (
     ("save_retain_interval", 1),
     ("exit_interval", 1),
     ("exit_duration_in_mins", 1),
+    ("tensorboard_log_interval", 1),
+    ("log_memory_interval", 1),
+    ("save_params_interval", 1),
+    ("save_activations_interval", 1),
+    ("save_tokens_per_expert_interval", 1),
+    ("save_wgrads_interval", 1),
+    ("save_dgrads_interval", 1),
+    ("train_sync_interval", 1),
+    ("gpu_sniff_test_interval", 1),
+    ("check_weight_hash_across_dp_replicas_interval", 1),
     ("distributed_timeout_minutes", 1),
     ("num_workers", 0),
     ("lr_decay_iters", 1),
@@ -217,7 +224,7 @@ def _check_layout(args) -> None:
         )
     least = samples or micro * replicas
     trained = args.train_samples
-    if trained and trained < least and not (args.skip_train or args.rampup_batch_size):
+    if trained and trained < least and not (args.skip_train or args.step_batch_size_schedule):
         raise RunError(
             f"--train-samples {trained}", f"one iteration takes {least}", f"{least} or more"
         )
@@ -255,6 +262,65 @@ def _check_length(args) -> None:
     if fraction is not None and not 0 <= fraction < 1:
         raise RunError(
             f"--lr-warmup-fraction {fraction}", "the run is longer than its warm-up", "0 to below 1"
+        )
+
+
+def _check_batch_schedule(args) -> None:
+    """A batch that grows. Megatron counts iterations, and so data and learning rate, by its begin."""
+    if args.rampup_batch_size:
+        raise RunError(
+            in_flags("rampup_batch_size", args.rampup_batch_size),
+            "this Megatron ignores it",
+            "--step-batch-size-schedule 'TOKENS:SAMPLES ...' with --train-samples",
+        )
+    schedule = args.step_batch_size_schedule
+    if schedule is None:
+        return
+    try:
+        StepBatchsizeNumMicroBatchesCalculator(
+            args.micro_batch_size,
+            data_parallel_size=1,
+            decrease_batch_size_if_needed=False,
+            rank=-1,  # of which it logs nothing
+            schedule=schedule,
+            seq_length=args.seq_length,
+        )
+    except (AssertionError, ValueError) as error:
+        raise RunError(
+            f"--step-batch-size-schedule '{schedule}'",
+            f"Megatron cannot read it with --seq-length {args.seq_length}: {in_words(error)}",
+            "pairs of tokens and samples, such as '0:128 250B:256', the first at 0",
+        ) from error
+    if args.train_samples is None and not args.skip_train:
+        raise RunError(
+            f"--step-batch-size-schedule '{schedule}' with --train-iters {args.train_iters}",
+            "data and learning rate would be made for as many iterations of the first batch",
+            "--train-samples N in place of --train-iters",
+        )
+
+
+def _check_validation(args) -> None:
+    """Evaluation while the run trains, and of several sets."""
+    whole, several = args.full_validation, args.multiple_validation_sets
+    if whole and not several:
+        raise RunError(
+            "--full-validation",
+            "Megatron goes through whole sets only where it expects several",
+            "--multiple-validation-sets with it, also for one set",
+        )
+    if several and not whole:
+        raise RunError(
+            "--multiple-validation-sets",
+            "Megatron evaluates several sets only if it goes through them whole",
+            "--full-validation with it",
+        )
+    wants = args.eval_iters or whole
+    if wants and not (args.skip_train or has_validation_data(args)):
+        raise RunError(
+            "--full-validation" if whole else f"--eval-iters {args.eval_iters}",
+            "there is no validation data, and the first evaluation would end the run",
+            f"{'leave it out' if whole else '--eval-iters 0'}, --valid-data-path PREFIX, or a --split "
+            "with a second part above 0",
         )
 
 
@@ -359,6 +425,10 @@ def _gpu_flags(args) -> Iterator[str]:
 
 
 def _check_logging(args) -> None:
+    if args.log_progress and args.save is None:
+        raise RunError(
+            "--log-progress", "progress.txt lies beside checkpoints", "--save FOLDER with it"
+        )
     if args.tensorboard_dir is None:
         for name in ("memory", "timers", "validation_ppl", "world_size"):
             name = f"log_{name}_to_tensorboard"

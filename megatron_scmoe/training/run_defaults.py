@@ -88,7 +88,7 @@ def has_validation_data(args: argparse.Namespace) -> bool:
     Raises:
         InputError: if ``--split`` cannot be parsed.
     """
-    if args.mock_data or args.full_validation:
+    if args.mock_data:
         return True
     if args.data_path or args.data_args_path:
         return parse_split(args.split)[1] > 0

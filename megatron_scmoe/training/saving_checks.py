@@ -1,6 +1,7 @@
 """What would stop a run as it saves, said before it starts."""
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
 from megatron_scmoe.arguments import in_flags
+from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform.command_line import is_first_rank
 
@@ -31,6 +33,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ]
         if stops and is_first_rank():
             print(f"WARNING: {stops[0]} without --save: what was trained is lost then", flush=True)
+    _warn_of_other_checkpoints(args)
     if args.async_save and args.ckpt_format == "torch":
         raise RunError(
             "--async-save with --ckpt-format torch",
@@ -55,6 +58,21 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--non-persistent-save-interval {args.non_persistent_save_interval}",
             "it has no kind of checkpoint to save",
             "--non-persistent-ckpt-type global with it",
+        )
+
+
+def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:
+    """Megatron writes over what is there, and calls it incomplete."""
+    folders = [args.save, args.load]
+    if args.save is None or (None not in folders and len({*map(os.path.realpath, folders)}) == 1):
+        return
+    tracker = Path(args.save) / TRACKER
+    if is_first_rank() and tracker.is_file():
+        print(
+            f"WARNING: --save {args.save}: it has checkpoints, the last of iteration "
+            f"{tracker.read_text().strip()}, which this run does not go on from; it writes over those of "
+            "iterations that it saves, too (--load with the same folder goes on)",
+            flush=True,
         )
 
 

@@ -237,7 +237,7 @@ def prepare(
     if args.scmoe_tune == TUNE_OFF or args.skip_train:
         return None
     file, tried = tune_file(args), candidates(scmoe, config, given)
-    varies = args.rampup_batch_size or args.iterations_to_skip
+    varies = args.step_batch_size_schedule or args.iterations_to_skip
     if len(tried) < 2 or varies:
         if file is not None:
             why = "iterations differ" if varies else f"{tried[0].name} alone is left to the run"

@@ -44,8 +44,8 @@ def deepep_is_a_backend_of_flex(scmoe: ScMoEConfig, settings: Settings) -> None:
     if settings.moe_enable_deepep and dispatcher != "flex":
         raise ScMoEConfigError(
             f"--moe-enable-deepep with --moe-token-dispatcher-type {dispatcher}",
-            "DeepEP carries the tokens of the flex dispatcher alone",
-            "--moe-token-dispatcher-type flex, or leave --moe-enable-deepep out",
+            "DeepEP carries the tokens of --moe-token-dispatcher-type flex alone",
+            "leave the flag out",
         )
 
 

@@ -13,7 +13,9 @@ def moe_is_not_recomputed_alone(scmoe: ScMoEConfig, settings: Settings) -> None:
         raise ScMoEConfigError(
             "--moe-layer-recompute" if is_old_name else "--recompute-modules moe",
             "the routed path runs beside two blocks and cannot be recomputed as one piece",
-            "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
+            "leave the flag out"
+            if is_old_name
+            else "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
         )
 
 

@@ -33,8 +33,8 @@ UNSUPPORTED = (
     Refused(
         "moe_use_upcycling",
         "--moe-use-upcycling",
-        "Megatron makes MoE layers of its own of a dense checkpoint, without a tap",
-        "scmoe convert upcycle, and --load of what it writes (docs/upcycling.md)",
+        "Megatron's layers of a dense checkpoint have no tap; scmoe convert upcycle makes ScMoE's",
+        "leave the flag out",
     ),
     Refused(
         "mtp_num_layers",

@@ -27,12 +27,21 @@ STEPS = (10, 20, 30)
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
+OF_PARTS = {
+    *("--train-data-path", "--valid-data-path", "--test-data-path"),
+    "--per-split-data-args-path",
+}
+"""With which Megatron takes no --split."""
+
+
 @pytest.fixture
 def parse():
     """Megatron's own parse of a command line, with a tokenizer of 100 ids, on the first rank."""
 
     def run(*flags, rank=0):
-        usual = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --split 1,0,0".split()
+        usual = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}".split()
+        if not OF_PARTS.intersection(flags):
+            usual += ["--split", "1,0,0"]
         args = parser().parse_args([*usual, *(str(flag) for flag in flags)])
         args.rank = rank
         return args
@@ -217,7 +226,18 @@ class TestSplit:
 
     def test_flags_of_each_split_take_all(self, accepted, tmp_path):
         data = write_dataset(tmp_path / "d", [[1]])
-        accepted("--train-data-path", data, "--valid-data-path", data, "--split", "969,30,1")
+        accepted("--train-data-path", data, "--valid-data-path", data)
+
+    def test_data_of_parts_is_not_split(self, refused, data, tmp_path):
+        message = refused("--train-data-path", data, "--split", "50,25,25")
+        assert message == (
+            "--split 50,25,25 with --train-data-path: that names the data of each part; accepted: "
+            "one of them"
+        )
+        file = tmp_path / "splits.json"
+        assert refused("--per-split-data-args-path", file, "--split", "1,0,0").startswith(
+            "--split 1,0,0 with --per-split-data-args-path: "
+        )
 
     @pytest.mark.parametrize("split", ["", "all", "0,0,0", "1,2,3,4", "1..2"])
     def test_that_is_none(self, split, refused, data):
@@ -228,10 +248,22 @@ class TestSplit:
 class TestWhatNamesADataset:
     @pytest.mark.parametrize("split", ["train", "valid", "test"])
     def test_flag_of_a_split(self, split, refused, accepted, data, tmp_path):
-        accepted(f"--{split}-data-path", data)
+        train = ("--train-data-path", data) if split != "train" else ()
+        accepted(*train, f"--{split}-data-path", data)
         missing = tmp_path / "missing"
-        message = refused(f"--{split}-data-path", data, missing, data)
+        message = refused(*train, f"--{split}-data-path", data, missing, data)
         assert message.startswith(f"--{split}-data-path {missing}: there is no file {missing}.idx")
+
+    @pytest.mark.parametrize("split", ["valid", "test"])
+    def test_nothing_to_train_on(self, split, refused, accepted, data):
+        message = refused(f"--{split}-data-path", data)
+        assert message.startswith(f"--{split}-data-path {data}: there is nothing to train on;")
+        accepted(f"--{split}-data-path", data, "--skip-train")
+
+    @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+    def test_weight_by_which_nothing_is_drawn(self, weight, refused, data):
+        message = refused("--data-path", "1", data, f"{weight}", data)
+        assert message.startswith(f"--data-path: the weight {weight}: nothing is drawn by it")
 
     def test_blend_with_weights(self, refused, accepted, data, tmp_path):
         accepted("--data-path", "0.3", data, "0.7", data)
@@ -273,6 +305,8 @@ class TestWhatNamesADataset:
         file.write_text(content)
         message = refused("--per-split-data-args-path", file)
         assert message.startswith(f"--per-split-data-args-path {file}: cannot be parsed")
+        if "train" in content:
+            assert "the key 'valid' is missing" in message
 
     @pytest.mark.parametrize("flag", ["--data-args-path", "--per-split-data-args-path"])
     def test_missing_list(self, flag, refused, tmp_path):

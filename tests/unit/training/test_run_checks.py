@@ -46,6 +46,74 @@ def test_flags_that_work(ranks):
     check(parse(*FLAGS, "--expert-model-parallel-size", str(ranks), world_size=ranks))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--rampup-batch-size 2 2 20", "--rampup-batch-size 2 2 20: this Megatron ignores it"),
+        (
+            "--step-batch-size-schedule 0:2,128:4",
+            "--step-batch-size-schedule '0:2,128:4' with --train-iters 3: ",
+        ),
+        (
+            "--step-batch-size-schedule 0:2,8:4,16:8",
+            "--step-batch-size-schedule '0:2,8:4,16:8': Megatron cannot read it with --seq-length 32",
+        ),
+        (
+            "--step-batch-size-schedule foo",
+            "--step-batch-size-schedule 'foo': Megatron cannot read",
+        ),
+        (
+            "--full-validation",
+            "--full-validation: .*; accepted: --multiple-validation-sets with it",
+        ),
+        (
+            "--multiple-validation-sets",
+            "--multiple-validation-sets: .*; accepted: --full-validation",
+        ),
+        ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it is too small"),
+        ("--save-params-interval 0", "--save-params-interval 0: it is too small"),
+        ("--log-progress", "--log-progress: .*; accepted: --save FOLDER with it"),
+    ],
+)
+def test_what_megatron_would_ignore_or_stumble_over(words, told):
+    with pytest.raises(RunError, match=f"^{told}"):
+        check(parse(*FLAGS, *words.split()))
+
+
+def test_checkpoints_of_another_run_are_told_of(tmp_path, capsys):
+    save = ["--save", str(tmp_path), "--save-interval", "1"]
+    check(parse(*FLAGS, *save))
+    assert "WARNING" not in capsys.readouterr().out
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    check(parse(*FLAGS, *save, "--load", str(tmp_path / ".")))
+    assert "WARNING" not in capsys.readouterr().out
+    check(parse(*FLAGS, *save))
+    told = capsys.readouterr().out
+    assert told.startswith(
+        f"WARNING: --save {tmp_path}: it has checkpoints, the last of iteration 7,"
+    )
+
+
+def test_whole_validation_sets_need_some():
+    data = [word for word in FLAGS if word != "--mock-data"] + [
+        "--data-path",
+        "a",
+        "--split",
+        "1,0,0",
+    ]
+    whole = ["--full-validation", "--multiple-validation-sets"]
+    with pytest.raises(RunError, match=r"^--full-validation: there is no validation data"):
+        check(parse(*data, *whole))
+    check(parse(*FLAGS, *whole))
+
+
+def test_a_batch_that_grows():
+    words = FLAGS.copy()
+    place = words.index("--train-iters")
+    words[place : place + 2] = ["--train-samples", "40"]
+    check(parse(*words, "--step-batch-size-schedule", "0:2 128:4"))
+
+
 def test_a_batch_may_be_decreased():
     check(parse(*FLAGS, "--global-batch-size", "3", "--decrease-batch-size-if-needed"))
 

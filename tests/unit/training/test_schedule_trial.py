@@ -47,7 +47,7 @@ def test_what_is_tried(settings, given, changes, names):
 
 def test_a_file_that_no_trial_needs_is_named(capsys):
     args = Namespace(scmoe_tune="x.json", skip_train=False)
-    args.rampup_batch_size = args.iterations_to_skip = None
+    args.step_batch_size_schedule = args.iterations_to_skip = None
     config = models.transformer_config(ep=1)
     assert schedule_trial.prepare(args, ScMoEConfig(), config, (), Iterations()) is None
     assert (

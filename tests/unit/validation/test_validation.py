@@ -104,13 +104,13 @@ REFUSED = [
         "--scmoe-exchange copy-peer or copy-host",
     ),
     ("--recompute-granularity selective --recompute-modules moe", "moe", "moe_act"),
-    ("--moe-layer-recompute", "--moe-layer-recompute", "moe_act"),
+    ("--moe-layer-recompute", "--moe-layer-recompute", "leave the flag out"),
     (
         "--moe-enable-deepep",
         "--moe-enable-deepep with --moe-token-dispatcher-type alltoall",
-        "--moe-token-dispatcher-type flex",
+        "leave the flag out",
     ),
-    ("--moe-use-upcycling", "--moe-use-upcycling", "scmoe convert upcycle"),
+    ("--moe-use-upcycling", "scmoe convert upcycle makes", "leave the flag out"),
     (
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2",
         "--recompute-method block",

@@ -70,8 +70,8 @@ def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:
     if is_first_rank() and tracker.is_file():
         print(
             f"WARNING: --save {args.save}: it has checkpoints, the last of iteration "
-            f"{tracker.read_text().strip()}, which this run does not go on from; it writes over those of "
-            "iterations that it saves, too (--load with the same folder goes on)",
+            f"{tracker.read_text().strip()}, which this run does not go on from; it writes over those "
+            "of iterations that it saves, too (--load with the same folder goes on)",
             flush=True,
         )
 

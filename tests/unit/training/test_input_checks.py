@@ -430,6 +430,14 @@ class TestCheckpoint:
         accepted("--mock-data", "--load", folder)
         accepted("--mock-data", "--load", folder, "--ckpt-step", "10")
 
+    def test_of_the_other_format(self, accepted, refused, folder):
+        flags = ("--mock-data", "--load", folder, "--ckpt-format", "torch")
+        message = refused(*flags)
+        assert message.startswith(f"--ckpt-format torch with --load {folder}: {folder}/iter_")
+        assert message.endswith("; accepted: --ckpt-format torch_dist, or "
+                                "--auto-detect-ckpt-format with it")  # fmt: skip
+        accepted(*flags, "--auto-detect-ckpt-format")
+
     @pytest.mark.parametrize("missing", ["folder", "tracker"])
     def test_none_yet_is_a_first_start(self, missing, accepted, refused, tmp_path):
         folder = tmp_path / "new"

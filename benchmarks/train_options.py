@@ -13,9 +13,6 @@ from train_settings import GRAPH_WARMUP, SYSTEMS, Layout, Variant, all_settings
 
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, check_output, positive
 
-FIRST_LOGS = 1
-"""How many lines of the log hold the first iteration's time."""
-
 
 def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
     """The options, with ``sizes``, ``layout`` and ``variants``: the shape, where it lies, what runs.
@@ -170,11 +167,6 @@ def _check_settings(options: Namespace, on_cpu: bool) -> None:
 
 
 def _check_length(options: Namespace) -> None:
-    if options.warmup < FIRST_LOGS:
-        raise UsageError(
-            f"--warmup {options.warmup}: Megatron logs the second iteration averaged with the first; "
-            f"accepted: {FIRST_LOGS} or more"
-        )
     if options.warmup >= options.iterations:
         raise UsageError(
             f"--warmup {options.warmup} with --iterations {options.iterations}: none is left to be "

@@ -516,7 +516,7 @@ def test_stock_checkpoint_that_megatron_refuses(tmp_path):
     """In one line, and no stack trace."""
     save_stock(tmp_path / "stock", [*STOCK, *SHARED], moe_expert_rank_capacity_factor=1.0)
     told = refusal(tmp_path / "stock", tmp_path / "ckpt", Upcycling())
-    assert "moe_expert_rank_capacity_factor" in told
+    assert "--moe-expert-rank-capacity-factor requires" in told
 
 
 def rebuild(source: Path, target: Path, change) -> Path:

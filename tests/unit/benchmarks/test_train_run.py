@@ -169,10 +169,6 @@ def test_megatron_knows_every_flag(on_cpu, tmp_path):
         (["--settings", "best+graphs"], r"best\+graphs: accepted without a GPU: none, defaults"),
         (["--blocks", "3"], "--blocks 3: ScMoE pairs blocks"),
         (["--iterations", "8"], "--warmup 8 with --iterations 8: none is left"),
-        (
-            ["--warmup", "1"],
-            "--warmup 1: Megatron logs the second iteration averaged with the first",
-        ),
         (["--flags", "tops/*=--manual-gc"], r"tops/\*=...: no run has such a name; accepted: top2"),
         (["--trace", "."], "--trace: there is no GPU"),
         (["--keep-logs", "no/such"], "--keep-logs no/such: there is no such folder"),

@@ -115,22 +115,30 @@ def test_embeddings_grow_and_shrink(variant):
     assert_close(logits(model, IDS % 50), logits(build(variant), IDS % 50)[..., :50])
 
 
+def assert_same(loaded, model) -> None:
+    """The same weights. Where a file has them they lie at any address, and some CPUs sum otherwise."""
+    found, expected = loaded.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_close(logits(loaded), logits(model))
+
+
 @all_variants
 def test_save_load_copy_and_pickle(variant, tmp_path):
     model = build(variant)
     expected = logits(model)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert_close(logits(ScMoEForCausalLM.from_pretrained(tmp_path)), expected, 0)
+    assert_same(ScMoEForCausalLM.from_pretrained(tmp_path), model)
     assert ScMoEConfig.from_pretrained(tmp_path).vocab_size == VOCAB
     # The code lies beside the weights, from whichever class they were saved.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules.")
-    assert_close(logits(loaded), expected, 0)
+    assert_same(loaded, model)
     base = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         hidden = base(IDS).last_hidden_state
-    assert_close(model.lm_head(hidden), expected, 0)
+    assert_close(model.lm_head(hidden), expected)
     assert_close(logits(copy.deepcopy(model)), expected, 0)
     assert_close(logits(pickle.loads(pickle.dumps(model))), expected, 0)
     file = io.BytesIO()

@@ -15,7 +15,6 @@ from megatron_scmoe.checkpoints.lazy_tensor import Tensors, total_bytes
 from megatron_scmoe.checkpoints.model_arguments import built_by_spec, with_megatron_defaults
 from megatron_scmoe.checkpoints.output_folder import TRACKER
 from megatron_scmoe.checkpoints.safetensors_folder import read_config, read_safetensors
-from megatron_scmoe.checkpoints.tokenizers import find_tokenizer
 from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError
@@ -91,6 +90,8 @@ def _describe_megatron(path: Path) -> tuple[list[tuple[str, str]], Tensors]:
         return [*rows, ("parameters", f"{total:,}"), ("dtypes", _dtypes(tensors))], tensors
     args = with_megatron_defaults(args)
     if args.vocab_size is None:  # as training saves it, where its tokenizer has said so
+        from megatron_scmoe.checkpoints.tokenizers import find_tokenizer  # it imports transformers
+
         with contextlib.suppress(ConversionError):
             args.vocab_size = find_tokenizer(args).tokens
     total, active = count_parameters(tensors, args)

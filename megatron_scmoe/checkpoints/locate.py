@@ -78,8 +78,12 @@ def loads_what_it_saves(args) -> bool:
 
 def is_iteration(folder: str) -> bool:
     """Whether ``folder`` is the folder of one iteration, not what ``--save`` named."""
-    marks = (Path(folder, name) for name in (".metadata", "metadata.json"))
-    return not has_tracker(folder) and any(mark.is_file() for mark in marks)
+    return not has_tracker(folder) and is_distributed(Path(folder))
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether an iteration's folder is of torch_dist, whole or not."""
+    return any((folder / name).is_file() for name in (".metadata", "metadata.json"))
 
 
 def check_iteration(flag: str, folder: str) -> Path:
@@ -124,7 +128,7 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
     Args:
         step: its iteration, or the name of its folder.
     """
-    word = _tracker_says(folder)
+    word = tracker_says(folder)
     if step == RELEASE != word:
         return None
     number = _number(word) if step is None else _number(str(step).removeprefix("iter_"))
@@ -142,7 +146,7 @@ def has_tracker(folder: str) -> bool:
 
 def has_empty_tracker(folder: str) -> bool:
     """Whether it is there, and says nothing."""
-    return has_tracker(folder) and not _tracker_says(folder)
+    return has_tracker(folder) and not tracker_says(folder)
 
 
 def write_tracker(folder: str, checkpoint: Path) -> None:
@@ -158,13 +162,13 @@ def is_named(folder: str, checkpoint: Path) -> bool:
     it look again.
     """
     os.listdir(folder)
-    return _tracker_says(folder) == _word_of(checkpoint)
+    return tracker_says(folder) == _word_of(checkpoint)
 
 
 def folder_of(folder: str, step: int | str | None) -> Path | None:
     """The folder of a checkpoint, or of the iteration that the tracker names; None if it names none."""
     if step is None:
-        step = _number(_tracker_says(folder))
+        step = _number(tracker_says(folder))
     return None if step is None else _step_folder(folder, step)
 
 
@@ -228,7 +232,7 @@ def _fill_in(tracker: str, nearest: int | str | None) -> str:
     return accepted if nearest is None else f"{accepted}: echo {nearest} > {tracker}"
 
 
-def _tracker_says(folder: str) -> str:
+def tracker_says(folder: str) -> str:
     """What it holds; nothing if it is missing."""
     if not has_tracker(folder):
         return ""
@@ -238,7 +242,7 @@ def _tracker_says(folder: str) -> str:
 def _read_tracker(flag: str, folder: str) -> int | str:
     """The iteration of the last complete checkpoint, or "release"."""
     file = get_checkpoint_tracker_filename(folder)
-    word = _tracker_says(folder)
+    word = tracker_says(folder)
     number = _number(word)
     if word == RELEASE or number is not None:
         return RELEASE if number is None else number
@@ -282,7 +286,7 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
     for file in sorted(whole_files):  # torch.save writes an archive; its end is its directory
         if not zipfile.is_zipfile(file):
             return f"{file} is truncated ({file.stat().st_size} bytes)"
-    distributed = (folder / ".metadata").exists() or (folder / "metadata.json").exists()
+    distributed = is_distributed(folder)
     if not distributed and any(file.name != "common.pt" for file in whole_files):
         return rank_files.find_missing(folder)  # Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last

@@ -98,9 +98,8 @@ class Service:
         count = len(wish.prompts) * wish.n
         if not 1 <= count <= MAX_TEXTS:
             raise ApiError(400, f"{count} texts: accepted are 1 to {MAX_TEXTS}.", "prompt")
-        parts = []
+        parts, tokenize = [], self._model.tokenizer.tokenize
         for prompt in wish.prompts:
-            tokenize = self._model.tokenizer.tokenize
             ids = await self._beside(tokenize, prompt) if isinstance(prompt, str) else prompt
             echo = None
             if wish.echo:

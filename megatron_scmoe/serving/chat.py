@@ -27,11 +27,9 @@ class ChatPrompts:
         if not hasattr(self._hugging_face, "apply_chat_template"):
             self._hugging_face = None
             mark = f"\0{secrets.randbits(64)}"  # no client can guess it, and no filter changes it
-            self._marks = {
-                f"{mark}-{place}\0": (name, token)
-                for place, name in enumerate(NAMES)
-                if (token := self._id_of(name)) is not None
-            }
+            special = {name: token for name in NAMES if (token := self._id_of(name)) is not None}
+            self._marks = {name: f"{mark}-{place}\0" for place, name in enumerate(special)}
+            self._ids = {self._marks[name]: token for name, token in special.items()}
 
     def ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt that asks for the answer to ``messages``.
@@ -41,24 +39,22 @@ class ChatPrompts:
         """
         template = self._tokenizer.chat_template
         if self._hugging_face is not None:
+            one = template if isinstance(template, str) else None  # of several it takes the default
             return self._hugging_face.apply_chat_template(
                 messages,
-                chat_template=template
-                if isinstance(template, str)
-                else None,  # of several: default
+                chat_template=one,
                 add_generation_prompt=True,
                 return_dict=False,
             )
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        names = {name: mark for mark, (name, _) in self._marks.items()}
         text = _compile_jinja_template(template).render(
-            messages=messages, add_generation_prompt=True, **names
+            messages=messages, add_generation_prompt=True, **self._marks
         )
         ids: list[int] = []
-        for part in re.split(f"({'|'.join(self._marks)})", text) if self._marks else [text]:
-            if part in self._marks:
-                ids.append(self._marks[part][1])
+        for part in re.split(f"({'|'.join(self._ids)})", text) if self._ids else [text]:
+            if part in self._ids:
+                ids.append(self._ids[part])
             elif part:
                 ids += self._tokenizer.tokenize(part)
         return ids

@@ -71,9 +71,6 @@ def check_files(args) -> None:
         _check_writable(TUNE_FLAG, str(Path(file).absolute().parent))
 
 
-_OF_PARTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
-
-
 def names_data(args) -> bool:
     """Whether any flag says where the data is."""
     return any(_value(args, flag) for flags in _SOURCES for flag in flags)
@@ -152,10 +149,11 @@ _LISTS = {
         'a JSON file {"train": [PREFIX, ...], "valid": ..., "test": ...}, null where there is none'
     ),
 }
+_OF_PARTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
 _SOURCES = (
     ("--mock-data",),
     ("--data-path",),
-    ("--train-data-path", "--valid-data-path", "--test-data-path"),
+    _OF_PARTS,
     *((flag,) for flag in _LISTS),
 )
 
@@ -180,13 +178,13 @@ def _data_source(args) -> str | None:
             "--data-path PREFIX, --train-data-path PREFIX (and valid, test), or --mock-data",
         )
     source = given[0] if given else None
-    if source in ("--valid-data-path", "--test-data-path") and not args.skip_train:
+    if source in _OF_PARTS[1:] and not args.skip_train:
         raise InputError(
             f"{source} {' '.join(_value(args, source))}",
             "there is nothing to train on",
             "--train-data-path PREFIX with it, or --skip-train",
         )
-    if args.split is not None and (source in _OF_PARTS or source == "--per-split-data-args-path"):
+    if args.split is not None and source in (*_OF_PARTS, "--per-split-data-args-path"):
         raise InputError(
             f"--split {args.split} with {source}", "that names the data of each part", "one of them"
         )
@@ -291,8 +289,8 @@ def _check_checkpoint(args) -> None:
         return  # there are two, and which is newer is only known to Megatron
     if named := locate.named_checkpoint(args):
         path = locate.find_checkpoint(*named, args.ckpt_step or None, args.ckpt_format)
-        is_distributed = (path / "metadata.json").is_file()
-        if args.ckpt_format == "torch" and is_distributed and not args.auto_detect_ckpt_format:
+        finds_out = args.ckpt_format != "torch" or args.auto_detect_ckpt_format
+        if locate.is_distributed(path) and not finds_out:
             raise InputError(
                 f"--ckpt-format torch with {' '.join(named)}",
                 f"{path} is of torch_dist",

@@ -215,14 +215,15 @@ def _check_layout(args) -> None:
             )
     replicas = ranks // (tensor * pipeline * context)
     samples, micro = args.global_batch_size, args.micro_batch_size
-    may_be_less = args.decrease_batch_size_if_needed and samples and samples >= micro * replicas
-    if samples and samples % (micro * replicas) and not may_be_less:
+    at_once = micro * replicas
+    may_be_less = args.decrease_batch_size_if_needed and (samples or 0) >= at_once
+    if samples and samples % at_once and not may_be_less:
         raise RunError(
             f"--global-batch-size {samples}",
             f"each of {replicas} data-parallel replicas takes --micro-batch-size {micro} at once",
-            f"a multiple of {micro * replicas}",
+            f"a multiple of {at_once}",
         )
-    least = samples or micro * replicas
+    least = samples or at_once
     trained = args.train_samples
     if trained and trained < least and not (args.skip_train or args.step_batch_size_schedule):
         raise RunError(
@@ -425,10 +426,6 @@ def _gpu_flags(args) -> Iterator[str]:
 
 
 def _check_logging(args) -> None:
-    if args.log_progress and args.save is None:
-        raise RunError(
-            "--log-progress", "progress.txt lies beside checkpoints", "--save FOLDER with it"
-        )
     if args.tensorboard_dir is None:
         for name in ("memory", "timers", "validation_ppl", "world_size"):
             name = f"log_{name}_to_tensorboard"

@@ -1,7 +1,6 @@
 """What would stop a run as it saves, said before it starts."""
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
 from megatron_scmoe.arguments import in_flags
-from megatron_scmoe.checkpoints.output_folder import TRACKER
+from megatron_scmoe.checkpoints import locate
 from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform.command_line import is_first_rank
 
@@ -21,7 +20,7 @@ def check_flags(args: argparse.Namespace) -> None:
         RunError: at the first that would stop the run, or save nothing.
     """
     if args.save is None:
-        for name in ("save_interval", "async_save", "save_retain_interval"):
+        for name in ("save_interval", "async_save", "save_retain_interval", "log_progress"):
             if getattr(args, name):
                 raise RunError(
                     in_flags(name, getattr(args, name)), "nothing is saved", "--save FOLDER with it"
@@ -63,15 +62,13 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:
     """Megatron writes over what is there, and calls it incomplete."""
-    folders = [args.save, args.load]
-    if args.save is None or (None not in folders and len({*map(os.path.realpath, folders)}) == 1):
+    if args.save is None or locate.loads_what_it_saves(args):
         return
-    tracker = Path(args.save) / TRACKER
-    if is_first_rank() and tracker.is_file():
+    if is_first_rank() and locate.has_tracker(args.save):
         print(
             f"WARNING: --save {args.save}: it has checkpoints, the last of iteration "
-            f"{tracker.read_text().strip()}, which this run does not go on from; it writes over those "
-            "of iterations that it saves, too (--load with the same folder goes on)",
+            f"{locate.tracker_says(args.save)}, which this run does not go on from; it writes over "
+            "those of iterations that it saves, too (--load with the same folder goes on)",
             flush=True,
         )
 

@@ -6,16 +6,13 @@ from megatron_scmoe.validation.rule import rule
 from megatron_scmoe.validation.settings import Settings
 
 
-@rule("--recompute-modules", "--moe-layer-recompute")
+@rule("--recompute-modules")
 def moe_is_not_recomputed_alone(scmoe: ScMoEConfig, settings: Settings) -> None:
-    is_old_name = bool(settings.moe_layer_recompute)
-    if is_old_name or "moe" in _selected_modules(settings):
+    if "moe" in _selected_modules(settings):
         raise ScMoEConfigError(
-            "--moe-layer-recompute" if is_old_name else "--recompute-modules moe",
+            "--recompute-modules moe",
             "the routed path runs beside two blocks and cannot be recomputed as one piece",
-            "leave the flag out"
-            if is_old_name
-            else "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
+            "moe_act, shared_experts, layernorm, mlp, core_attn, or --recompute-granularity full",
         )
 
 

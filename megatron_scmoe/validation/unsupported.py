@@ -31,6 +31,12 @@ UNSUPPORTED = (
         "leave the flag out",
     ),
     Refused(
+        "moe_layer_recompute",
+        "--moe-layer-recompute",
+        "the routed path runs beside two blocks and cannot be recomputed as one piece",
+        "leave the flag out",
+    ),
+    Refused(
         "moe_use_upcycling",
         "--moe-use-upcycling",
         "Megatron's layers of a dense checkpoint have no tap; scmoe convert upcycle makes ScMoE's",

@@ -98,11 +98,14 @@ class PinnedExperts(HostExperts):
     """
 
     def __init__(self, memory: Mapping[int, Tensor]):
-        self._memory = memory
+        self._rows = {
+            (layer, expert): row
+            for layer, rows in memory.items()
+            for expert, row in enumerate(rows.unbind())
+        }
 
     def row(self, key):
-        layer, expert = key
-        return self._memory[layer][expert]
+        return self._rows[key]
 
 
 class MappedExperts(HostExperts):

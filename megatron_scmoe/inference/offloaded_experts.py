@@ -117,11 +117,9 @@ class OffloadedExperts(MegatronModule):
         def compute_chosen() -> None:
             if not self._at_the_gate:
                 self._chosen.is_known_from_now()
-            parts = {
-                expert: slice(expert * rows, (expert + 1) * rows)
-                for expert, count in enumerate(self._chosen.counts())
-                if count
-            }
+            keys = self._keys(self._chosen.counts())
+            self.cache.request(keys)  # at once: in graphs the window is running
+            parts = {expert: slice(expert * rows, (expert + 1) * rows) for _, expert in keys}
             self._compute(parts, tokens, probs, output.zero_(), run)
 
         between_graphs(compute_chosen)

@@ -65,6 +65,7 @@ def growing(results: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
             sizes["micro_batch"],
             result["link"],
             result["routing"],
+            result["device"],
         )
 
     def is_whole(result: dict) -> bool:
@@ -74,7 +75,7 @@ def growing(results: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
 
     for _, group in groupby(sorted(filter(is_whole, results), key=kind), key=kind):
         group = sorted(group, key=lambda result: result["world_size"])
-        if len(group) > 1:
+        if len({result["world_size"] for result in group}) > 1:
             yield f"{model(group[0])}, {LINKS[group[0]['link']]}", group
 
 

@@ -22,7 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "results"
 LINKS = {
     "host-staged, 2 GPUs, medium": "2xh200-medium-staged-train",
     "host-staged, 2 GPUs, wide": "2xh200-wide-staged-train",
-    "host-staged, 2 GPUs, wide, real routing": "2xh200-wide-staged-real-train",
+    "host-staged, 2 GPUs, wide, real routing": "2xh100-wide-staged-real-train",
     "host-staged, 4 GPUs, wide": "4xh200-wide-staged-train",
     "host-staged, 8 GPUs, wide": "8xh200-wide-staged-train",
     "NVLink, 2 GPUs, fine": "2xh200-fine-native-train",

@@ -355,6 +355,16 @@ def test_whole_runs_are_on_the_page(tmp_path):
     assert "- Settings best: the losses of scmoe and scmoe-serial agree bit for bit." in lines
 
 
+def test_only_cards_of_one_kind_and_several_numbers_of_them_are_compared():
+    two = result_of(top2__best=800, scmoe__best=400) | {"overrides": []}
+    again, other = dict(two), two | {"device": "another card", "world_size": 4}
+    four = two | {"world_size": 4}
+    growing = benchmark("train_page").growing
+    assert not list(growing([two, again, other]))
+    ((_, group),) = growing([four, two, other])
+    assert group == [two, four]
+
+
 def test_measurements_that_would_have_one_heading_say_what_sets_them_apart(tmp_path):
     result = result_of(top2__best=800, scmoe__best=400) | {"overrides": []}
     smaller = result | {"sizes": result["sizes"] | {"micro_batch": 1}}

@@ -356,7 +356,7 @@ def test_whole_runs_are_on_the_page(tmp_path):
 
 
 def test_only_cards_of_one_kind_and_several_numbers_of_them_are_compared():
-    two = result_of(top2__best=800, scmoe__best=400) | {"overrides": []}
+    two = result_of(top2__best=800, scmoe__best=400) | {"overrides": [], "link": "native"}
     again, other = dict(two), two | {"device": "another card", "world_size": 4}
     four = two | {"world_size": 4}
     growing = benchmark("train_page").growing

@@ -39,9 +39,18 @@ def parse(on_cpu: bool, argv: Sequence[str] | None = None) -> Namespace:
         if path is not None:
             check_output(flag, path, [suffix])
     for flag, folder in (("--trace", options.trace), ("--keep-logs", options.keep_logs)):
-        if folder is not None and not folder.is_dir():
-            raise UsageError(f"{flag} {folder}: there is no such folder; accepted: one that exists")
+        if folder is not None:
+            _make(flag, folder)
     return options
+
+
+def _make(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot be made ({error.strerror}); accepted: a folder in one that exists"
+        ) from error
 
 
 def _parser() -> OneLineParser:

@@ -171,7 +171,7 @@ def test_megatron_knows_every_flag(on_cpu, tmp_path):
         (["--iterations", "8"], "--warmup 8 with --iterations 8: none is left"),
         (["--flags", "tops/*=--manual-gc"], r"tops/\*=...: no run has such a name; accepted: top2"),
         (["--trace", "."], "--trace: there is no GPU"),
-        (["--keep-logs", "no/such"], "--keep-logs no/such: there is no such folder"),
+        (["--keep-logs", "no/such"], "--keep-logs no/such: cannot be made .No such file"),
         (["--json", "x.txt"], "--json x.txt: accepted are names that end in .json"),
     ],
 )

@@ -1,9 +1,17 @@
 """Every test process runs Megatron on the CPU where there is no GPU."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without bytecode every process that a test starts compiles PyTorch and Megatron again, which takes ten
+# seconds. Where none may lie beside the sources it has a folder of its own.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = sys.pycache_prefix or str(Path(__file__).parents[1] / "build" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # Where transformers copies the modelling code of a model; it imports it from the first such place.
 _modules = tempfile.TemporaryDirectory()
 os.environ["HF_MODULES_CACHE"] = _modules.name

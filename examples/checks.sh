@@ -17,38 +17,55 @@ wrong() {
     errors=$((errors + 1))
 }
 
-# check_layout RANKS: whether experts, blocks, heads and batch can be divided as the variables say.
+# check_layout RANKS: whether experts, blocks, heads and batch can be divided as the run is told.
 check_layout() {
-    local ranks=$1 experts layers heads unit=2 stages=$PIPELINE_PARALLEL model data
+    local ranks=$1 experts layers heads unit=2 model data SIZE GIVEN
+    local tensor='' stages='' expert='' micro='' batch=''  # sizes
+    local of_tensor of_stages of_expert of_micro of_batch  # how they were given
     experts=$(flag_value --num-experts)
     layers=$(flag_value --num-layers)
     heads=$(flag_value --num-attention-heads)
     [[ $(flag_value --moe-layer-freq) == *,* && -z ${BASELINE:-} ]] || unit=1
-    model=$((TENSOR_PARALLEL * stages))
+    read_size TENSOR_PARALLEL --tensor-model-parallel-size && tensor=$SIZE of_tensor=$GIVEN
+    read_size PIPELINE_PARALLEL --pipeline-model-parallel-size && stages=$SIZE of_stages=$GIVEN
+    read_size EXPERT_PARALLEL --expert-model-parallel-size && expert=$SIZE of_expert=$GIVEN
+    read_size MICRO_BATCH_SIZE --micro-batch-size && micro=$SIZE of_micro=$GIVEN
+    read_size GLOBAL_BATCH_SIZE --global-batch-size && batch=$SIZE of_batch=$GIVEN
+    [[ -n $tensor && -n $stages && -n $expert && -n $micro && -n $batch ]] || return 0
+    model=$((tensor * stages))
     data=$((ranks / model))
 
-    if ((experts % EXPERT_PARALLEL)); then
-        wrong "EXPERT_PARALLEL=$EXPERT_PARALLEL: accepted: a divisor of the $experts experts"
+    if ((experts % expert)); then
+        wrong "$of_expert: accepted: a divisor of the $experts experts"
     fi
     if ((ranks % model)); then
-        wrong "TENSOR_PARALLEL=$TENSOR_PARALLEL PIPELINE_PARALLEL=$stages: accepted: a product that \
-divides the $ranks ranks"
+        wrong "$of_tensor $of_stages: accepted: a product that divides the $ranks ranks"
         return
     fi
-    if ((ranks % (EXPERT_PARALLEL * stages))); then
-        wrong "EXPERT_PARALLEL=$EXPERT_PARALLEL PIPELINE_PARALLEL=$stages: accepted: a product that \
-divides the $ranks ranks"
+    if ((ranks % (expert * stages))); then
+        wrong "$of_expert $of_stages: accepted: a product that divides the $ranks ranks"
     fi
     if ((layers % (unit * stages))); then
-        wrong "PIPELINE_PARALLEL=$stages: accepted: a divisor of $((layers / unit)), the \
+        wrong "$of_stages: accepted: a divisor of $((layers / unit)), the \
 $( ((unit == 2)) && echo "pairs of " )blocks"
     fi
-    if ((heads % TENSOR_PARALLEL)); then
-        wrong "TENSOR_PARALLEL=$TENSOR_PARALLEL: accepted: a divisor of the $heads attention heads"
+    if ((heads % tensor)); then
+        wrong "$of_tensor: accepted: a divisor of the $heads attention heads"
     fi
-    if ((GLOBAL_BATCH_SIZE % (MICRO_BATCH_SIZE * data))); then
-        wrong "GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE: accepted: a multiple of $((MICRO_BATCH_SIZE * data)), \
-MICRO_BATCH_SIZE=$MICRO_BATCH_SIZE on each of $data data-parallel ranks"
+    if ((batch % (micro * data))); then
+        wrong "$of_batch: accepted: a multiple of $((micro * data)), \
+$of_micro on each of $data data-parallel ranks"
+    fi
+}
+
+# read_size VARIABLE FLAG: set SIZE to what the run is told last, and GIVEN to how it was said.
+read_size() {
+    SIZE=$(flag_value "$2")
+    GIVEN="$1=$SIZE"
+    [[ " ${EXTRA_FLAGS[*]} " != *" $2 "* ]] || GIVEN="$2 $SIZE"
+    if [[ ! $SIZE =~ ^[1-9][0-9]*$ ]]; then
+        wrong "$GIVEN: accepted: a whole number, 1 or more"
+        return 1
     fi
 }
 
@@ -65,7 +82,7 @@ flag_value() {
 
 # check_files: whether data and tokenizer are there, and checkpoints can be written.
 check_files() {
-    local words word suffix folder=$CHECKPOINT_DIR hint="CHECK_FILES=0 if only the nodes see it"
+    local words word suffix script folder=$CHECKPOINT_DIR hint="CHECK_FILES=0 if only the nodes see it"
     if [[ ${MOCK_DATA:-} != 1 ]]; then
         read -r -a words <<<"$DATA_PATH"
         for word in "${words[@]}"; do
@@ -74,8 +91,14 @@ check_files() {
                 [[ -f $word.$suffix ]] || wrong "DATA_PATH: no file $word.$suffix here; $hint"
             done
         done
-        [[ -z ${PRETRAINED:-} || -e $PRETRAINED ]] || wrong "PRETRAINED: no $PRETRAINED here; $hint"
         [[ -e $TOKENIZER_MODEL ]] || wrong "TOKENIZER_MODEL: no $TOKENIZER_MODEL here; $hint"
+    fi
+    [[ -z ${PRETRAINED:-} || -e $PRETRAINED ]] || wrong "PRETRAINED: no $PRETRAINED here; $hint"
+    script=${PRETRAIN_SCRIPT:-$REPO_DIR/$SCRIPT}
+    if [[ -z ${CONTAINER_IMAGE:-} && ! -f $script ]]; then  # a container has its own
+        word=REPO_DIR
+        [[ -z ${PRETRAIN_SCRIPT:-} ]] || word=PRETRAIN_SCRIPT
+        wrong "$word: no $script here; $hint"
     fi
     while [[ ! -e $folder && $folder == */* ]]; do  # what is not there yet will be made
         folder=${folder%/*}

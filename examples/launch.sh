@@ -110,6 +110,8 @@ prepare() {
         TENSOR_PARALLEL PIPELINE_PARALLEL EXPERT_PARALLEL SAVE_INTERVAL EVAL_INTERVAL MASTER_PORT
     [[ ${RESTARTS:-0} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: accepted: a whole number, 0 or more"
     require_numbers LEARNING_RATE MIN_LEARNING_RATE
+    [[ ${DATA_SPLIT:-1} =~ ^[0-9.]+(,[0-9.]+){0,2}$ ]] ||
+        fail "DATA_SPLIT=$DATA_SPLIT: accepted: shares of training, validation and test, such as 989,10,1"
     ((${MASTER_PORT:-1} < 65536)) || fail "MASTER_PORT=$MASTER_PORT: accepted: 1 to 65535"
 
     SCRIPT=pretrain_gpt_scmoe.py
@@ -117,8 +119,13 @@ prepare() {
         SCRIPT=examples/pretrain_baseline.py
         [[ $BASELINE =~ ^(top2|shared)$ ]] || fail "BASELINE=$BASELINE: accepted: top2, shared"
     fi
+    OWN_VARIABLES=()
     # shellcheck source=gpt2_moe_medium/config.sh
     source "$EXAMPLE_DIR/config.sh"
+    for word in PRETRAINED REHEARSAL; do
+        [[ -z ${!word:-} || ${!word} == 0 || " ${OWN_VARIABLES[*]} " == *" $word "* ]] ||
+            fail "$word=${!word}: this recipe does not read it; accepted: leave it out, or longcat_flash"
+    done
     set_training_flags
     set_run_flags
     PRETRAIN_FLAGS=(

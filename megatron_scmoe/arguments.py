@@ -6,12 +6,13 @@ import os
 import shlex
 import sys
 from dataclasses import Field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.errors import ScMoEConfigError, with_nearest_flags
 
 ENVIRONMENT_VARIABLE = "SCMOE_ARGS"
 """Where ``--spec megatron_scmoe.spec scmoe_spec`` finds the flags under a foreign entry point, whose
@@ -82,8 +83,38 @@ def scmoe_config_from_environment() -> ScMoEConfig:
     Raises:
         SystemExit: status 2 and one line if the variable holds anything but ``--scmoe-*`` flags.
     """
-    parser = argparse.ArgumentParser(prog=f"${ENVIRONMENT_VARIABLE}", usage="", allow_abbrev=False)
-    return scmoe_config_from_args(add_scmoe_args(parser).parse_args(_words_of_environment()))
+    try:
+        return scmoe_config_from_args(_parsed_environment())
+    except ScMoEConfigError as error:  # Megatron's script would show a traceback
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def check_environment() -> None:
+    """Check ``$SCMOE_ARGS``, before a program of this project adds its own flags to it.
+
+    Raises:
+        ScMoEConfigError: if it holds anything but ``--scmoe-*`` flags of the model.
+    """
+    _parsed_environment()
+
+
+def _parsed_environment() -> argparse.Namespace:
+    parser = add_scmoe_args(_EnvironmentParser(allow_abbrev=False, add_help=False))
+    return parser.parse_args(_words_of_environment())
+
+
+class _EnvironmentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _refuse_environment(with_nearest_flags(self, message))
+
+
+def _refuse_environment(message: str) -> NoReturn:
+    raise ScMoEConfigError(
+        f"${ENVIRONMENT_VARIABLE}",
+        message,
+        "--scmoe-* flags of the model, such as --scmoe-tap pos2",
+    )
 
 
 def given_in_environment() -> dict[str, Any]:
@@ -172,7 +203,11 @@ def _as_word(value: Any) -> str:
 
 
 def _words_of_environment() -> list[str]:
-    return shlex.split(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    given = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        _refuse_environment(f"{given}: {str(error).lower()}")
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """What is said to the user in one line: the package's own errors, and those of other libraries."""
 
+import argparse
 import ast
+import difflib
 import linecache
 import re
 import traceback
@@ -84,6 +86,17 @@ def in_words(error: BaseException, lines: int | None = None) -> str:
     if not words and (failed := failed_assertion(error)):
         return f"{BARE_ASSERTION} {ast.unparse(failed[0])}"
     return words or type(error).__name__
+
+
+def with_nearest_flags(parser: argparse.ArgumentParser, message: str) -> str:
+    """What argparse says of flags that it does not know, and which flags are spelt almost like them."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        return message
+    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+    found = (difflib.get_close_matches(f, parser._option_string_actions, 1, 0.8) for f in flags)
+    nearest = ", ".join(name for names in found for name in names)
+    return f"{message}; the nearest: {nearest}" if nearest else message
 
 
 def reason_of(error: Exception) -> str:

@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_scmoe.config import SPEC
-from megatron_scmoe.errors import ScMoEError, SettingsError
+from megatron_scmoe.errors import ScMoEError, SettingsError, with_nearest_flags
 from megatron_scmoe.platform import cpu_backend, launch
 from megatron_scmoe.platform.command_line import (
     UsageError,
     asks_for_help,
     is_first_rank,
     run_command,
-    with_nearest_flags,
 )
-from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
 USAGE = (
     "torchrun --nproc-per-node N -m megatron_scmoe.run SCRIPT [--scmoe-* ...] [Megatron's flags]"
@@ -57,11 +55,6 @@ def main() -> None:
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))
-    if any(word.split("=")[0] == TUNE_FLAG for word in scmoe):
-        raise UsageError(
-            f"{TUNE_FLAG}: nothing is chosen for speed here; accepted: leave the flag out, or "
-            "pretrain_gpt_scmoe.py"
-        )
     _check_spec(flags)
     if cpu_backend.FLAG in scmoe:
         os.environ[cpu_backend.VARIABLE] = "1"
@@ -71,6 +64,7 @@ def main() -> None:
         _show_own_flags()
     else:
         launch.check()
+        _check_scmoe(scmoe)
         given = shlex.join(word for word in scmoe if word != cpu_backend.FLAG)
         os.environ["SCMOE_ARGS"] = f"{os.environ.get('SCMOE_ARGS', '')} {given}".strip()
         added = missing_flags(flags)
@@ -122,6 +116,21 @@ def missing_flags(given: list[str]) -> list[str]:
         wanted.append(["--max-position-embeddings", words[words.index("--seq-length") + 1]])
     present = {word.split("=")[0] for word in given}
     return [word for words in wanted if words[0] not in present for word in words]
+
+
+def _check_scmoe(words: list[str]) -> None:
+    """Before Megatron starts: flags of a run, whose loop the script has not, and ``$SCMOE_ARGS``."""
+    from megatron_scmoe.arguments import check_environment
+    from megatron_scmoe.platform.megatron_flags import flags_of_the_run
+
+    unheard = flags_of_the_run()
+    for word in words:
+        if word.split("=")[0] in unheard:
+            raise UsageError(
+                f"{word}: the script has a loop of its own, which does not hear it; accepted: leave "
+                "the flag out, or pretrain_gpt_scmoe.py"
+            )
+    check_environment()
 
 
 def _check_spec(flags: list[str]) -> None:

@@ -3,6 +3,7 @@
 # LongCat-Flash with ScMoE: what the model is and how it is trained, as flags of
 # pretrain_gpt_scmoe.py. Every variable can be set from outside; README.md has them in a table.
 
+OWN_VARIABLES=(PRETRAINED REHEARSAL)
 [[ -z ${BASELINE:-} ]] ||
     fail "BASELINE=$BASELINE: accepted: none, as stock Megatron has no zero experts"
 if [[ ${REHEARSAL:-} == 1 ]]; then  # a small model of the same kind, for two GPUs

@@ -28,6 +28,9 @@ from megatron_scmoe.platform.command_line import (
     staged_outputs,
 )
 
+MOST_CHUNKS = 64
+"""That a picture shows; with more, drawing takes minutes."""
+
 PREDICTED_ONLY = ("tap", "slot", "all_slots", "compare", "chunks", "overlap")
 
 
@@ -100,8 +103,8 @@ def _check(args) -> None:
     if args.compare and (args.all_slots or args.overlap is not None):
         other = "--all-slots" if args.all_slots else "--overlap"
         raise UsageError(f"--compare: draws one slot with and without overlap; leave {other} out")
-    if args.chunks is not None and args.chunks < 1:
-        raise UsageError(f"--chunks {args.chunks}: accepted is 1 or more")
+    if args.chunks is not None and not 1 <= args.chunks <= MOST_CHUNKS:
+        raise UsageError(f"--chunks {args.chunks}: accepted is 1 to {MOST_CHUNKS}")
 
 
 def _predict(args):

@@ -8,7 +8,6 @@ only where nobody would read the file.
 import argparse
 import atexit
 import contextlib
-import difflib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_scmoe.errors import ScMoEError
+from megatron_scmoe.errors import ScMoEError, with_nearest_flags
 from megatron_scmoe.platform.atomic_write import atomic_write
 
 LAST_WORD_S = 10
@@ -52,17 +51,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default in (None, False) or "default" in text.lower():
             return text
         return super()._get_help_string(action)
-
-
-def with_nearest_flags(parser: argparse.ArgumentParser, message: str) -> str:
-    """What argparse says of flags that it does not know, and which flags are spelt almost like them."""
-    unknown = message.removeprefix("unrecognized arguments: ")
-    if unknown == message:
-        return message
-    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
-    found = (difflib.get_close_matches(f, parser._option_string_actions, 1, 0.8) for f in flags)
-    nearest = ", ".join(name for names in found for name in names)
-    return f"{message}; the nearest: {nearest}" if nearest else message
 
 
 def positive(text: str) -> int:

@@ -16,8 +16,9 @@ from unittest.mock import MagicMock
 
 import torch
 
+from megatron_scmoe.errors import with_nearest_flags
 from megatron_scmoe.platform import cpu_backend
-from megatron_scmoe.platform.command_line import HelpFormatter, UsageError, with_nearest_flags
+from megatron_scmoe.platform.command_line import HelpFormatter, UsageError
 
 TUNE_FLAG, TUNE_OFF, TUNE_AT_STARTUP = "--scmoe-tune", "off", "startup"
 
@@ -102,6 +103,15 @@ def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "but the trial is read from the file if it exists, and written to it if not; off: nothing",
     )
     return parser
+
+
+def flags_of_the_run() -> set[str]:
+    """Those that ``pretrain_gpt_scmoe.py`` has and :func:`add_flags_for_spec` has not."""
+    with_them, without = (
+        add(argparse.ArgumentParser())._option_string_actions
+        for add in (add_run_args, add_flags_for_spec)
+    )
+    return set(with_them) - set(without)
 
 
 def tune_file(args: argparse.Namespace) -> str | None:

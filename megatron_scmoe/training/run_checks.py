@@ -6,6 +6,7 @@ with the model is in validation/, with files in input_checks.py, with saving in 
 
 import argparse
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 
@@ -40,6 +41,7 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
         raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
     _check_all_is_given(args, has_model)
     _check_numbers(args, has_model)
+    _check_ranges(args)
     if has_model:
         _check_layout(args)
         _warn_of_balance(args)
@@ -50,6 +52,7 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     _check_device(args)
     saving_checks.check_flags(args)
     _check_logging(args)
+    _check_profile(args)
     if args.dataloader_defer_npy_index_mmap and args.data_cache_path is None:
         raise RunError(
             "--dataloader-defer-npy-index-mmap",
@@ -120,8 +123,41 @@ _OPTIONAL_NUMBERS = (
     ("lr_warmup_iters", 0),
     ("lr_warmup_samples", 0),
     ("scmoe_log_overlap_interval", 0),
+    ("vocab_size", 1),
+    ("make_vocab_size_divisible_by", 1),
+    ("max_position_embeddings", 1),
+    ("rotary_base", 1),
+    ("num_query_groups", 1),
+    ("kv_channels", 1),
+    ("ffn_hidden_size", 1),
+    ("moe_ffn_hidden_size", 1),
+    ("moe_shared_expert_intermediate_size", 1),
 )
 """Flags with the least value that a run can go on with."""
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("lr", 0, math.inf),
+    ("min_lr", 0, math.inf),
+    ("decoupled_lr", 0, math.inf),
+    ("lr_warmup_init", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("clip_grad", 0, math.inf),
+    ("adam_eps", 0, math.inf),
+    ("adam_beta1", 0, 1),
+    ("adam_beta2", 0, 1),
+    ("sgd_momentum", 0, 1),
+    ("hidden_dropout", 0, 1),
+    ("attention_dropout", 0, 1),
+    ("init_method_std", 0, math.inf),
+    ("layernorm_epsilon", 0, math.inf),
+    ("moe_aux_loss_coeff", 0, math.inf),
+    ("moe_z_loss_coeff", 0, math.inf),
+    ("moe_router_bias_update_rate", 0, math.inf),
+    ("moe_input_jitter_eps", 0, 1),
+)
+"""Flags with what their numbers may be: from the first on, and below the second. Outside Megatron
+ends in the midst of the first step, or trains towards what nobody wants."""
 
 
 def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
@@ -178,6 +214,23 @@ def _check_numbers(args, has_model: bool) -> None:
             raise RunError(in_flags(name, value), "it is too small", f"{least} or more")
     if args.lr is None and not args.skip_train:
         raise RunError("--lr is not given", "a run needs it", "a learning rate, 1e-4 for example")
+
+
+def _check_ranges(args) -> None:
+    for name, least, end in _RANGES:
+        given = getattr(args, name)
+        for value in as_list(given):
+            if value is not None and not least <= value < end:
+                accepted = (
+                    f"{least:g} or more" if end == math.inf else f"{least:g} to below {end:g}"
+                )
+                raise RunError(in_flags(name, given), "it is outside its range", accepted)
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(args, name)
+        if args.lr is not None and value is not None and value > args.lr:
+            raise RunError(
+                in_flags(name, value), f"it is above --lr {args.lr:g}", f"0 to {args.lr:g}"
+            )
 
 
 def _check_layout(args) -> None:
@@ -315,6 +368,10 @@ def _check_validation(args) -> None:
             "Megatron evaluates several sets only if it goes through them whole",
             "--full-validation with it",
         )
+    if args.skip_train and not (args.eval_iters or whole or args.ckpt_convert_format):
+        raise RunError(
+            "--skip-train with --eval-iters 0", "nothing is left to do", "--eval-iters 1 or more"
+        )
     wants = args.eval_iters or whole
     if wants and not (args.skip_train or has_validation_data(args)):
         raise RunError(
@@ -442,3 +499,37 @@ def _check_logging(args) -> None:
         )
     if folder and os.path.exists(folder) and not os.access(folder, os.W_OK):
         raise RunError(f"--wandb-save-dir {folder}", "cannot write there", "a writable folder")
+
+
+def _check_profile(args) -> None:
+    """Megatron writes the trace behind the last step of it, and says nothing if that never comes."""
+    if not args.profile:
+        return
+    first, end = args.profile_step_start, args.profile_step_end
+    if not 0 <= first < end:
+        raise RunError(
+            f"--profile-step-start {first} --profile-step-end {end}",
+            "the steps from the first to before the second are profiled",
+            "0 or more, and a larger number",
+        )
+    if args.train_iters is not None and end > args.train_iters:
+        raise RunError(
+            f"--profile-step-end {end}",
+            f"the run ends at --train-iters {args.train_iters}, and nothing would be written",
+            f"{first + 1} to {args.train_iters}"
+            if first < args.train_iters
+            else f"up to {args.train_iters}, and a smaller --profile-step-start than {first}",
+        )
+    for rank in args.profile_ranks:
+        if not 0 <= rank < args.world_size:
+            raise RunError(
+                in_flags("profile_ranks", args.profile_ranks),
+                f"there is no rank {rank}",
+                f"0 to {args.world_size - 1}",
+            )
+    if args.use_pytorch_profiler and args.tensorboard_dir is None:
+        raise RunError(
+            "--profile --use-pytorch-profiler",
+            "Megatron writes the trace beside the folder for TensorBoard, and there is none",
+            "--tensorboard-dir FOLDER with it",
+        )

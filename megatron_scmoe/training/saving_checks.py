@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 from pathlib import Path
 
 import torch
@@ -32,6 +33,13 @@ def check_flags(args: argparse.Namespace) -> None:
         ]
         if stops and is_first_rank():
             print(f"WARNING: {stops[0]} without --save: what was trained is lost then", flush=True)
+    _check_conversion(args)
+    if args.exit_signal != signal.SIGTERM and not args.exit_signal_handler:
+        raise RunError(
+            in_flags("exit_signal", args.exit_signal),
+            "nobody waits for the signal",
+            "--exit-signal-handler with it",
+        )
     _warn_of_other_checkpoints(args)
     if args.async_save and args.ckpt_format == "torch":
         raise RunError(
@@ -58,6 +66,25 @@ def check_flags(args: argparse.Namespace) -> None:
             "it has no kind of checkpoint to save",
             "--non-persistent-ckpt-type global with it",
         )
+
+
+def _check_conversion(args: argparse.Namespace) -> None:
+    """``--ckpt-convert-format``: load, save in another format, and end."""
+    target = args.ckpt_convert_save
+    if args.ckpt_convert_format is None:
+        if target is not None:
+            raise RunError(
+                f"--ckpt-convert-save {target}",
+                "nothing is converted",
+                "--ckpt-convert-format torch or torch_dist with it",
+            )
+        return
+    given = f"--ckpt-convert-format {args.ckpt_convert_format}"
+    for flag, value in (("--load", args.load), ("--ckpt-convert-save", target)):
+        if value is None:
+            raise RunError(given, f"there is no {flag}", f"{flag} FOLDER with it")
+    if Path(target).exists() and not Path(target).is_dir():
+        raise RunError(f"--ckpt-convert-save {target}", "it is a file", "a folder")
 
 
 def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:

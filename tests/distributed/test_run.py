@@ -82,11 +82,44 @@ def test_script_that_is_not_there(tmp_path):
     assert f"{tmp_path}/absent.py: there is no such script" in run.error
 
 
-def test_nothing_is_chosen_for_speed(tmp_path):
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--scmoe-tune startup",
+        "--scmoe-damaged-checkpoint skip",
+        "--scmoe-log-overlap-interval 1",
+        "--no-scmoe-verify-checkpoint",
+    ],
+)
+def test_flags_of_a_loop_that_the_script_has_not(flag, tmp_path):
     (tmp_path / "script.py").write_text("")
-    run = harness.run_pretrain(["--scmoe-tune", "startup"], script=str(tmp_path / "script.py"))
+    run = harness.run_pretrain(flag.split(), script=str(tmp_path / "script.py"))
     assert run.status == 2
-    assert run.error.startswith("--scmoe-tune: nothing is chosen for speed here")
+    assert run.error.startswith(f"{flag.split()[0]}: the script has a loop of its own")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--scmoe-tap 'pos1", "--scmoe-tap 'pos1: no closing quotation"),
+        ("--scmoe-tap pos1 --num-layers 8", "unrecognized arguments: --num-layers 8"),
+        (
+            "--scmoe-tapp pos1",
+            "unrecognized arguments: --scmoe-tapp pos1; the nearest: --scmoe-tap",
+        ),
+        ("--scmoe-tune off", "unrecognized arguments: --scmoe-tune off"),
+        ("--scmoe-tap pos9", "argument --scmoe-tap: invalid choice: 'pos9'"),
+    ],
+)
+def test_what_the_environment_holds_is_checked_first(given, told, tmp_path):
+    (tmp_path / "script.py").write_text("print('not reached')")
+    run = harness.run_pretrain(
+        [], script=str(tmp_path / "script.py"), environment={"SCMOE_ARGS": given}
+    )
+    assert run.status == 2
+    assert run.error.startswith(f"$SCMOE_ARGS: {told}")
+    assert "accepted: --scmoe-* flags of the model" in run.error
+    assert "not reached" not in run.output
 
 
 def test_another_spec_is_refused(tmp_path):

@@ -257,6 +257,24 @@ def test_all_missing_variables_are_named_at_once(script):
     [
         ({"NUM_EXPERTS": "eight"}, (), "NUM_EXPERTS=eight: accepted: a whole number, 1 or more"),
         ({"TENSOR_PARALLEL": "0"}, (), "TENSOR_PARALLEL=0: accepted: a whole number, 1 or more"),
+        ({"DATA_SPLIT": "most"}, (), "DATA_SPLIT=most: accepted: shares of training, validation"),
+        ({"PRETRAINED": "/ck"}, (), "PRETRAINED=/ck: this recipe does not read it; accepted: "),
+        ({"REHEARSAL": "1"}, (), "REHEARSAL=1: this recipe does not read it; accepted: "),
+        (
+            {},
+            ("--", "--global-batch-size", "7"),
+            "--global-batch-size 7: accepted: a multiple of ",
+        ),
+        (
+            {},
+            ("--", "--expert-model-parallel-size", "3"),
+            "--expert-model-parallel-size 3: accepted: a divisor of the 8 experts",
+        ),
+        (
+            {},
+            ("--", "--pipeline-model-parallel-size", "0"),
+            "--pipeline-model-parallel-size 0: accepted: a whole number, 1 or more",
+        ),
         *(
             ({name: "yes"}, (), f"{name}=yes: accepted: 0, 1")
             for name in ("MOCK_DATA", "CHECK_FILES", "ASYNC_SAVE", "SKIP_DAMAGED", "REQUEUE")
@@ -414,6 +432,15 @@ def test_outside_slurm_the_batch_script_only_prints():
 
     assert finished.returncode == 2
     assert "SLURM_JOB_NODELIST is not set" in finished.stderr
+
+
+def test_what_a_recipe_starts_from_and_runs_has_to_be_there():
+    here = MOCK | {"CHECKPOINT_DIR": "/tmp/run", "CHECK_FILES": "1", "GPUS_PER_NODE": "128"}
+    for name in ("PRETRAINED", "PRETRAIN_SCRIPT", "REPO_DIR"):
+        train = LONGCAT.parent / "train.sh"
+        finished = launch(train, here | {name: "/nowhere"}, "--dry-run")
+        assert finished.returncode == 2
+        assert f"error: {name}: no /nowhere" in finished.stderr
 
 
 def test_all_nodes_meet_at_the_first(slurm):

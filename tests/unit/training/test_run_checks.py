@@ -73,6 +73,50 @@ def test_flags_that_work(ranks):
         ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it is too small"),
         ("--save-params-interval 0", "--save-params-interval 0: it is too small"),
         ("--log-progress", "--log-progress: .*; accepted: --save FOLDER with it"),
+        ("--skip-train --eval-iters 0", "--skip-train with --eval-iters 0: nothing is left"),
+        ("--exit-signal SIGINT", "--exit-signal SIGINT: .*; accepted: --exit-signal-handler"),
+        ("--ckpt-convert-format torch", "--ckpt-convert-format torch: there is no --load; "),
+        (
+            "--ckpt-convert-format torch --load x",
+            "--ckpt-convert-format torch: .*; accepted: --ckpt-convert-save FOLDER",
+        ),
+        ("--ckpt-convert-save x", "--ckpt-convert-save x: nothing is converted"),
+        (
+            f"--ckpt-convert-format torch --load x --ckpt-convert-save {__file__}",
+            f"--ckpt-convert-save {__file__}: it is a file; accepted: a folder",
+        ),
+        ("--lr -1", "--lr -1.0: it is outside its range; accepted: 0 or more"),
+        ("--min-lr 1", "--min-lr 1.0: it is above --lr 0.001; accepted: 0 to 0.001"),
+        ("--lr-warmup-init 1", "--lr-warmup-init 1.0: it is above --lr"),
+        ("--adam-beta2 1", "--adam-beta2 1.0: .*; accepted: 0 to below 1"),
+        ("--attention-dropout 1.5", "--attention-dropout 1.5: .*; accepted: 0 to below 1"),
+        ("--moe-aux-loss-coeff -1", "--moe-aux-loss-coeff -1.0: .*; accepted: 0 or more"),
+        ("--moe-z-loss-coeff -1", "--moe-z-loss-coeff -1.0: .*; accepted: 0 or more"),
+        ("--moe-input-jitter-eps -0.5", "--moe-input-jitter-eps -0.5: .*; accepted: 0 to below 1"),
+        ("--moe-input-jitter-eps 2", "--moe-input-jitter-eps 2.0: .*; accepted: 0 to below 1"),
+        ("--kv-channels 0", "--kv-channels 0: it is too small; accepted: 1 or more"),
+        *(
+            (f"--profile --use-pytorch-profiler --tensorboard-dir x {words}", told)
+            for words, told in (
+                (
+                    "",
+                    "--profile-step-end 12: .*; accepted: up to 3, and a smaller --profile-step-s",
+                ),
+                ("--profile-step-start 1", "--profile-step-end 12: .*; accepted: 2 to 3"),
+                (
+                    "--profile-step-start 2 --profile-step-end 2",
+                    "--profile-step-start 2 --profile-step-end 2: .*; accepted: 0 or more, and a lar",
+                ),
+                (
+                    "--profile-step-start 1 --profile-step-end 2 --profile-ranks 5",
+                    "--profile-ranks 5: there is no rank 5; accepted: 0 to 0",
+                ),
+            )
+        ),
+        (
+            "--profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2",
+            "--profile --use-pytorch-profiler: .*; accepted: --tensorboard-dir FOLDER with it",
+        ),
     ],
 )
 def test_what_megatron_would_ignore_or_stumble_over(words, told):

@@ -45,7 +45,13 @@ from megatron_scmoe.checkpoints.tokenizers import (
 )
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
-from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, Padding, count_tokens, set_rows
+from megatron_scmoe.checkpoints.vocabulary import (
+    EMBEDDING,
+    Padding,
+    count_tokens,
+    note_on_rows,
+    set_rows,
+)
 from megatron_scmoe.errors import ConversionError
 
 KEPT_IN_FP32 = (".expert_bias", ".e_score_correction_bias")
@@ -173,6 +179,7 @@ def hf_to_megatron(
         f"{source} -> {save}",
         f"{len(tensors)} tensors, {total_bytes(tensors) / 1e9:.2f} GB, {args.params_dtype}",
         f"vocabulary: {tokens} tokens, padded to {rows} rows",
+        *note_on_rows(size, tokens, config.get("unpadded_vocab_size")),
         *notes,
         *note_on_dtype(config, args.params_dtype, dtype is not None),
         *notes_on_ids(config, read_generation_config(source), size),

@@ -27,7 +27,7 @@ _CHECKPOINTS = (TRACKER, "iter_[0-9]*", "release", "progress.txt", "non_persiste
 _CHECKPOINT = (".metadata", "metadata.json", "common.pt", "*.distcp")
 """Names in a model folder, in what ``--save`` names, and in one checkpoint of it."""
 
-_SPARE_BYTES = 64 * 2**20  # index, tokenizer, metadata
+_SPARE_BYTES = 8 * 2**20  # index, tokenizer, metadata
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def new_folder(
     _check_place(path, force, sources)
     lack = lack_of_space(path.parent, needed_bytes + _SPARE_BYTES)
     if lack:
-        raise ConversionError(f"{path.parent}: {lack}")
+        raise ConversionError(f"{path}: {lack}; accepted: a folder on another disk")
     try:
         with contextlib.ExitStack() as stack:
             try:
@@ -68,7 +68,9 @@ def new_folder(
             if isinstance(cause, KeyboardInterrupt | SystemExit) and cause is not error:
                 raise cause from None  # a file that it left open failed to close, and hid it
         if _is_disk_full(error, path.parent):
-            raise ConversionError(f"{path.parent}: the disk is full") from error
+            raise ConversionError(
+                f"{path}: the disk is full; accepted: a folder on another disk"
+            ) from error
         raise
 
 

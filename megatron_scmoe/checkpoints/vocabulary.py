@@ -62,6 +62,15 @@ def count_tokens(rows: int, declared: int | None, entries: int | None = None) ->
     return max(known, default=rows)
 
 
+def note_on_rows(rows: int, tokens: int, declared: int | None) -> list[str]:
+    """A line on rows that nobody but the tokenizer calls padding: another tokenizer may use them."""
+    if declared or tokens == rows:
+        return []
+    return [
+        f"the tokenizer has no entry for the last {rows - tokens} of {rows} rows: they count as padding"
+    ]
+
+
 def set_rows(tensors: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTensor]:
     """Megatron's tensors with so many rows of the vocabulary: cut, or padded with zeros."""
     result = dict(tensors)

@@ -47,7 +47,11 @@ def lack_of_space(folder: Path, needed_bytes: int) -> str | None:
     free = shutil.disk_usage(folder).free
     if free >= needed_bytes:
         return None
-    return f"{needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+    return f"{_in_words(needed_bytes)} are needed, {_in_words(free)} are free"
+
+
+def _in_words(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _exchange(written: Sequence[Path], targets: Sequence[Path], old: Path) -> None:

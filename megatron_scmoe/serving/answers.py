@@ -117,13 +117,16 @@ class CompletionAnswer(Answer):
         return self._choice(index, part)
 
     def _log_probs(self, text: Written) -> dict[str, Any]:
-        """Parallel lists; the first token of an echoed prompt has nothing before it, and so none."""
+        """Parallel lists; the first token of an echoed prompt has nothing before it, and so none.
+
+        Of tokens with one text, such as halves of characters, the likeliest is told of.
+        """
         tops = []
         for place, _ in text.places:
-            top: dict[str, float | None] = {
-                self._token(i): log_prob for i, log_prob in reversed(place.likeliest)
-            }
-            tops.append(top | {self._token(place.token): place.log_prob})
+            top: dict[str, float | None] = {}
+            for token, log_prob in (*place.likeliest, (place.token, place.log_prob)):
+                top.setdefault(self._token(token), log_prob)
+            tops.append(top)
         return dict(
             tokens=[self._token(place.token) for place, _ in text.places],
             token_logprobs=[place.log_prob for place, _ in text.places],

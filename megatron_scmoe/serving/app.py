@@ -97,7 +97,11 @@ class Service:
         with_log_probs = wish.logprobs is not None
         count = len(wish.prompts) * wish.n
         if not 1 <= count <= MAX_TEXTS:
-            raise ApiError(400, f"{count} texts: accepted are 1 to {MAX_TEXTS}.", "prompt")
+            raise ApiError(
+                400,
+                f"'prompt' and 'n' ask for {count} texts: accepted are 1 to {MAX_TEXTS}.",
+                "prompt",
+            )
         parts, tokenize = [], self._model.tokenizer.tokenize
         for prompt in wish.prompts:
             ids = await self._beside(tokenize, prompt) if isinstance(prompt, str) else prompt
@@ -196,7 +200,9 @@ class Service:
         """What the engine is asked for; refuses what it cannot do."""
         longest, vocab = self._model.length, self._model.vocab_size
         if wish.top_k > vocab:
-            raise ApiError(400, f"'top_k' {wish.top_k}: the model has {vocab} tokens.", "top_k")
+            raise ApiError(
+                400, f"'top_k' {wish.top_k}: accepted is 0 to {vocab}, the model's tokens.", "top_k"
+            )
         for part in parts:
             if not part.ids:
                 raise ApiError(400, f"'{param}' is empty: the model needs a token or more.", param)
@@ -212,7 +218,7 @@ class Service:
                     "context_length_exceeded",
                 )
         told["top_n"] = min(told["top_n"], vocab)
-        seed = secrets.randbits(62) if wish.seed is None else wish.seed % (1 << 63)
+        seed = secrets.randbits(62) if wish.seed is None else wish.seed
         stop_words, sampling = wish.stop_words, wish.sampling
         return [
             Job(

@@ -62,7 +62,7 @@ class _Request(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: str | list[str] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -130,7 +130,9 @@ class Message(BaseModel):
     @field_validator("content", mode="before")
     @classmethod
     def has_text_alone(cls, content: Any) -> Any:
-        """Refuse images and the like by their name."""
+        """Refuse images and the like by their name; an assistant's message may have no text."""
+        if content is None:
+            return ""
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if isinstance(kind, str) and kind != "text":
@@ -239,5 +241,22 @@ def _in_one_line(error: ValidationError, given: dict[str, Any]) -> ApiError:
         return ApiError(
             400, "Invalid 'prompt': accepted is a text, a list of ids, or a list of either.", name
         )
-    value = brief(json.dumps(given.get(name or "")))
-    return ApiError(400, f"Invalid '{name}' {value}: {first['msg']}.", name)
+    where, wrong = _innermost(first["loc"], given)
+    return ApiError(400, f"Invalid '{where}' {brief(json.dumps(wrong))}: {first['msg']}.", name)
+
+
+def _innermost(loc: tuple[int | str, ...], given: Any) -> tuple[str, Any]:
+    """What is wrong, as one would write it (``messages[0].content``), and its value.
+
+    Args:
+        loc: pydantic's place of it, which ends with names of types where several are accepted.
+        given: the request.
+    """
+    where, value = "", given
+    for step in loc:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            break
+        where += f"[{step}]" if isinstance(step, int) else f".{step}" if where else step
+    return where, value

@@ -384,7 +384,9 @@ def test_logits_that_do_not_fit_are_refused_before_the_model_computes(
         ("--load", trained[0], "--text", data / "valid.txt"),
         ("--hf", llama[0], "--tokens", data / "rows.npy"),
     ):
-        assert f"--logits-out {out}: 0.00 GB are needed" in refusal(*flags, "--logits-out", out)
+        assert f"--logits-out {out}: {needed / 1e6:.1f} MB are needed" in refusal(
+            *flags, "--logits-out", out
+        )
     assert not list(tmp_path.iterdir())
 
 

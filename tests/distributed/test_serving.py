@@ -242,7 +242,7 @@ def test_bad_requests_are_refused_and_the_server_lives_on(client, greedy):
     for fields, param, told in (
         (dict(prompt=""), "prompt", "'prompt' is empty"),
         (dict(prompt=["A", ""]), "prompt", "'prompt' is empty"),
-        (dict(prompt=[]), "prompt", "0 texts: accepted are 1 to 128"),
+        (dict(prompt=[]), "prompt", "'prompt' and 'n' ask for 0 texts: accepted are 1 to 128"),
         (dict(prompt=[VOCAB]), "prompt", f"ids that are not 0 to {VOCAB - 1}"),
         (dict(prompt=[-1]), "prompt", f"ids that are not 0 to {VOCAB - 1}"),
         (dict(prompt=["A"] * 9, n=128), "prompt", "1152 texts"),
@@ -258,7 +258,9 @@ def test_bad_requests_are_refused_and_the_server_lives_on(client, greedy):
         (dict(stop=["a", ""]), "stop", "strings of one character or more"),
         (dict(n=0), "n", "Invalid 'n' 0"),
         (dict(presence_penalty=1), "presence_penalty", "does not support 'presence_penalty'"),
-        (dict(extra_body={"top_k": VOCAB + 1}), "top_k", f"the model has {VOCAB} tokens"),
+        (dict(extra_body={"top_k": VOCAB + 1}), "top_k", f"accepted is 0 to {VOCAB}"),
+        (dict(seed=-5), "seed", "Invalid 'seed' -5: Input should be greater than or equal to 0"),
+        (dict(seed=2**63), "seed", f"Invalid 'seed' {2**63}: Input should be less than {2**63}"),
         (dict(extra_body={"tok_p": 1}), "tok_p", "Unrecognized request argument supplied: tok_p"),
     ):
         error = refusal(lambda fields=fields: complete(client, **{"prompt": "A", **fields}))

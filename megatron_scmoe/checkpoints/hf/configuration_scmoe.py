@@ -24,7 +24,7 @@ class ScMoEConfig(PreTrainedConfig):
 
     Args:
         vocab_size: rows of the embedding.
-        unpadded_vocab_size: how many of the rows are tokens; None if all are. The others pad it.
+        unpadded_vocab_size: how many of the rows are tokens; None if nobody says. The others pad it.
         intermediate_size: of the dense MLPs.
         moe_intermediate_size: of a routed expert.
         shared_expert_intermediate_size: of the shared expert; None without one.

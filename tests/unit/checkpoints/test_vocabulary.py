@@ -147,6 +147,24 @@ def test_the_way_back_pads_for_any_layout(source, tmp_path):
             assert not rows[TOKENS:].any() and rows[:TOKENS].any(1).all()
 
 
+def test_rows_without_an_entry_of_the_tokenizer_are_told_of(source, tmp_path):
+    megatron_to_hf(source / "untied", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    model.resize_token_embeddings(TOKENS + 4)
+    model.save_pretrained(tmp_path / "hf")
+    line = f"the tokenizer has no entry for the last 4 of {TOKENS + 4} rows: they count as padding"
+    assert line in hf_to_megatron(tmp_path / "hf", tmp_path / "back")
+    assert "no entry" not in " ".join(
+        hf_to_megatron(source_of_all(source, tmp_path), tmp_path / "b")
+    )
+
+
+def source_of_all(source: Path, folder: Path) -> Path:
+    """A model whose rows are all tokens."""
+    megatron_to_hf(source / "untied", folder / "all")
+    return folder / "all"
+
+
 @pytest.mark.parametrize(
     "padding, told",
     [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_scmoe.inference.slots import Place
-from megatron_scmoe.serving.answers import ChatAnswer, Written, offsets
+from megatron_scmoe.serving.answers import ChatAnswer, CompletionAnswer, Written, offsets
 from megatron_scmoe.serving.app import _event
 
 WORDS = {1: "\N{LATIN SMALL LETTER E WITH ACUTE}", 2: "\N{REPLACEMENT CHARACTER}"}
@@ -19,6 +19,15 @@ def test_half_a_character_has_no_bytes():
     assert first["bytes"] == [0xC3, 0xA9]
     assert [top["bytes"] for top in first["top_logprobs"]] == [[0xC3, 0xA9], None]
     assert second["bytes"] is None
+
+
+def test_of_tokens_with_one_text_the_likeliest_is_told_of():
+    """A harness takes the largest of them for what greedy writes."""
+    answer = CompletionAnswer("m", lambda token: WORDS[2], with_log_probs=True)
+    written = Written(places=[(Place(3, -4.0, [(1, -0.5), (2, -1.0)]), 0)])
+    told = answer.chunk(0, written)["choices"][0]["logprobs"]
+    assert told["top_logprobs"] == [{WORDS[2]: -0.5}]
+    assert told["token_logprobs"] == [-4.0]
 
 
 @pytest.mark.parametrize(

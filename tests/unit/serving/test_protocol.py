@@ -97,6 +97,18 @@ def test_what_is_refused(fields, param, told):
     assert len(refused.value.message) < 200
 
 
+def test_a_message_may_have_no_text_and_a_wrong_one_is_named():
+    said = [{"role": "assistant", "content": None}, {"role": "user", "content": "a"}]
+    wish = parse(ChatRequest, json.dumps(dict(model="m", messages=said)).encode())
+    assert [message.content for message in wish.messages] == ["", "a"]
+    said[1]["content"] = 3
+    with pytest.raises(
+        ApiError, match=r"Invalid 'messages\[1\].content' 3: Input should be"
+    ) as wrong:
+        parse(ChatRequest, json.dumps(dict(model="m", messages=said)).encode())
+    assert wrong.value.param == "messages"
+
+
 @pytest.mark.parametrize("more", [{}, {"text": "a"}])
 def test_what_is_no_text_in_a_message_is_refused_by_its_type(more):
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}, **more}]

@@ -108,6 +108,8 @@ def apply(args) -> None:
     """Close the gaps that need a change in Megatron itself."""
     _use_built_dataset_helper()
     _end_intervals_of_the_first_iteration()
+    if getattr(args, "profile", False) and args.use_pytorch_profiler:
+        _profile_the_runs_iterations()
     if not HAVE_TE:
         _know_linear_modules_by_types_alone()
     if cpu_backend.is_enabled():
@@ -152,6 +154,26 @@ def _end_intervals_of_the_first_iteration() -> None:
         return log(*values, is_first_iteration=is_first_iteration and not is_due, **others)
 
     training.training_log = log_and_end
+
+
+def _profile_the_runs_iterations() -> None:
+    """In a run that goes on from a checkpoint PyTorch's profiler counts from its own start.
+
+    Megatron ends it at ``--profile-step-end`` of the whole run, before it has begun, and no trace is
+    written. Steps that are done already are taken off.
+    """
+    from megatron.training.global_vars import get_args
+
+    schedule = torch.profiler.schedule
+
+    @functools.wraps(schedule)
+    def from_here(*, wait, warmup, active, **others):
+        left = wait + warmup - get_args().iteration
+        warmup = max(min(warmup, left), 0)
+        active = max(active + min(left, 0), 1)
+        return schedule(wait=max(left - warmup, 0), warmup=warmup, active=active, **others)
+
+    torch.profiler.schedule = from_here
 
 
 def _know_linear_modules_by_types_alone() -> None:

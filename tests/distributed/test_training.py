@@ -1,5 +1,9 @@
 """The pretraining script itself: resume, precisions, optimizers."""
 
+import gzip
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,12 +37,19 @@ def test_resume_continues_exactly(tmp_path, optimizer):
     flags = [*DROPOUT, *optimizer, "--save", str(tmp_path), "--save-interval", "5"]
     straight = train(*DROPOUT, *optimizer)
     train(*flags, "--exit-interval", "5")
-    resumed = train(*flags, "--load", str(tmp_path))
+    resumed = train(*flags, "--load", str(tmp_path), *profile(7, 9, tmp_path))
     assert sorted(resumed.losses) == [6, 7, 8, 9, 10]
+    trace = gzip.decompress((tmp_path / "torch_profile" / "rank-0.json.gz").read_bytes())
+    assert len(set(re.findall(rb"ProfilerStep#\d+", trace))) == 2  # though it counts from 0 here
     for iteration in resumed.losses:
         assert resumed.losses[iteration] == straight.losses[iteration]
         assert resumed.grad_norms[iteration] == straight.grad_norms[iteration]
     assert len(set(straight.losses.values())) == 10
+
+
+def profile(start: int, end: int, folder: Path) -> list[str]:
+    steps = ["--profile-step-start", str(start), "--profile-step-end", str(end)]
+    return ["--profile", "--use-pytorch-profiler", *steps, "--tensorboard-dir", str(folder / "tb")]
 
 
 def test_activations_are_recorded_without_transformer_engine(tmp_path):

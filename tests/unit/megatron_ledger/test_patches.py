@@ -43,6 +43,13 @@ def test_no_interval_ends_with_the_first_iteration():
     assert "if iteration % args.log_interval == 0 or is_first_iteration:" in text
 
 
+@row("torch.profiler.schedule")
+def test_steps_are_counted_from_the_start_and_ended_by_the_iteration():
+    assert "wait=max(args.profile_step_start - 1, 0)," in source("megatron.training.training.train")
+    text = source("megatron.training.training.post_training_step_callbacks")
+    assert "and iteration == args.profile_step_end" in text
+
+
 @row("megatron.training.activation_logging.LINEAR_TYPES")
 def test_mocks_are_among_the_types():
     text = source("megatron.training.activation_logging._discover_te_types")

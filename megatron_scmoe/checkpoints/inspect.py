@@ -19,7 +19,8 @@ from megatron_scmoe.checkpoints.torch_dist import find_iteration, read_megatron
 from megatron_scmoe.checkpoints.vocabulary import EMBEDDING, count_tokens, set_rows
 from megatron_scmoe.errors import ConversionError
 
-ROUTED = ".mlp.experts."
+ROUTED = (".mlp.experts.", ".block_sparse_moe.experts.")
+"""In the names of weights of routed experts; the second is Mixtral's."""
 BUFFERS = (
     *(".expert_bias", ".qb_beta", ".classifier_bias"),
     *(".e_score_correction_bias", ".classifier.bias"),  # LongCat-Flash's names
@@ -39,6 +40,10 @@ def describe(path: str | os.PathLike, keys: bool = False, verify: bool = False) 
     """
     path = Path(path).expanduser()
     if (path / "config.json").is_file():
+        if verify:
+            raise ConversionError(
+                f"--verify {path}: a model folder has no checksums; accepted: a Megatron checkpoint"
+            )
         rows, tensors = _describe_folder(path)
     elif (path / TRACKER).is_file() or (path / "metadata.json").is_file():
         rows, tensors = _describe_megatron(path)
@@ -65,7 +70,7 @@ def count_parameters(tensors: Tensors, args: argparse.Namespace) -> tuple[int, i
         name: tensor.shape.numel() for name, tensor in tensors.items() if not name.endswith(BUFFERS)
     }
     total = sum(sizes.values())
-    routed = sum(size for name, size in sizes.items() if ROUTED in name)
+    routed = sum(size for name, size in sizes.items() if any(r in name for r in ROUTED))
     experts = (getattr(args, "num_experts", None) or 0) + getattr(args, "scmoe_zero_experts", 0)
     share = args.moe_router_topk / experts if experts else 1
     return total, round(total - routed * (1 - share))

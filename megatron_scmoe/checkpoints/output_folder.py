@@ -59,7 +59,10 @@ def new_folder(
             try:
                 (folder,) = stack.enter_context(atomic_write(path))
             except OSError as error:
-                raise ConversionError(f"{path.parent}: {error.strerror}") from error
+                raise ConversionError(
+                    f"{path}: cannot be made ({error.strerror}); accepted: in a folder that can be "
+                    "written to"
+                ) from error
             folder.mkdir()
             yield folder
             _check_place(path, force, sources)
@@ -94,7 +97,9 @@ def _is_disk_full(error: BaseException, parent: Path) -> bool:
 
 def _check_place(path: Path, force: bool, sources: Iterable[str | os.PathLike]) -> None:
     if not path.parent.is_dir():
-        raise ConversionError(f"{path.parent}: no such folder")
+        raise ConversionError(
+            f"{path}: there is no folder {path.parent}; accepted: in one that exists"
+        )
     for source in sources:
         source = Path(source).expanduser().resolve()
         if path == source or path in source.parents:

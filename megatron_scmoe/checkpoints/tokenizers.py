@@ -116,7 +116,8 @@ def tokenizer_flags(
         return ["--tokenizer-type", "NullTokenizer"], None
     if entries is not None and entries > rows:
         raise ConversionError(
-            f"{path}: its tokenizer has {entries} entries, the embedding {rows} rows"
+            f"{path}: its tokenizer has {entries} entries, the embedding {rows} rows; accepted: "
+            "--tokenizer PATH of another one, or --tokenizer none"
         )
     return ["--tokenizer-type", kind, "--tokenizer-model", str(path)], entries
 

@@ -71,6 +71,8 @@ def write_megatron(
             )
         except CheckpointException as error:  # it wraps everything, Ctrl-C too
             ((cause, _),) = error.failures.values()
+            if isinstance(interrupt := cause.__context__, KeyboardInterrupt | SystemExit):
+                raise interrupt from None  # what it left open failed to close, and hid it
             raise cause from None
     save_config(BACKEND, str(release))
     (folder / TRACKER).write_text("release")

@@ -3,17 +3,21 @@
 Padding rows stand behind the tokens. They are no tokens: exports leave them out, imports add them.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, concatenate
-from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.errors import ConversionError, InputError
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 """Megatron's two tensors of the vocabulary, [rows, hidden]; a tied model has the first alone."""
+
+_RANKS_OF_AN_IMPORT = 8
+"""For which an imported vocabulary may have been padded: its arguments do not say so."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,28 @@ def count_tokens(rows: int, declared: int | None, entries: int | None = None) ->
     """
     known = [n for n in (declared, entries) if n and n <= rows]
     return max(known, default=rows)
+
+
+def check_tokenizer(given: str, entries: int, args: Namespace) -> None:
+    """Refuse a tokenizer that leaves more rows of a checkpoint unused than can pad its vocabulary.
+
+    Args:
+        given: the flag, with its value.
+        entries: of the tokenizer.
+        args: the checkpoint's.
+
+    Raises:
+        InputError: if it is another model's.
+    """
+    rows = args.padded_vocab_size
+    ranks = max(args.tensor_model_parallel_size, _RANKS_OF_AN_IMPORT)
+    most = args.make_vocab_size_divisible_by * ranks - 1
+    if rows - entries > most:
+        raise InputError(
+            given,
+            f"it has {entries} entries, and the model {rows} rows, of which {most} may be padding",
+            "the tokenizer that the model was trained with",
+        )
 
 
 def note_on_rows(rows: int, tokens: int, declared: int | None) -> list[str]:

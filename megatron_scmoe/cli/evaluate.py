@@ -32,6 +32,7 @@ from megatron_scmoe.platform.command_line import (
     check_output,
     is_first_rank,
     refuse_overwrite,
+    refuse_same,
 )
 
 DEFAULT_HF_LENGTH = 1024
@@ -98,6 +99,12 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
     if args.logits_out is not None:
         check_output("--logits-out", args.logits_out, [".npy"])
         refuse_overwrite("--logits-out", [args.logits_out], args.force)
+        refuse_same("--logits-out", args.logits_out, args.text or args.tokens)
+    if args.text is not None and args.text.suffix == ".jsonl" and is_first_rank():
+        print(
+            f"WARNING: --text {args.text}: it is read as one text, with JSON's braces and names",
+            file=sys.stderr,
+        )
 
 
 def check_kind(args: Namespace) -> None:
@@ -169,7 +176,7 @@ def read_sequences(args: Namespace, tokenize, length: int):
 
     if args.text is not None:
         try:
-            ids = tokenize(args.text.read_bytes().decode("utf-8"))
+            ids = tokenize(args.text.read_bytes().decode("utf-8-sig"))  # as the data tools read it
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
@@ -200,6 +207,7 @@ def read_sequences(args: Namespace, tokenize, length: int):
             )
         sequences = Sequences.from_rows(ids)
     else:
+        length = min(length, max(ids.size, 1))  # a row is not filled up
         sequences = Sequences.from_stream(ids, length) if ids.size > 1 else None
     if sequences is None or ids.shape[-1] < 2 or not ids.size:
         raise UsageError(

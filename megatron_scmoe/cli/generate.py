@@ -39,6 +39,7 @@ from megatron_scmoe.platform.command_line import (
     check_output,
     is_first_rank,
     refuse_overwrite,
+    refuse_same,
     staged_outputs,
 )
 
@@ -126,6 +127,7 @@ def check_flags(args: Namespace) -> None:
     if args.output_path is not None:
         check_output("--output-path", args.output_path, [".jsonl"])
         refuse_overwrite("--output-path", [args.output_path], args.force)
+        refuse_same("--output-path", args.output_path, args.prompt_file)
 
 
 def settle_sampling(args: Namespace) -> None:

@@ -41,6 +41,7 @@ from megatron_scmoe.cli.documents import (
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
+    file_prefix,
     refuse_overwrite,
     staged_outputs,
 )
@@ -54,6 +55,7 @@ TOKENIZER_LIBRARIES = {
 # bounded whatever the size of the corpus.
 DOCUMENTS_PER_BATCH = 16
 BATCHES_PER_WORKER = 4
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Tokenize text into Megatron's indexed dataset.")
     add_input_arguments(parser)
     parser.add_argument(
-        "--output-prefix", type=Path, required=True, metavar="PREFIX",
+        "--output-prefix", type=file_prefix, required=True, metavar="PREFIX",
         help="writes PREFIX_<json-key>_document.bin and .idx",
     )  # fmt: skip
     parser.add_argument(
@@ -98,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_overwrite(
         "--output-prefix", dataset_files(args.output_prefix, args.json_key), args.force
     )
-    if args.workers < 1:
-        raise UsageError(f"--workers {args.workers}: accepted is 1 or more")
+    if not 1 <= args.workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {args.workers}: accepted is 1 to {MOST_WORKERS}")
     files = find_files(args.input, args.suffix)
     if argv is None:
         _be_light()

@@ -38,6 +38,7 @@ from megatron_scmoe.cli.documents import (
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
+    file_prefix,
     refuse_overwrite,
     staged_outputs,
 )
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Train a SentencePiece tokenizer for Megatron.")
     add_input_arguments(parser)
     parser.add_argument(
-        "--output-prefix", type=Path, required=True, metavar="PREFIX",
+        "--output-prefix", type=file_prefix, required=True, metavar="PREFIX",
         help="writes PREFIX.model and PREFIX.vocab",
     )  # fmt: skip
     parser.add_argument(

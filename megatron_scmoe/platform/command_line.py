@@ -8,6 +8,7 @@ only where nobody would read the file.
 import argparse
 import atexit
 import contextlib
+import errno
 import io
 import json
 import os
@@ -179,6 +180,21 @@ def refuse_overwrite(flag: str, outputs: Sequence[Path], force: bool) -> None:
         raise UsageError(f"{flag}: {existing[0]} exists; give another {flag} or --force")
 
 
+def refuse_same(flag: str, output: Path, source: Path | None) -> None:
+    """Raise UsageError if a file is to be written over what is read, even with `--force`."""
+    if source is not None and output.exists() and output.samefile(source):
+        raise UsageError(f"{flag} {output}: it is what is read; accepted is another file")
+
+
+def file_prefix(text: str) -> Path:
+    """The ``type`` of flags that name how files begin."""
+    if text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(
+            f"{text}: a folder; accepted is how the files in it begin: {text}NAME"
+        )
+    return Path(text)
+
+
 @contextmanager
 def staged_outputs(flag: str, outputs: Sequence[Path]) -> Iterator[list[Path]]:
     """Paths to write to, see :func:`atomic_write`; the folder of the outputs is made if need be.
@@ -192,7 +208,14 @@ def staged_outputs(flag: str, outputs: Sequence[Path]) -> Iterator[list[Path]]:
             staged = stack.enter_context(atomic_write(*outputs))
         except OSError as error:
             raise UsageError(f"{flag}: cannot write in {folder} ({error.strerror})") from error
-        yield staged
+        try:
+            yield staged
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskFullError(
+                f"{flag} {outputs[0]}: the disk is full; accepted: a folder on another disk"
+            ) from error
 
 
 def _prog() -> str:
@@ -203,6 +226,10 @@ class _Failed(ScMoEError):
     """A file or a disk failed; the request was right."""
 
     status = 1
+
+
+class DiskFullError(_Failed):
+    """An output does not fit; nothing of it is left."""
 
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"

@@ -35,6 +35,7 @@ from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys_at
 from megatron_scmoe.checkpoints.model_arguments import built_by_spec, with_defaults
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types, read_common
+from megatron_scmoe.checkpoints.vocabulary import check_tokenizer
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError, InputError, in_words
 from megatron_scmoe.model.layer_spec import stage_spec
@@ -224,7 +225,7 @@ def tokenizer_of(
         folder = os.path.isdir(model)
         args.tokenizer_type = "HuggingFaceTokenizer" if folder else "SentencePieceTokenizer"
     try:
-        return build_tokenizer(args)
+        tokenizer = build_tokenizer(args)
     except Exception as error:  # its library may raise anything
         reason = in_words(error, lines=1)
         raise InputError(
@@ -232,6 +233,9 @@ def tokenizer_of(
             f"it cannot be loaded ({reason})",
             "the tokenizer that the model was trained with",
         ) from error
+    if model is not None:
+        check_tokenizer(f"--tokenizer-model {model}", tokenizer.vocab_size, args)
+    return tokenizer
 
 
 def build_model(

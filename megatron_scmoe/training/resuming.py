@@ -64,6 +64,8 @@ def adding_args(
         free_too = changed(given)
         for name, value in model_arguments(saved.args).items():
             (free if name in FREE or name in free_too else fixed)[name] = value
+        if (length := getattr(saved.args, "seq_length", None)) is not None:
+            free["seq_length"] = length  # no setting of the model: a flag may say another one
     taken = {name: value for name, value in chosen.items() if name not in {*free, *fixed}}
     return partial(_add_args, defaults=taken | free, fixed=fixed), taken
 

@@ -37,6 +37,12 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "Megatron has other names for it",
             "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
         )
+    if args.finetune and args.load is None and args.pretrained_checkpoint is None:
+        raise RunError(
+            "--finetune",
+            "nothing is loaded, and the run would train from random weights",
+            "--load FOLDER or --pretrained-checkpoint FOLDER with it",
+        )
     if args.bf16 and args.fp16:
         raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
     _check_all_is_given(args, has_model)

@@ -89,13 +89,15 @@ def _check_conversion(args: argparse.Namespace) -> None:
 
 def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:
     """Megatron writes over what is there, and calls it incomplete."""
-    if args.save is None or locate.loads_what_it_saves(args):
+    begins_anew = args.finetune or not locate.loads_what_it_saves(args)
+    if args.save is None or not begins_anew:
         return
     if is_first_rank() and locate.has_tracker(args.save):
         print(
             f"WARNING: --save {args.save}: it has checkpoints, the last of iteration "
             f"{locate.tracker_says(args.save)}, which this run does not go on from; it writes over "
-            "those of iterations that it saves, too (--load with the same folder goes on)",
+            "those of iterations that it saves, too (--load with the same folder, without "
+            "--finetune, goes on)",
             flush=True,
         )
 

@@ -102,6 +102,18 @@ def test_an_error_while_writing_comes_out_as_it_is(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupt_is_not_hidden_by_what_it_left_open(tmp_path):
+    def read(box):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")  # PyTorch's, of the file it closes
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", 0) as folder:
+        write_megatron(folder, ARGS, {"x": LazyTensor((2,), torch.float32, read)})
+    assert os.listdir(tmp_path) == []
+
+
 def test_equal_layers_saved_as_a_stack_get_one_key_each(tmp_path):
     scmoe = ScMoEConfig(tap="pos1")
     models.init_parallel()

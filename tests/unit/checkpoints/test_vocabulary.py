@@ -1,6 +1,7 @@
 """Rows that pad Megatron's vocabulary: left out on the way to transformers, added on the way back."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from megatron_scmoe.checkpoints.vocabulary import (
     EMBEDDING,
     OUTPUT_LAYER,
     Padding,
+    check_tokenizer,
     count_tokens,
     set_rows,
 )
-from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.errors import ConversionError, InputError
 from megatron_scmoe.evaluation.hugging_face import HuggingFaceModel
 from megatron_scmoe.evaluation.sequences import Sequences
 from tests import checkpoints, models
@@ -175,6 +177,17 @@ def source_of_all(source: Path, folder: Path) -> Path:
 def test_padding_that_cannot_be_is_refused(padding, told):
     with pytest.raises(ConversionError, match=told):
         padding.rows(10)
+
+
+def test_a_tokenizer_much_smaller_than_the_model_is_another_ones():
+    args = Namespace(
+        padded_vocab_size=2048, make_vocab_size_divisible_by=128, tensor_model_parallel_size=1
+    )
+    check_tokenizer("--tokenizer-model a", 2048 - 1023, args)
+    with pytest.raises(
+        InputError, match="--tokenizer-model a: it has 266 entries, and the model 20"
+    ):
+        check_tokenizer("--tokenizer-model a", 266, args)
 
 
 @pytest.mark.parametrize(

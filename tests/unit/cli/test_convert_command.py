@@ -264,9 +264,9 @@ def test_damaged_folders_of_checkpoints(folder, tmp_path, name):
 
 
 TARGETS = {
-    "/proc/save": "/proc: ",
-    "gone/save": "gone: no such folder",
-    "file/save": "file: no such folder",
+    "/proc/save": "/proc/save: ",
+    "gone/save": "there is no folder",
+    "file/save": "there is no folder",
     "file": "exists; --force replaces it",
 }
 

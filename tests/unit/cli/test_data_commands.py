@@ -1,5 +1,6 @@
 """The data tools, on real text: what Megatron reads back is what was in the files."""
 
+import argparse
 import bz2
 import gzip
 import json
@@ -15,7 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_scmoe.platform.command_line import UsageError
+from megatron_scmoe.platform.command_line import UsageError, file_prefix
 from tests.tools import TOOLS, run_tool, tool
 
 pytestmark = pytest.mark.slow
@@ -240,6 +241,18 @@ class TestErrors:
             "--output-prefix", tmp_path / "file" / "data",
         )  # fmt: skip
         assert message.startswith(f"--output-prefix: cannot write in {tmp_path / 'file'}")
+
+    def test_more_workers_than_any_machine_has(self, refused, corpus, tokenizer_model, tmp_path):
+        message = refused(
+            "preprocess_data", "--input", corpus, "--tokenizer-model", tokenizer_model,
+            "--output-prefix", tmp_path / "x", "--workers", 100_000,
+        )  # fmt: skip
+        assert message == "--workers 100000: accepted is 1 to 256"
+
+    def test_a_folder_is_not_how_files_begin(self):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"out/: a folder; .*: out/NAME"):
+            file_prefix("out/")
+        assert file_prefix("out/x") == Path("out/x")
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_undecodable_text_leaves_nothing_behind(

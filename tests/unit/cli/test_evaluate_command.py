@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from megatron_scmoe.cli.evaluate import read_sequences
+from megatron_scmoe.cli.evaluate import main, read_sequences
 from megatron_scmoe.platform.command_line import UsageError, check_input
 from tests.tools import pipe
 
@@ -17,6 +17,24 @@ def npy() -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.array(IDS))
     return stream.getvalue()
+
+
+def test_a_row_is_not_longer_than_the_text_and_a_byte_order_mark_is_no_text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + bytes(IDS))
+    args = Namespace(text=file, tokens=None, sequence_length=None, limit=None)
+    sequences = read_sequences(args, lambda text: np.frombuffer(text.encode(), np.uint8), 10**9)
+    assert sequences.tokens.tolist() == [IDS]
+    assert sequences.labels[0, :-1].tolist() == IDS[1:]
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    ids = tmp_path / "ids.npy"
+    ids.write_bytes(npy())
+    flags = ["--hf", ".", "--tokens", str(ids), "--logits-out", str(ids), "--force"]
+    with pytest.raises(UsageError, match=f"--logits-out {ids}: it is what is read; accepted is an"):
+        main(flags)
+    assert ids.read_bytes() == npy()
 
 
 @pytest.mark.parametrize(("flag", "content"), [("text", bytes(IDS)), ("tokens", npy())])

@@ -92,6 +92,13 @@ def test_prompts_may_come_from_a_pipe_to_one_process(asked, monkeypatch):
         assert asked(prompts=("--prompt-file", file))[1] == ["a", "b"]
 
 
+def test_prompts_are_not_written_over(asked, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(UsageError, match=f"--output-path {file}: it is what is read; accepted is"):
+        asked("--output-path", file, "--force", prompts=("--prompt-file", file))
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [

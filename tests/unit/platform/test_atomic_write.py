@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scmoe.platform.atomic_write import atomic_write
-from megatron_scmoe.platform.command_line import UsageError, staged_outputs
+from megatron_scmoe.platform.command_line import DiskFullError, UsageError, staged_outputs
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -106,3 +106,16 @@ def test_a_place_where_nothing_can_be_written_is_refused_by_flag(tmp_path):
         staged_outputs("--output", [place]),
     ):
         pytest.fail("entered")
+
+
+def test_a_full_disk_is_said_by_the_flag(tmp_path):
+    said = f"--output {tmp_path}/out: the disk is full; accepted: a folder on another disk"
+    with (
+        pytest.raises(DiskFullError, match=said) as full,
+        staged_outputs("--output", [tmp_path / "out"]),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("a")
+        file.flush()
+    assert full.value.status == 1
+    assert list(tmp_path.iterdir()) == []

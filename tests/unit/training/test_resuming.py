@@ -261,6 +261,7 @@ def test_use_checkpoint_args_restores_the_model_and_says_what_was_given(folder, 
     args = parse_args(add_args)
     assert (args.scmoe_tap, args.scmoe_combine, args.hidden_size) == ("pos3", "cg2", 32)
     assert args.layernorm_epsilon == 1e-3 and args.lr == 0.5
+    assert args.seq_length == saved.args.seq_length
     resuming.check(args, saved)
     lines = resuming.overridden(arguments.given_on_command_line(), args, "so it is")
     assert lines == ["WARNING: --scmoe-tap pos2 was given, and --scmoe-tap pos3 is used: so it is"]

@@ -73,6 +73,7 @@ def test_flags_that_work(ranks):
         ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it is too small"),
         ("--save-params-interval 0", "--save-params-interval 0: it is too small"),
         ("--log-progress", "--log-progress: .*; accepted: --save FOLDER with it"),
+        ("--finetune", "--finetune: nothing is loaded, .*; accepted: --load FOLDER or --pretr"),
         ("--skip-train --eval-iters 0", "--skip-train with --eval-iters 0: nothing is left"),
         ("--exit-signal SIGINT", "--exit-signal SIGINT: .*; accepted: --exit-signal-handler"),
         ("--ckpt-convert-format torch", "--ckpt-convert-format torch: there is no --load; "),
@@ -131,6 +132,8 @@ def test_checkpoints_of_another_run_are_told_of(tmp_path, capsys):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     check(parse(*FLAGS, *save, "--load", str(tmp_path / ".")))
     assert "WARNING" not in capsys.readouterr().out
+    check(parse(*FLAGS, *save, "--load", str(tmp_path), "--finetune"))
+    assert "WARNING: --save" in capsys.readouterr().out  # it begins at iteration 0
     check(parse(*FLAGS, *save))
     told = capsys.readouterr().out
     assert told.startswith(

@@ -92,9 +92,10 @@ class TestFiles:
         assert "falls to the test part of --split 969, 30, 1" in message
 
     def test_assertion_of_megatron_without_a_message(self, dataset, tmp_path):
-        message = self.refusal(*flags(dataset), "--min-lr", "1")
-        assert message.startswith("--min-lr 1.0, --lr ")
-        assert message.endswith(": it must hold that --min-lr <= --lr")
+        intervals = ("--log-memory-interval", "15", "--log-interval", "10")
+        message = self.refusal(*flags(dataset), *intervals)
+        assert message.startswith("--log-memory-interval 15, --log-interval 10: ")
+        assert message.endswith("it must hold that --log-memory-interval % --log-interval == 0")
 
     def test_tokenizer_that_is_too_small(self, dataset):
         message = self.refusal(*flags(dataset), "--vocab-size", "100")

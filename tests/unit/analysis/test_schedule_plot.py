@@ -374,7 +374,7 @@ def test_a_trace_that_is_not_there(tmp_path):
         (["--times", "TIMES", "--slot", "1", "--all-slots"], "--slot 1: --all-slots"),
         (["--times", "TIMES", "--compare", "--all-slots"], "leave --all-slots out"),
         (["--times", "TIMES", "--compare", "--no-overlap"], "leave --overlap out"),
-        (["--times", "TIMES", "--chunks", "0"], "--chunks 0: accepted is 1 or more"),
+        (["--times", "TIMES", "--chunks", "0"], "--chunks 0: accepted is 1 to 64"),
         (["--times", "TIMES", "--tap", "pos4"], "invalid choice: 'pos4'"),
         (["--times", "TIMES", "--pair", "1"], "--pair: works with --trace only"),
         (["--trace", TRACE, "--no-overlap"], "--overlap: works with --times only"),

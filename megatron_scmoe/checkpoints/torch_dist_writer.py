@@ -59,6 +59,7 @@ def write_megatron(
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": True},
     }
     objects = {object_key("common_state"): common} | dict.fromkeys(_extra_states(tensors))
+    failure: BaseException | None = None
     with tqdm(
         total=total_bytes(tensors), desc=description, unit="B", unit_scale=True, disable=None
     ) as bar:
@@ -70,10 +71,9 @@ def write_megatron(
                 no_dist=True,
             )
         except CheckpointException as error:  # it wraps everything, Ctrl-C too
-            ((cause, _),) = error.failures.values()
-            if isinstance(interrupt := cause.__context__, KeyboardInterrupt | SystemExit):
-                raise interrupt from None  # what it left open failed to close, and hid it
-            raise cause from None
+            ((failure, _),) = error.failures.values()
+    if failure is not None:
+        raise failure  # not above: there it would lose its context, which may be an interrupt
     save_config(BACKEND, str(release))
     (folder / TRACKER).write_text("release")
 

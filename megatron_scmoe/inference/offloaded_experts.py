@@ -115,12 +115,15 @@ class OffloadedExperts(MegatronModule):
         run = self._run_in_graph if is_capturing() else self._run
 
         def compute_chosen() -> None:
+            output.zero_()  # before the wait: behind it copies start at once
             if not self._at_the_gate:
                 self._chosen.is_known_from_now()
-            keys = self._keys(self._chosen.counts())
-            self.cache.request(keys)  # at once: in graphs the window is running
-            parts = {expert: slice(expert * rows, (expert + 1) * rows) for _, expert in keys}
-            self._compute(parts, tokens, probs, output.zero_(), run)
+            parts = {
+                expert: slice(expert * rows, (expert + 1) * rows)
+                for expert, count in enumerate(self._chosen.counts())
+                if count
+            }
+            self._compute(parts, tokens, probs, output, run)
 
         between_graphs(compute_chosen)
         return output, None

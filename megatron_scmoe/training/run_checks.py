@@ -1,12 +1,12 @@
 """What would stop a run, at once or hours later, said before it starts and by the flag's name.
 
 Megatron meets these in the midst of a run, or with an assertion that names no flag. What has to do
-with the model is in validation/, with files in input_checks.py, with saving in saving_checks.py.
+with the model is in validation/, with files in input_checks.py, with saving in saving_checks.py; what
+a number may be is in number_checks.py.
 """
 
 import argparse
 import importlib.util
-import math
 import os
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ from megatron_scmoe.arguments import flag_of, in_flags
 from megatron_scmoe.errors import RunError, in_words
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
-from megatron_scmoe.training import input_checks, saving_checks
+from megatron_scmoe.training import input_checks, number_checks, saving_checks
 from megatron_scmoe.training.run_defaults import has_validation_data
 from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
 
@@ -46,8 +46,7 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
     if args.bf16 and args.fp16:
         raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
     _check_all_is_given(args, has_model)
-    _check_numbers(args, has_model)
-    _check_ranges(args)
+    number_checks.check_flags(args, has_model)
     if has_model:
         _check_layout(args)
         _warn_of_balance(args)
@@ -93,86 +92,9 @@ def check_recordings(args: argparse.Namespace) -> None:
         )
 
 
-_MODEL_NUMBERS = (
-    ("num_layers", 1),
-    ("hidden_size", 1),
-    ("num_attention_heads", 1),
-)
-_NUMBERS = (
-    ("seq_length", 1),
-    ("micro_batch_size", 1),
-    ("log_interval", 1),
-    ("eval_interval", 1),
-    ("eval_iters", 0),
-    ("seed", 1),
-)
-_OPTIONAL_NUMBERS = (
-    ("global_batch_size", 1),
-    ("save_interval", 1),
-    ("save_retain_interval", 1),
-    ("exit_interval", 1),
-    ("exit_duration_in_mins", 1),
-    ("tensorboard_log_interval", 1),
-    ("log_memory_interval", 1),
-    ("save_params_interval", 1),
-    ("save_activations_interval", 1),
-    ("save_tokens_per_expert_interval", 1),
-    ("save_wgrads_interval", 1),
-    ("save_dgrads_interval", 1),
-    ("train_sync_interval", 1),
-    ("gpu_sniff_test_interval", 1),
-    ("check_weight_hash_across_dp_replicas_interval", 1),
-    ("distributed_timeout_minutes", 1),
-    ("num_workers", 0),
-    ("lr_decay_iters", 1),
-    ("lr_decay_samples", 1),
-    ("lr_warmup_iters", 0),
-    ("lr_warmup_samples", 0),
-    ("scmoe_log_overlap_interval", 0),
-    ("vocab_size", 1),
-    ("make_vocab_size_divisible_by", 1),
-    ("max_position_embeddings", 1),
-    ("rotary_base", 1),
-    ("num_query_groups", 1),
-    ("kv_channels", 1),
-    ("ffn_hidden_size", 1),
-    ("moe_ffn_hidden_size", 1),
-    ("moe_shared_expert_intermediate_size", 1),
-)
-"""Flags with the least value that a run can go on with."""
-
-
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("lr", 0, math.inf),
-    ("min_lr", 0, math.inf),
-    ("decoupled_lr", 0, math.inf),
-    ("lr_warmup_init", 0, math.inf),
-    ("weight_decay", 0, math.inf),
-    ("clip_grad", 0, math.inf),
-    ("adam_eps", 0, math.inf),
-    ("adam_beta1", 0, 1),
-    ("adam_beta2", 0, 1),
-    ("sgd_momentum", 0, 1),
-    ("hidden_dropout", 0, 1),
-    ("attention_dropout", 0, 1),
-    ("init_method_std", 0, math.inf),
-    ("layernorm_epsilon", 0, math.inf),
-    ("moe_aux_loss_coeff", 0, math.inf),
-    ("moe_z_loss_coeff", 0, math.inf),
-    ("moe_router_bias_update_rate", 0, math.inf),
-    ("moe_input_jitter_eps", 0, 1),
-)
-"""Flags with what their numbers may be: from the first on, and below the second. Outside Megatron
-ends in the midst of the first step, or trains towards what nobody wants."""
-
-
-def _needed_numbers(has_model: bool) -> list[tuple[str, int]]:
-    return [*(_MODEL_NUMBERS if has_model else ()), *_NUMBERS]
-
-
 def _check_all_is_given(args, has_model: bool) -> None:
     """Name everything at once that a run needs and was not given."""
-    needed = _needed_numbers(has_model)
+    needed = number_checks.needed(has_model)
     missing = [flag_of(name) for name, _ in needed if getattr(args, name) is None]
     if has_model and not args.num_experts:
         missing.append("--num-experts")
@@ -207,36 +129,6 @@ def _warn_of_balance(args) -> None:
             "0.01 is usual",
             flush=True,
         )
-
-
-def _check_numbers(args, has_model: bool) -> None:
-    needed = _needed_numbers(has_model)
-    for name, least in needed:
-        if getattr(args, name) is None:
-            raise RunError(f"{flag_of(name)} is not given", "a run needs it", f"{least} or more")
-    for name, least in (*needed, *_OPTIONAL_NUMBERS):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise RunError(in_flags(name, value), "it is too small", f"{least} or more")
-    if args.lr is None and not args.skip_train:
-        raise RunError("--lr is not given", "a run needs it", "a learning rate, 1e-4 for example")
-
-
-def _check_ranges(args) -> None:
-    for name, least, end in _RANGES:
-        given = getattr(args, name)
-        for value in as_list(given):
-            if value is not None and not least <= value < end:
-                accepted = (
-                    f"{least:g} or more" if end == math.inf else f"{least:g} to below {end:g}"
-                )
-                raise RunError(in_flags(name, given), "it is outside its range", accepted)
-    for name in ("min_lr", "lr_warmup_init"):
-        value = getattr(args, name)
-        if args.lr is not None and value is not None and value > args.lr:
-            raise RunError(
-                in_flags(name, value), f"it is above --lr {args.lr:g}", f"0 to {args.lr:g}"
-            )
 
 
 def _check_layout(args) -> None:

@@ -18,7 +18,7 @@ from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform.megatron_flags import add_run_args
-from megatron_scmoe.training import pretrain, resuming, run_checks, run_defaults
+from megatron_scmoe.training import number_checks, pretrain, resuming, run_checks, run_defaults
 from megatron_scmoe.validation import router, unsupported
 from megatron_scmoe.validation.rule import Refused
 from megatron_scmoe.validation.rules import validate
@@ -39,9 +39,14 @@ TABLES = {
     "foreign flags": pretrain._FOREIGN,
     "chosen where not given": run_defaults.OPEN,
     "numbers of a run": [
-        name
-        for table in (run_checks._MODEL_NUMBERS, run_checks._NUMBERS, run_checks._OPTIONAL_NUMBERS)
-        for name, _ in table
+        row[0]
+        for table in (
+            number_checks._MODEL_NUMBERS,
+            number_checks._NUMBERS,
+            number_checks._OPTIONAL_NUMBERS,
+            number_checks._RANGES,
+        )
+        for row in table
     ],
     "flags that need a package": [row[0] for row in run_checks._PACKAGES],
     "settings of a run": [*runtime_settings._OF_ONE_RANK, *runtime_settings._WITHOUT_TE],

@@ -34,7 +34,7 @@ test-fast: $(INSTALLED)  ## the tests of tenths of a second, for while you work
 	@$(RUN) -m pytest tests/unit -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need GPUs and Transformer Engine
-	@$(RUN) -m pytest tests/gpu $(ARGS)
+	@$(RUN) -m pytest tests/gpu --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slurm: $(INSTALLED)  ## jobs on a real Slurm, started on this machine (as root; docs/slurm.md)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 tests/slurm/cluster.sh build/slurm \

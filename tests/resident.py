@@ -134,8 +134,10 @@ def _serve(rank: int, connection: Connection, environment: dict[str, str]) -> No
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what one set has measured serves all
     import torch
 
-    from megatron_scmoe.platform import cpu_backend
+    from megatron_scmoe.platform import cpu_backend, log_filters
     from tests import preload  # noqa: F401  (imports Megatron)
+
+    log_filters.install()
 
     if not cpu_backend.is_enabled():
         torch.cuda.set_device(rank)

@@ -20,13 +20,13 @@ from megatron_scmoe.training import load_model
 from tests import text_models
 from tests.benchmarks import benchmark
 from tests.distributed import test_slots
+from tests.gpu.rank_sets import HOST_STAGED
 from tests.gpu.test_gpu import requires_multi_gpu
 from tests.gpu.test_offloading import pytestmark  # noqa: F401
 from tests.harness import run_distributed
 
 CONTEXT, TOKENS, ROWS = 12, 6, 3
 NVLINK: dict[str, str] = {}
-HOST_STAGED = {"NCCL_P2P_DISABLE": "1"}
 
 
 @pytest.mark.parametrize("schedule", [OVERLAPPED, SERIAL])
@@ -37,7 +37,7 @@ def test_graphs_give_the_logits_of_a_decode_without(schedule):
 
 @requires_multi_gpu
 @pytest.mark.parametrize("schedule", [OVERLAPPED, SERIAL])
-@pytest.mark.parametrize("link", [NVLINK, HOST_STAGED])
+@pytest.mark.parametrize("link", [NVLINK, HOST_STAGED], ids=["nvlink", "host-staged"])
 def test_with_all_to_alls_in_them_too(schedule, link):
     for found in run_distributed(_logits, 2, schedule, backend="nccl", environment=link):
         _check(*found)

@@ -13,7 +13,7 @@ import torch
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.schedule import TAP_BOUNDARY, num_slots
 from tests import models
-from tests.gpu.rank_sets import EXACT, EXACT_ONE_QUEUE, GPUS, ONE_QUEUE
+from tests.gpu.rank_sets import EXACT, EXACT_ONE_QUEUE, GPUS
 from tests.harness import run_distributed, run_pretrain
 
 pytestmark = [
@@ -75,26 +75,23 @@ def test_distributed_optimizer_with_its_overlaps_trains_over_nccl():
     assert overlapped.losses[1] == serial.losses[1]
 
 
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
-
-
 @requires_multi_gpu
-@pytest.mark.parametrize("layout", [TP2, "--context-parallel-size 2"])
-def test_tensor_and_context_parallel_train(layout):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+        "--context-parallel-size 2",
+    ],
+    ids=["tensor", "context"],
+)
+def test_trains_alike_with_and_without_overlap_on(layout):
     flags = [*FLAGS, *layout.split(), *EP2.split()]
-    run = run_pretrain(flags, 2, environment=ONE_QUEUE)
-    assert run.status == 0, run.output[-2000:]
-    assert run.losses[30] < run.losses[1] - 1.0
-
-
-@requires_multi_gpu
-def test_overlap_on_and_off_are_identical_with_tensor_parallelism():
-    flags = [*FLAGS, *TP2.split(), *EP2.split()]
     overlapped, serial = (
         run_pretrain([*flags, *overlap], 2, environment=EXACT_ONE_QUEUE)
         for overlap in ([], ["--no-scmoe-overlap"])
     )
     assert len(overlapped.losses) == 30, overlapped.output[-2000:]
+    assert overlapped.losses[30] < overlapped.losses[1] - 1.0
     assert overlapped.losses == serial.losses
     assert overlapped.grad_norms == serial.grad_norms
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.gpu.rank_sets import ONE_QUEUE
+from tests.gpu.rank_sets import EXACT_ONE_QUEUE
 from tests.gpu.test_gpu import (
     EP2,
     FLAGS,
@@ -50,6 +50,6 @@ def test_sampled_run_has_figures_and_the_same_bits(flags):
 
 @requires_multi_gpu
 def test_one_hardware_queue_leaves_the_hidden_share_unknown():
-    run = run_pretrain([*FLAGS, *EP2.split(), *SAMPLED], 2, environment=ONE_QUEUE)
+    run = run_pretrain([*FLAGS, *EP2.split(), *SAMPLED], 2, environment=EXACT_ONE_QUEUE)
     assert run.status == 0, run.output[-2000:]
     assert run.output.count("hidden: not known with CUDA_DEVICE_MAX_CONNECTIONS=1 | exposed") == 3

@@ -33,7 +33,7 @@ def find_checkpoint(
     """
     given = as_given(flag, folder, step)
     needs_tracker = step is None or flag == PRETRAINED  # there Megatron asks for it with a step too
-    has_none = step != RELEASE and not _steps(folder)
+    has_none = step != RELEASE and not steps(folder)
     if not has_tracker(folder) and (needs_tracker or has_none):
         raise InputError(given, *_absence(flag, folder, ckpt_format))
     if step is None:
@@ -107,8 +107,8 @@ def as_given(flag: str, folder: str, step: int | str | None) -> str:
 
 def how_to_load(folder: str, step: int | str) -> str:
     """What to type to load a checkpoint that the tracker does not name."""
-    if step == RELEASE:
-        return f"echo {RELEASE} > {get_checkpoint_tracker_filename(folder)}"
+    if RELEASE in (step, tracker_says(folder)):
+        return f"echo {step} > {get_checkpoint_tracker_filename(folder)}"
     return f"--ckpt-step {step}"
 
 
@@ -133,10 +133,15 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
         return None
     number = _number(word) if step is None else _number(str(step).removeprefix("iter_"))
     earlier: list[int | str] = []
-    earlier += sorted((s for s in _steps(folder) if number is None or s < number), reverse=True)
+    earlier += sorted((s for s in steps(folder) if number is None or s < number), reverse=True)
     if word != RELEASE:
         earlier.append(RELEASE)
     return _first_complete(folder, earlier, ckpt_format)
+
+
+def steps(folder: str) -> list[int]:
+    """The iterations that have a folder, in no order."""
+    return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
 
 
 def has_tracker(folder: str) -> bool:
@@ -261,16 +266,11 @@ def _step_folder(folder: str, step: int | str) -> Path:
 
 def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | str | None:
     """The complete checkpoint nearest to ``step``: an earlier one, a later one, or "release"."""
-    found = _steps(folder)
+    found = steps(folder)
     wanted = float("inf") if isinstance(step, str) else step
     earlier = sorted((s for s in found if s < wanted), reverse=True)
     later = sorted(s for s in found if s > wanted)
     return _first_complete(folder, [*earlier, *later, RELEASE], ckpt_format)
-
-
-def _steps(folder: str) -> list[int]:
-    """The iterations that have a folder, in no order."""
-    return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
 
 
 def _first_complete(folder: str, steps: Sequence[int | str], ckpt_format: str) -> int | str | None:

@@ -150,13 +150,14 @@ def _schedule(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
         decay = total if args.lr_decay_samples is None else args.lr_decay_samples
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
+    same = args.weight_decay_incr_style == "constant"
     return {
         "max_lr": (args.lr, "--lr"),
         "min_lr": (args.min_lr, "--min-lr"),
         "lr_decay_style": (args.lr_decay_style, "--lr-decay-style"),
-        "start_wd": (args.start_weight_decay, "--weight-decay (at the start)"),
-        "end_wd": (args.end_weight_decay, "--weight-decay (at the end)"),
         "wd_incr_style": (args.weight_decay_incr_style, "--weight-decay-incr-style"),
+        "start_wd": (args.start_weight_decay, "--weight-decay" if same else "--start-weight-decay"),
+        "end_wd": (args.end_weight_decay, "--weight-decay" if same else "--end-weight-decay"),
         "lr_warmup_steps": (warmup, "--lr-warmup-iters"),
         "lr_decay_steps": (decay, "--lr-decay-iters"),
         "wd_incr_steps": (total, "--train-iters"),

@@ -152,6 +152,7 @@ def parse_settings():
     if saved is not None:
         resuming.refuse_stock(saved)
         chosen |= whole_checkpoint.step_to_name(given, saved.path)
+        chosen |= resuming.rows_to_keep(given, words, saved)
     add_args, chosen = resuming.adding_args(given, chosen, saved)
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():
@@ -219,6 +220,7 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
         for line in resuming.overridden(given, args, reason):
             print_rank_0(line)
     _say_what_is_finished(saved, args)
+    saving_checks.say_what_is_written_over(args, saved)
 
 
 def _say_what_is_finished(saved: SavedRun, args) -> None:

@@ -97,6 +97,25 @@ def test_another_model_is_refused_by_flag_and_both_values(folder, mine, theirs):
     assert message.endswith(f"--scmoe-changed {mine.split()[0].removeprefix('--')}")
 
 
+def test_advice_says_where_a_flag_goes(folder):
+    args = run(folder, "--scmoe-tap", "pos1", "--norm-epsilon", "1e-6", use_checkpoint_args=True)
+    with pytest.raises(ScMoEConfigError) as caught:
+        resuming.check(args, saved_run.find(args), "$SCMOE_ARGS with ")
+    assert str(caught.value).endswith(
+        "; accepted: --norm-epsilon 1e-05, $SCMOE_ARGS with --scmoe-tap pos3; or, for another model on "
+        "purpose, $SCMOE_ARGS with --scmoe-changed norm-epsilon scmoe-tap"
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path):
+    """Root may read any mode: a file stands for it whose reading fails."""
+    (tmp_path / "latest_checkpointed_iteration.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(saved_run.InputError) as caught:
+        saved_run.find(run(tmp_path))
+    reason = "a file of it: Input/output error; accepted: a folder whose files can be read"
+    assert str(caught.value) == f"--load {tmp_path}: {reason}"
+
+
 def test_a_flag_that_is_left_out_is_named_too(folder):
     args = run(folder, moe_router_pre_softmax=False)
     with pytest.raises(ScMoEConfigError) as caught:
@@ -283,9 +302,35 @@ class TestVocabulary:
     def test_the_same(self):
         resuming.check_vocabulary(arguments_of(), self.saved(), 64)
 
-    def test_another_padding(self):
+    def test_another_padding(self, capsys):
         saved = self.saved(tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
         resuming.check_vocabulary(arguments_of(), saved, 90)
+        assert capsys.readouterr().out == ""
+        args = arguments_of()
+        args.padded_vocab_size = 128
+        resuming.check_vocabulary(args, saved, 90)
+        told = capsys.readouterr().out
+        assert told.startswith("WARNING: the embedding has 128 rows, and 96 in /run/iter_0000007: ")
+
+    @pytest.mark.parametrize(
+        ("changes", "words", "kept"),
+        [
+            ({}, {}, True),
+            ({"tensor_model_parallel_size": 2}, {}, True),
+            ({"tensor_model_parallel_size": 5}, {}, False),  # does not divide 96
+            ({"padded_vocab_size": 128}, {"padded_vocab_size": 128}, False),
+            ({}, {"make_vocab_size_divisible_by": 32}, True),  # as it was
+            ({}, {"make_vocab_size_divisible_by": 64}, False),
+            ({"use_checkpoint_args": True}, {}, False),  # it has them
+            ({"scmoe_changed": ["tokenizer-model"]}, {}, False),
+        ],
+    )
+    def test_padding_rows_are_kept_on_another_layout(self, changes, words, kept):
+        given = arguments_of()
+        vars(given).update({"padded_vocab_size": None, **changes})
+        saved = self.saved(make_vocab_size_divisible_by=32)
+        expected = {"padded_vocab_size": 96} if kept else {}
+        assert resuming.rows_to_keep(given, words, saved) == expected
 
     @pytest.mark.parametrize("tokens", [97, 63])
     def test_another_number_of_tokens_is_refused(self, tokens):
@@ -350,6 +395,15 @@ class TestOptimizer:
     def test_what_is_not_loaded_or_chosen_is_not_compared(self, name):
         args = self.run(**{name: True, "lr": 0.3})
         optimizer_state.settle_schedule(args, self.saved())
+
+    def test_advice_on_weight_decay_is_a_flag(self):
+        changes = dict(weight_decay=0.3, start_weight_decay=0.3, end_weight_decay=0.3)
+        assert "; accepted: --weight-decay 0.01; " in self.refusal(self.saved(), **changes)
+        changes["weight_decay_incr_style"] = "linear"
+        saved = self.saved(weight_decay_incr_style="linear")
+        assert "; accepted: --start-weight-decay 0.01; " in self.refusal(saved, **changes)
+        told = self.refusal(self.saved(), **changes)
+        assert "; accepted: --weight-decay-incr-style constant; " in told
 
     def test_another_learning_rate_is_left_to_the_user(self):
         message = self.refusal(self.saved(), lr=0.2)

@@ -33,7 +33,7 @@ def find_checkpoint(
     """
     given = as_given(flag, folder, step)
     needs_tracker = step is None or flag == PRETRAINED  # there Megatron asks for it with a step too
-    has_none = step != RELEASE and not steps(folder)
+    has_none = step != RELEASE and not _steps(folder)
     if not has_tracker(folder) and (needs_tracker or has_none):
         raise InputError(given, *_absence(flag, folder, ckpt_format))
     if step is None:
@@ -133,15 +133,17 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
         return None
     number = _number(word) if step is None else _number(str(step).removeprefix("iter_"))
     earlier: list[int | str] = []
-    earlier += sorted((s for s in steps(folder) if number is None or s < number), reverse=True)
+    earlier += sorted((s for s in _steps(folder) if number is None or s < number), reverse=True)
     if word != RELEASE:
         earlier.append(RELEASE)
     return _first_complete(folder, earlier, ckpt_format)
 
 
-def steps(folder: str) -> list[int]:
-    """The iterations that have a folder, in no order."""
-    return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
+def finished_after(folder: str, step: int) -> list[int]:
+    """The later iterations whose checkpoints were written to their end, in order."""
+    later = sorted(number for number in _steps(folder) if number > step)
+    last_files = ("metadata.json", "mp_rank_*/*.pt")
+    return [n for n in later if any(any(_step_folder(folder, n).glob(f)) for f in last_files)]
 
 
 def has_tracker(folder: str) -> bool:
@@ -266,11 +268,16 @@ def _step_folder(folder: str, step: int | str) -> Path:
 
 def _nearest_complete(folder: str, step: float | str, ckpt_format: str) -> int | str | None:
     """The complete checkpoint nearest to ``step``: an earlier one, a later one, or "release"."""
-    found = steps(folder)
+    found = _steps(folder)
     wanted = float("inf") if isinstance(step, str) else step
     earlier = sorted((s for s in found if s < wanted), reverse=True)
     later = sorted(s for s in found if s > wanted)
     return _first_complete(folder, [*earlier, *later, RELEASE], ckpt_format)
+
+
+def _steps(folder: str) -> list[int]:
+    """The iterations that have a folder, in no order."""
+    return [int(p.name[5:]) for p in Path(folder).glob("iter_*") if p.name[5:].isdigit()]
 
 
 def _first_complete(folder: str, steps: Sequence[int | str], ckpt_format: str) -> int | str | None:

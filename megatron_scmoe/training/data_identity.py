@@ -71,6 +71,7 @@ def _say_what_orders_anew(
 ) -> None:
     """Name what Megatron draws other samples by: it only counts how many were drawn."""
     theirs = saved.args or argparse.Namespace()
+    now = now if before else {}  # older and converted checkpoints say names alone
     found = [
         name
         for name in ORDERING

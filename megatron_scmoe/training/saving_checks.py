@@ -109,7 +109,7 @@ def say_what_is_written_over(args: argparse.Namespace, saved: SavedRun) -> None:
     if not locate.loads_what_it_saves(args):
         return
     begun = 0 if saved.begins_anew(args) else saved.state.get("iteration", 0)
-    later = sorted(step for step in locate.steps(args.save) if step > begun)
+    later = locate.finished_after(args.save, begun)
     if later and not args.finetune:  # of that check_flags() has said it
         print_rank_0(
             f"WARNING: --save {args.save}: the run goes on from {saved.path.name}, and {len(later)} "

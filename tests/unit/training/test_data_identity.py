@@ -69,6 +69,12 @@ class TestOrder:
     def test_the_same(self, changes, saved, prefix, capsys):
         assert self.told(saved, prefix, capsys, **changes) == ""
 
+    def test_a_converted_checkpoint_says_names_alone(self, saved, prefix, capsys):
+        del saved.state["args"].scmoe_data_identity
+        assert self.told(saved, prefix, capsys) == ""
+        told = self.told(saved, prefix, capsys, data_path=[f"{prefix[:-4]}./text"])
+        assert told.startswith("WARNING: --data-path ")
+
     def test_data_that_was_moved(self, saved, prefix, capsys, tmp_path):
         moved = write(tmp_path / "moved", seed=1)
         assert self.told(saved, prefix, capsys, data_path=[moved]) == ""

@@ -16,7 +16,7 @@ from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
-from megatron_scmoe.training import optimizer_state, resuming, saved_run
+from megatron_scmoe.training import optimizer_state, pretrain, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 from tests import checkpoints, models
 
@@ -246,6 +246,28 @@ def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
         with pytest.raises(ScMoEConfigError, match=f"{flag}: .* was trained with no {flag}"):
             resuming.check(arguments_of(flag), of(older))
     assert with_defaults(older).scmoe_zero_experts == 0
+
+
+def test_a_model_of_a_later_version_is_refused():
+    later = arguments_of()
+    later.scmoe_tap = "pos9"
+    for reads in (lambda: of(later).args, lambda: with_defaults(later)):
+        with pytest.raises(
+            ScMoEConfigError, match=r"^a checkpoint of --scmoe-tap pos9: this version "
+        ):
+            reads()
+    later.scmoe_tap, later.scmoe_exchange = "pos3", "later"  # how it computes, no run takes over
+    resuming.check(arguments_of(), of(later))
+
+
+def test_a_setting_of_another_version_is_told_of(capsys):
+    later = arguments_of()
+    later.scmoe_mixing, later.scmoe_other, later.scmoe_data_identity = 3, False, {"a": "b"}
+    pretrain._say_what_is_unknown(of(later), arguments_of())
+    told = capsys.readouterr().out
+    assert (
+        "WARNING: --load /run: another version saved" in told and ", with --scmoe-mixing;" in told
+    )
 
 
 class TestSpecOfAnOlderVersion:

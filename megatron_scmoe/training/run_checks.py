@@ -229,6 +229,14 @@ def _check_length(args) -> None:
             "a run needs its length",
             "--train-iters N",
         )
+    unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
+    for part in ("lr_decay", "lr_warmup"):
+        if value := getattr(args, f"{part}_{other}"):
+            raise RunError(
+                in_flags(f"{part}_{other}", value),
+                f"the run is counted in {unit} (--train-{unit})",
+                f"{flag_of(f'{part}_{unit}')} N",
+            )
     for unit in ("iters", "samples"):
         total = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
         warmup = getattr(args, f"lr_warmup_{unit}")

@@ -418,6 +418,25 @@ class TestOptimizer:
         args = self.run(**{name: True, "lr": 0.3})
         optimizer_state.settle_schedule(args, self.saved())
 
+    def test_a_checkpoint_without_a_state(self):
+        saved = self.saved(no_save_optim=True)
+        told = self.refusal(saved)
+        assert told.startswith(
+            "--load /run: /run/iter_0000007 has no state of an optimizer (--no-sa"
+        )
+        for way in ("no_load_optim", "finetune", "skip_train"):
+            optimizer_state.check(self.run(**{way: True}), saved)
+
+    def test_a_schedule_that_begins_anew_is_said(self, capsys):
+        saved = self.saved()
+        saved.state["iteration"] = 7
+        optimizer_state.settle_schedule(self.run(no_load_optim=True), saved)
+        assert "schedule begins anew as well, with its warmup, at iteration 7" in (
+            capsys.readouterr().out
+        )
+        optimizer_state.settle_schedule(self.run(no_load_optim=True, finetune=True), saved)
+        assert capsys.readouterr().out == ""
+
     def test_advice_on_weight_decay_is_a_flag(self):
         changes = dict(weight_decay=0.3, start_weight_decay=0.3, end_weight_decay=0.3)
         assert "; accepted: --weight-decay 0.01; " in self.refusal(self.saved(), **changes)

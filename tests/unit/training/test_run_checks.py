@@ -212,6 +212,15 @@ def test_a_batch_that_grows():
     check(parse(*words, "--step-batch-size-schedule", "0:2 128:4"))
 
 
+@pytest.mark.parametrize("part", ["decay", "warmup"])
+def test_a_schedule_counts_as_the_run_does(part):
+    with pytest.raises(RunError, match=f"^--lr-{part}-samples 2: .*accepted: --lr-{part}-iters N$"):
+        check(parse(*FLAGS, f"--lr-{part}-samples", "2"))
+    words = [*without("--train-iters"), "--train-samples", "40", f"--lr-{part}-iters", "2"]
+    with pytest.raises(RunError, match=f"^--lr-{part}-iters 2: .*accepted: --lr-{part}-samples N$"):
+        check(parse(*words))
+
+
 def test_a_batch_may_be_decreased():
     check(parse(*FLAGS, "--global-batch-size", "3", "--decrease-batch-size-if-needed"))
 

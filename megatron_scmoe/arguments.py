@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from megatron.training.argument_utils import ArgumentGroupFactory, TypeInferenceError
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, with_nearest_flags
 
 ENVIRONMENT_VARIABLE = "SCMOE_ARGS"
@@ -70,6 +70,24 @@ def add_scmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def scmoe_config_from_args(args: argparse.Namespace) -> ScMoEConfig:
     """The configuration given by parsed ``--scmoe-*`` flags."""
     return ScMoEConfig(**{f.name: getattr(args, PREFIX + f.name) for f in fields(ScMoEConfig)})
+
+
+def check_choices(saved: argparse.Namespace) -> None:
+    """Refuse a model that a later version has saved.
+
+    Raises:
+        ScMoEConfigError: at a value that no flag of this version takes.
+    """
+    for action in _parser()._actions:
+        of_model = action.dest.removeprefix(PREFIX) not in RUNTIME_FIELDS
+        if action.dest.startswith(PREFIX) and action.choices and of_model:
+            value = getattr(saved, action.dest, None)
+            if value is not None and value not in action.choices:
+                raise ScMoEConfigError(
+                    f"a checkpoint of {in_flags(action.dest, value)}",
+                    "this version does not know it",
+                    "the version of megatron_scmoe that has saved it",
+                )
 
 
 def scmoe_arguments(scmoe: ScMoEConfig) -> dict[str, Any]:

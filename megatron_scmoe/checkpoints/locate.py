@@ -107,8 +107,8 @@ def as_given(flag: str, folder: str, step: int | str | None) -> str:
 
 def how_to_load(folder: str, step: int | str) -> str:
     """What to type to load a checkpoint that the tracker does not name."""
-    if step == RELEASE:
-        return f"echo {RELEASE} > {get_checkpoint_tracker_filename(folder)}"
+    if RELEASE in (step, tracker_says(folder)):
+        return f"echo {step} > {get_checkpoint_tracker_filename(folder)}"
     return f"--ckpt-step {step}"
 
 
@@ -137,6 +137,13 @@ def complete_before(folder: str, step: int | str | None, ckpt_format: str) -> in
     if word != RELEASE:
         earlier.append(RELEASE)
     return _first_complete(folder, earlier, ckpt_format)
+
+
+def finished_after(folder: str, step: int) -> list[int]:
+    """The later iterations whose checkpoints were written to their end, in order."""
+    later = sorted(number for number in _steps(folder) if number > step)
+    last_files = ("metadata.json", "mp_rank_*/*.pt")
+    return [n for n in later if any(any(_step_folder(folder, n).glob(f)) for f in last_files)]
 
 
 def has_tracker(folder: str) -> bool:

@@ -13,6 +13,7 @@ from megatron_scmoe.arguments import (
     ENVIRONMENT_VARIABLE,
     PREFIX,
     add_scmoe_args,
+    check_choices,
     defaults,
     scmoe_arguments,
     scmoe_config_from_args,
@@ -132,7 +133,11 @@ def with_defaults(saved: argparse.Namespace) -> argparse.Namespace:
 
     A checkpoint of ``--spec`` that an older version wrote has none of them: they are taken from
     ``$SCMOE_ARGS``, if that is set.
+
+    Raises:
+        ScMoEConfigError: if a later version wrote it, of a model that this one does not know.
     """
+    check_choices(saved)
     if hasattr(saved, f"{PREFIX}tap"):
         added = scmoe_arguments(ScMoEConfig())
     elif built_by_spec(saved) and ENVIRONMENT_VARIABLE in os.environ:

@@ -1,23 +1,39 @@
 """Whether a run that goes on reads the data that its checkpoint was trained on.
 
 The order of the samples follows from seed and sizes. Where a dataset was made anew under its old name,
-a resumed run would read other tokens without a word, by an index of the old ones.
+a resumed run would read other tokens without a word, by an index of the old ones. Another seed, split
+or dataset may be meant, and is said.
 """
 
 import argparse
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 
+from megatron_scmoe.arguments import in_flags
 from megatron_scmoe.errors import InputError
 from megatron_scmoe.platform.first_rank import ask_first_rank
+from megatron_scmoe.training.indexed_dataset import parse_split
 from megatron_scmoe.training.resuming import changed
 from megatron_scmoe.training.saved_run import SavedRun
 
 ARGUMENT = "scmoe_data_identity"
 """The argument in which a checkpoint keeps it: a word for each dataset, by its absolute prefix."""
+
+ORDERING = (
+    "seed",
+    "seq_length",
+    "split",
+    "mock_data",
+    "data_path",
+    "train_data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+)
+"""Arguments from which the order of the training samples follows, beside their number."""
 
 SAMPLE = 1 << 16
 """Bytes that are read at each of three places of a file."""
@@ -29,7 +45,7 @@ def keep(args: argparse.Namespace, prefixes: Iterable[str]) -> None:
 
 
 def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) -> None:
-    """Compare it with the one that the checkpoint keeps.
+    """Compare it with the one that the checkpoint keeps; on the first rank.
 
     Raises:
         InputError: if a dataset has the name of one of then, and other contents.
@@ -37,7 +53,8 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
     before = getattr(saved.args, ARGUMENT, None) or {}
     if saved.begins_anew(args) or "data_path" in changed(args):
         return
-    for prefix, word in identity(prefixes).items():
+    now = identity(prefixes)
+    for prefix, word in now.items():
         if before.get(prefix, word) != word:
             raise InputError(
                 f"the data {prefix}",
@@ -45,6 +62,39 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
                 "these; or, for other data on purpose, --scmoe-changed data-path with another or an "
                 "empty --data-cache-path",
             )
+    if getattr(saved.args, "consumed_train_samples", 0) and not args.skip_train:
+        _say_what_orders_anew(args, now, saved, before)
+
+
+def _say_what_orders_anew(
+    args: argparse.Namespace, now: Mapping[str, str], saved: SavedRun, before: Mapping[str, str]
+) -> None:
+    """Name what Megatron draws other samples by: it only counts how many were drawn."""
+    theirs = saved.args or argparse.Namespace()
+    now = now if before else {}  # older and converted checkpoints say names alone
+    found = [
+        name
+        for name in ORDERING
+        if hasattr(theirs, name) and _meaning(name, args, now) != _meaning(name, theirs, before)
+    ]
+    if found:
+        mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
+        was = ", ".join(in_flags(name, getattr(theirs, name)) for name in found)
+        print(
+            f"WARNING: {mine}: {saved.path} was trained with {was}; samples come in another order "
+            "from here on, and some that were drawn may be drawn again, or serve validation",
+            flush=True,
+        )
+
+
+def _meaning(name: str, args: argparse.Namespace, words: Mapping[str, str]) -> Any:
+    """An argument's value, with contents in place of the names of datasets."""
+    value = getattr(args, name)
+    if name == "split":
+        return parse_split(value)
+    if isinstance(value, list):
+        return [words.get(os.path.abspath(str(word)), word) for word in value]
+    return value
 
 
 def identity(prefixes: Iterable[str]) -> dict[str, str]:

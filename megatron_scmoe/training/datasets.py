@@ -30,12 +30,14 @@ def samples_needed(args, num_samples) -> list[int | None]:
     """Samples of training, validation and test, so that a run that goes on has its steps.
 
     Megatron counts all steps by this run's batch. If the earlier ones had a larger batch, more has been
-    read than that, and its loop would find no sample left.
+    read than that, and its loop would find no sample left. Its loaders want one to be left also with
+    ``--eval-iters 0``, of which a blend of datasets makes none.
 
     Args:
         num_samples: as Megatron counts them; None for all there are.
     """
     train, valid, test = num_samples
+    test = test if test is None else max(test, 1)
     if args.skip_train or args.phase_transition_iterations or not args.train_iters:
         return [train, valid, test]
     steps = args.train_iters - args.iteration
@@ -43,7 +45,7 @@ def samples_needed(args, num_samples) -> list[int | None]:
     if valid is not None:
         evaluations = args.train_iters // args.eval_interval - args.iteration // args.eval_interval
         each = args.eval_iters * args.eval_global_batch_size
-        valid = max(valid, args.consumed_valid_samples + (evaluations + 1) * each)
+        valid = max(valid, args.consumed_valid_samples + max((evaluations + 1) * each, 1))
     return [train, valid, test]
 
 

@@ -4,6 +4,7 @@ Whatever the size of the data, a check reads headers, sizes and bounded samples.
 """
 
 import os
+import re
 import struct
 from dataclasses import dataclass
 
@@ -28,14 +29,18 @@ def parse_split(split: str | None) -> list[float]:
     """The shares of training, validation and test, which sum to 1.
 
     Args:
-        split: as ``--split`` takes it: numbers, with anything between them; None if it is not given.
+        split: as ``--split`` takes it; None if it is not given. Megatron picks the numbers out of any
+            text, and so takes 90,x,5 for 90,5 and 1e-1 for 1,1: that is none here.
 
     Raises:
         InputError: if it cannot be parsed.
     """
     if split is None:
         split = MEGATRON_SPLIT
+    words = re.split(r"\s*[,;:/]\s*|\s+", split.strip())
     try:
+        if not all(re.fullmatch("[.0-9]+", word) for word in words):
+            raise ValueError
         with np.errstate(invalid="ignore"):  # 0,0,0
             shares = parse_and_normalize_split(split)
     except (AssertionError, ValueError):

@@ -96,7 +96,13 @@ def check_tokens(args, tokenizer) -> None:
     if args.rank != 0:
         return
     datasets = list(_datasets(args))
-    size = tokenizer.vocab_size
+    size, rows = tokenizer.vocab_size, args.padded_vocab_size
+    if rows < size:
+        raise InputError(
+            f"--padded-vocab-size {rows}",
+            f"the vocabulary of {_given_tokenizer(args)} has {size} ids",
+            f"{size} or more, or leave the flag out",
+        )
     for dataset in datasets:
         found = dataset.find_token_outside(size, min(SAMPLE, SAMPLE_OF_ALL // len(datasets)))
         if found is not None:

@@ -41,6 +41,7 @@ _NUMBERS = (
 )
 _OPTIONAL_NUMBERS = (
     ("global_batch_size", 1),
+    ("ckpt_step", 1),
     ("save_interval", 1),
     ("save_retain_interval", 1),
     ("exit_interval", 1),

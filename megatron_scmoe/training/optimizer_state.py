@@ -32,7 +32,7 @@ _SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-_FRESH = "--no-load-optim, which begins with a fresh optimizer"
+_FRESH = "--no-load-optim, which begins with a fresh optimizer and schedule"
 
 
 def is_loaded(args: argparse.Namespace, saved: SavedRun) -> bool:
@@ -57,6 +57,13 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             " ".join(mine),
             f"{saved.path} has a file for each rank of {' '.join(theirs)}",
             f"{' '.join(theirs)}; from these --ckpt-convert-format torch_dist converts it",
+        )
+    without = getattr(before, "no_save_optim", False)
+    if without and not (args.no_load_optim or args.skip_train or saved.begins_anew(args)):
+        raise ScMoEConfigError(
+            saved.given,
+            f"{saved.path} has no state of an optimizer (--no-save-optim)",
+            f"{_FRESH}; --finetune begins at iteration 0",
         )
     if not is_loaded(args, saved):
         return
@@ -92,6 +99,11 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
     before = saved.state.get("opt_param_scheduler")
     chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if trains and args.no_load_optim and not saved.begins_anew(args):
+        print_rank_0(
+            "> --no-load-optim: the learning rate's schedule begins anew as well, with its warmup, at "
+            f"iteration {saved.state.get('iteration', 0)}"
+        )
     if before is None or chosen or not trains or not is_loaded(args, saved):
         return
     mine = _schedule(args)
@@ -150,13 +162,14 @@ def _schedule(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
         decay = total if args.lr_decay_samples is None else args.lr_decay_samples
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
+    same = args.weight_decay_incr_style == "constant"
     return {
         "max_lr": (args.lr, "--lr"),
         "min_lr": (args.min_lr, "--min-lr"),
         "lr_decay_style": (args.lr_decay_style, "--lr-decay-style"),
-        "start_wd": (args.start_weight_decay, "--weight-decay (at the start)"),
-        "end_wd": (args.end_weight_decay, "--weight-decay (at the end)"),
         "wd_incr_style": (args.weight_decay_incr_style, "--weight-decay-incr-style"),
+        "start_wd": (args.start_weight_decay, "--weight-decay" if same else "--start-weight-decay"),
+        "end_wd": (args.end_weight_decay, "--weight-decay" if same else "--end-weight-decay"),
         "lr_warmup_steps": (warmup, "--lr-warmup-iters"),
         "lr_decay_steps": (decay, "--lr-decay-iters"),
         "wd_incr_steps": (total, "--train-iters"),

@@ -13,7 +13,12 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_scmoe.analysis import slot_tuner
-from megatron_scmoe.arguments import given_on_command_line, scmoe_config_from_args
+from megatron_scmoe.arguments import (
+    PREFIX,
+    flag_of,
+    given_on_command_line,
+    scmoe_config_from_args,
+)
 from megatron_scmoe.checkpoints.local_norm_keys import has_local_norm_keys
 from megatron_scmoe.checkpoints.torch_dist import only_safe_types
 from megatron_scmoe.config import ScMoEConfig
@@ -152,6 +157,7 @@ def parse_settings():
     if saved is not None:
         resuming.refuse_stock(saved)
         chosen |= whole_checkpoint.step_to_name(given, saved.path)
+        chosen |= resuming.rows_to_keep(given, words, saved)
     add_args, chosen = resuming.adding_args(given, chosen, saved)
     given = _parse_args(add_args)
     if chosen and command_line.is_first_rank():
@@ -210,6 +216,7 @@ def _told_if_accepted() -> Iterator[None]:
 
 def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     """Compare the run with what it loads, and say what of the flags given is the checkpoint's now."""
+    _say_what_is_unknown(saved, args)
     resuming.check(args, saved)
     resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
     optimizer_state.check(args, saved)
@@ -219,12 +226,27 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
         for line in resuming.overridden(given, args, reason):
             print_rank_0(line)
     _say_what_is_finished(saved, args)
+    saving_checks.say_what_is_written_over(args, saved)
+
+
+def _say_what_is_unknown(saved: SavedRun, args) -> None:
+    known = {*vars(args), data_identity.ARGUMENT}
+    unknown = [
+        flag_of(name)
+        for name, value in vars(saved.args or argparse.Namespace()).items()
+        if name.startswith(PREFIX) and value and name not in known
+    ]
+    if unknown:
+        print_rank_0(
+            f"WARNING: {saved.given}: another version saved {saved.path}, with {', '.join(unknown)}; "
+            "this one does not know that, and its model may be another"
+        )
 
 
 def _say_what_is_finished(saved: SavedRun, args) -> None:
     """If nothing is left to train, say so, and do not write the last checkpoint anew in its place."""
     done = saved.state.get("iteration", 0)
-    if saved.begins_anew(args) or args.skip_train:
+    if saved.begins_anew(args) or args.skip_train or args.ckpt_convert_format:
         return
     if not args.train_iters or done < args.train_iters:
         return

@@ -86,6 +86,29 @@ def changed(args: argparse.Namespace) -> set[str]:
     return names
 
 
+def rows_to_keep(given: argparse.Namespace, words: Mapping[str, Any], saved: SavedRun) -> dict:
+    """``padded_vocab_size`` of the checkpoint, for a run that does not say another one.
+
+    Megatron pads the vocabulary by the number of tensor-parallel ranks. On another layout it would cut
+    rows of the embedding off, or add rows of zeros, which its loss counts.
+
+    Args:
+        given: the parsed flags.
+        words: what the command line says and leaves to no default.
+    """
+    rows = getattr(saved.args, "padded_vocab_size", None)
+    unit = getattr(saved.args, "make_vocab_size_divisible_by", None)
+    says_so = words.get("make_vocab_size_divisible_by", unit) != unit
+    if given.padded_vocab_size is not None or says_so or given.use_checkpoint_args:
+        return {}
+    if not rows or _OF_VOCABULARY & changed(given):
+        return {}
+    return {} if rows % given.tensor_model_parallel_size else {"padded_vocab_size": rows}
+
+
+_OF_VOCABULARY = {"vocab_size", "tokenizer_type", "tokenizer_model"}
+
+
 def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
     """Refuse to go on from a checkpoint of another model.
 
@@ -115,11 +138,15 @@ def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
         mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
         theirs = ", ".join(in_flags(name, value) for name, value in found.items())
         words = " ".join(flag_of(name).removeprefix("--") for name in found)
+        advice = ", ".join(
+            (where if name.startswith(PREFIX) else "") + in_flags(name, value)
+            for name, value in found.items()
+        )
+        restored = "" if args.use_checkpoint_args else "--use-checkpoint-args; "  # as far as it can
         raise ScMoEConfigError(
             mine,
             f"{saved.path} was trained with {theirs}",
-            f"{where}{theirs}; --use-checkpoint-args; or, for another model on purpose, "
-            f"--scmoe-changed {words}",
+            f"{advice}; {restored}or, for another model on purpose, {where}--scmoe-changed {words}",
         )
 
 
@@ -176,6 +203,8 @@ def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> 
 def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> None:
     """Refuse a tokenizer of another size: Megatron cuts or fills up the embedding without a word.
 
+    Of another padding it is said that there is one.
+
     Args:
         tokens: of this run's tokenizer.
 
@@ -184,7 +213,7 @@ def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> 
     """
     before = saved.args
     rows = getattr(before, "padded_vocab_size", None)
-    if not rows or {"vocab_size", "tokenizer_type", "tokenizer_model"} & changed(args):
+    if not rows or _OF_VOCABULARY & changed(args):
         return
     known = getattr(before, "vocab_size", None)
     unit = getattr(before, "make_vocab_size_divisible_by", 1)
@@ -197,6 +226,12 @@ def check_vocabulary(args: argparse.Namespace, saved: SavedRun, tokens: int) -> 
             f"a tokenizer of {tokens} tokens ({args.tokenizer_type} {args.tokenizer_model or ''})",
             f"{saved.path} was trained with {was}an embedding of {rows} rows",
             "its tokenizer, or --scmoe-changed tokenizer-type for another one on purpose",
+        )
+    if args.padded_vocab_size != rows:
+        print_rank_0(
+            f"WARNING: the embedding has {args.padded_vocab_size} rows, and {rows} in {saved.path}: "
+            f"the loss changes, as it counts padding rows (--padded-vocab-size {rows} keeps them, "
+            f"where --tensor-model-parallel-size divides it)"
         )
 
 

@@ -9,11 +9,12 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_scmoe.arguments import flag_of, in_flags
+from megatron_scmoe.arguments import ENVIRONMENT_VARIABLE, defaults, flag_of, in_flags
 from megatron_scmoe.errors import RunError, in_words
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.command_line import is_first_rank
@@ -37,14 +38,23 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "Megatron has other names for it",
             "--recompute-activations; or --recompute-granularity full --recompute-method uniform",
         )
-    if args.finetune and args.load is None and args.pretrained_checkpoint is None:
-        raise RunError(
-            "--finetune",
-            "nothing is loaded, and the run would train from random weights",
-            "--load FOLDER or --pretrained-checkpoint FOLDER with it",
-        )
+    _check_words(args)
+    if args.load is None and args.pretrained_checkpoint is None:
+        for name in ("finetune", "ckpt_step"):
+            if getattr(args, name):
+                raise RunError(
+                    in_flags(name, getattr(args, name)),
+                    "nothing is loaded, and the run would train from random weights",
+                    "--load FOLDER or --pretrained-checkpoint FOLDER with it",
+                )
     if args.bf16 and args.fp16:
         raise RunError("--bf16 with --fp16", "each says what the model computes in", "one of them")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise RunError(
+            "--override-opt-param-scheduler with --use-checkpoint-opt-param-scheduler",
+            "the schedule is that of the flags by the first, and the checkpoint's by the second",
+            "one of them",
+        )
     _check_all_is_given(args, has_model)
     number_checks.check_flags(args, has_model)
     if has_model:
@@ -63,6 +73,24 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
             "--dataloader-defer-npy-index-mmap",
             "it reads the indices that an earlier run has built",
             "--data-cache-path FOLDER with it",
+        )
+
+
+def _check_words(args) -> None:
+    """Refuse what is empty: Megatron takes --save '' for none. And say which variable is not heard."""
+    standard = defaults()
+    for name, value in vars(args).items():
+        if value in ("", [""]) and standard.get(name) != "":
+            raise RunError(
+                f"{flag_of(name)} ''",
+                "it is empty, as a variable of the shell is that was never set",
+                "a value, or leave the flag out",
+            )
+    if os.environ.get(ENVIRONMENT_VARIABLE) and is_first_rank():
+        print(
+            f"WARNING: ${ENVIRONMENT_VARIABLE} is not read for this run's model, which the flags of "
+            "the command line describe",
+            flush=True,
         )
 
 
@@ -201,6 +229,14 @@ def _check_length(args) -> None:
             "a run needs its length",
             "--train-iters N",
         )
+    unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
+    for part in ("lr_decay", "lr_warmup"):
+        if value := getattr(args, f"{part}_{other}"):
+            raise RunError(
+                in_flags(f"{part}_{other}", value),
+                f"the run is counted in {unit} (--train-{unit})",
+                f"{flag_of(f'{part}_{unit}')} N",
+            )
     for unit in ("iters", "samples"):
         total = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
         warmup = getattr(args, f"lr_warmup_{unit}")
@@ -418,6 +454,7 @@ def _check_profile(args) -> None:
             if first < args.train_iters
             else f"up to {args.train_iters}, and a smaller --profile-step-start than {first}",
         )
+    _warn_of_traces(args)
     for rank in args.profile_ranks:
         if not 0 <= rank < args.world_size:
             raise RunError(
@@ -430,4 +467,17 @@ def _check_profile(args) -> None:
             "--profile --use-pytorch-profiler",
             "Megatron writes the trace beside the folder for TensorBoard, and there is none",
             "--tensorboard-dir FOLDER with it",
+        )
+
+
+def _warn_of_traces(args) -> None:
+    """Megatron's name for a trace has nothing of the run in it."""
+    if not args.use_pytorch_profiler or args.tensorboard_dir is None or not is_first_rank():
+        return
+    folder = os.path.normpath(os.path.join(args.tensorboard_dir, os.pardir, "torch_profile"))
+    if any(Path(folder).glob("rank-*.json.gz")):
+        print(
+            f"WARNING: --profile: {folder} has a trace, of an earlier run or of one whose "
+            "--tensorboard-dir lies beside this one's; it is written over",
+            flush=True,
         )

@@ -11,7 +11,7 @@ from megatron_scmoe.checkpoints import locate, rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.torch_dist import read_common
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import InputError, reason_of
 from megatron_scmoe.training import whole_checkpoint
 
 
@@ -69,12 +69,18 @@ def find(args: argparse.Namespace) -> SavedRun | None:
             return None
         flag, folder = named
         path = whole_checkpoint.find(flag, folder, args)
+        is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(path))
+        state = read_common(path) if is_distributed else rank_files.read_common(path)
     except InputError:
         if _may_be_elsewhere(args):
             return None  # there may be a newer one, which only Megatron finds
         raise
-    is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(path))
-    state = read_common(path) if is_distributed else rank_files.read_common(path)
+    except OSError as error:
+        given = f"--load {args.load}"
+        if args.load is None:
+            given = f"{locate.PRETRAINED} {args.pretrained_checkpoint}"
+        reason = f"{error.filename or 'a file of it'}: {reason_of(error)}"
+        raise InputError(given, reason, "a folder whose files can be read") from error
     return SavedRun(f"{flag} {folder}", path, state, is_distributed)
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+from megatron.training.utils import print_rank_0
 
 from megatron_scmoe.arguments import in_flags
 from megatron_scmoe.checkpoints import locate
 from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform.command_line import is_first_rank
+from megatron_scmoe.training.saved_run import SavedRun
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -99,6 +101,20 @@ def _warn_of_other_checkpoints(args: argparse.Namespace) -> None:
             "those of iterations that it saves, too (--load with the same folder, without "
             "--finetune, goes on)",
             flush=True,
+        )
+
+
+def say_what_is_written_over(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Of a run that goes on from an earlier checkpoint than the last one in its folder."""
+    if not locate.loads_what_it_saves(args):
+        return
+    begun = 0 if saved.begins_anew(args) else saved.state.get("iteration", 0)
+    later = locate.finished_after(args.save, begun)
+    if later and not args.finetune:  # of that check_flags() has said it
+        print_rank_0(
+            f"WARNING: --save {args.save}: the run goes on from {saved.path.name}, and {len(later)} "
+            f"later there ({later[0]}{f' to {later[-1]}' * (len(later) > 1)}) are written over where "
+            "it saves the same iterations; another --save keeps them"
         )
 
 

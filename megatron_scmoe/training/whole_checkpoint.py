@@ -33,6 +33,12 @@ def find(flag: str, folder: str, args: argparse.Namespace) -> Path:
         InputError: if it is not whole, and may not be skipped.
     """
     step = args.ckpt_step or None
+    if step is not None and locate.tracker_says(folder) == locate.RELEASE:
+        raise InputError(
+            locate.as_given(flag, folder, step),
+            f"its tracker says {locate.RELEASE}, and Megatron loads that, whatever the step",
+            f"leave --ckpt-step out, or {locate.how_to_load(folder, step)}",
+        )
     checked = getattr(args, "scmoe_verify_checkpoint", False)
     skips = getattr(args, "scmoe_damaged_checkpoint", REFUSE) == SKIP and step is None
     skips |= step is None and _names_none(flag, folder, args)

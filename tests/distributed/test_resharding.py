@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.test_training import NO_DROPOUT, TINY
 from tests.harness import run_pretrain
 
-FLAGS = [*TINY, *NO_DROPOUT, "--make-vocab-size-divisible-by", "64"]
+FLAGS = [*TINY, *NO_DROPOUT]
 FLAGS[FLAGS.index("--num-layers") + 1] = "4"
 FLAGS[FLAGS.index("--moe-layer-freq") + 1] = "[0,1]*2"
 STEPS = 6

@@ -18,7 +18,14 @@ from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform.megatron_flags import add_run_args
-from megatron_scmoe.training import number_checks, pretrain, resuming, run_checks, run_defaults
+from megatron_scmoe.training import (
+    data_identity,
+    number_checks,
+    pretrain,
+    resuming,
+    run_checks,
+    run_defaults,
+)
 from megatron_scmoe.validation import router, unsupported
 from megatron_scmoe.validation.rule import Refused
 from megatron_scmoe.validation.rules import validate
@@ -37,6 +44,7 @@ TABLES = {
     "compared on load": resuming.COMPARED,
     "free on load": resuming.FREE,
     "foreign flags": pretrain._FOREIGN,
+    "what samples are drawn by": data_identity.ORDERING,
     "chosen where not given": run_defaults.OPEN,
     "numbers of a run": [
         row[0]

@@ -42,6 +42,47 @@ def test_data_made_anew_is_refused(documents, prefix, saved):
         data_identity.check(run(), saved, [prefix])
 
 
+class TestOrder:
+    """Megatron counts the samples that were drawn, and goes on at that number of another order."""
+
+    def told(self, saved, prefix, capsys, **changes) -> str:
+        args = {"seed": 1, "seq_length": 8, "split": "9,1,0", "data_path": [prefix]}
+        vars(saved.state["args"]).update(args, consumed_train_samples=8)
+        now = run(**args | {"skip_train": False} | changes)
+        data_identity.check(now, saved, now.data_path)
+        return capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"seed": 2}, ("--seed 2: ", "--seed 1;")),
+            ({"seq_length": 4}, ("--seq-length 4: ", "--seq-length 8;")),
+            ({"split": "8,2,0"}, ("--split 8,2,0: ", "--split 9,1,0;")),
+        ],
+        ids=str,
+    )
+    def test_another_one_is_said(self, changes, words, saved, prefix, capsys):
+        told = self.told(saved, prefix, capsys, **changes)
+        assert told.startswith(f"WARNING: {words[0]}") and f"was trained with {words[1]}" in told
+
+    @pytest.mark.parametrize("changes", [{}, {"split": "90,10"}, {"skip_train": True, "seed": 2}])
+    def test_the_same(self, changes, saved, prefix, capsys):
+        assert self.told(saved, prefix, capsys, **changes) == ""
+
+    def test_a_converted_checkpoint_says_names_alone(self, saved, prefix, capsys):
+        del saved.state["args"].scmoe_data_identity
+        assert self.told(saved, prefix, capsys) == ""
+        told = self.told(saved, prefix, capsys, data_path=[f"{prefix[:-4]}./text"])
+        assert told.startswith("WARNING: --data-path ")
+
+    def test_data_that_was_moved(self, saved, prefix, capsys, tmp_path):
+        moved = write(tmp_path / "moved", seed=1)
+        assert self.told(saved, prefix, capsys, data_path=[moved]) == ""
+        other = write(tmp_path / "other", seed=2)
+        told = self.told(saved, prefix, capsys, data_path=[other])
+        assert told.startswith(f"WARNING: --data-path {other}: ")
+
+
 def test_another_name_is_other_data_on_purpose(saved, tmp_path):
     data_identity.check(run(), saved, [write(tmp_path / "other", seed=2)])
 

@@ -87,5 +87,9 @@ class TestSamplesOfARunThatGoesOn:
         counted = (30 * 32, 4 * 3 * 32, 3 * 32)
         assert self.needed(counted, global_batch_size=32) == list(counted)
 
+    def test_a_run_that_evaluates_nothing_has_a_sample_left(self):
+        counted = (30 * 16, 0, 0)
+        assert self.needed(counted, eval_iters=0) == [30 * 16, 96 + 1, 1]
+
     def test_all_there_are(self):
         assert self.needed((30 * 16, None, 3 * 16))[1] is None

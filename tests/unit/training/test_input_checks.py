@@ -175,7 +175,9 @@ class TestDataset:
 
 
 class TestSplit:
-    @pytest.mark.parametrize("split", ["969,30,1", "60,40,0", "0,1,0", "1"])
+    @pytest.mark.parametrize(
+        "split", ["969,30,1", "60, 40 ,0", " 6/4", "6 4", ".6,.4", "0,1,0", "1"]
+    )
     def test_every_part_has_documents(self, split, accepted, tmp_path):
         data = write_dataset(tmp_path / "d", np.ones((1000, 2)))
         accepted("--data-path", data, "--split", split)
@@ -239,7 +241,10 @@ class TestSplit:
             "--split 1,0,0 with --per-split-data-args-path: "
         )
 
-    @pytest.mark.parametrize("split", ["", "all", "0,0,0", "1,2,3,4", "1..2"])
+    @pytest.mark.parametrize(
+        "split",
+        ["", "all", "0,0,0", "1,2,3,4", "1..2", "9,x,1", "9,,1", "1e-1,9", "-9,1", "9O,1,0"],
+    )
     def test_that_is_none(self, split, refused, data):
         message = refused("--data-path", data, f"--split={split}")
         assert message == f"--split {split}: cannot be parsed; accepted: shares such as 969,30,1"
@@ -612,7 +617,9 @@ class TestCheckpoint:
     def test_release(self, refused, accepted, folder):
         (folder / TRACKER).write_text("release")
         message = refused("--mock-data", "--load", folder)
-        assert f"there is no folder {folder}/release; accepted: --ckpt-step 30" in message
+        assert (
+            f"there is no folder {folder}/release; accepted: echo 30 > {folder}/latest_" in message
+        )
         shutil.copytree(iteration(folder, 30), folder / "release")
         accepted("--mock-data", "--load", folder)
 

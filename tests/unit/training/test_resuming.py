@@ -16,7 +16,7 @@ from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
-from megatron_scmoe.training import optimizer_state, resuming, saved_run
+from megatron_scmoe.training import optimizer_state, pretrain, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 from tests import checkpoints, models
 
@@ -95,6 +95,25 @@ def test_another_model_is_refused_by_flag_and_both_values(folder, mine, theirs):
     assert message.startswith(f"{mine}: {folder}/iter_0000007 was trained with {theirs}; accepted:")
     assert "--use-checkpoint-args" in message
     assert message.endswith(f"--scmoe-changed {mine.split()[0].removeprefix('--')}")
+
+
+def test_advice_says_where_a_flag_goes(folder):
+    args = run(folder, "--scmoe-tap", "pos1", "--norm-epsilon", "1e-6", use_checkpoint_args=True)
+    with pytest.raises(ScMoEConfigError) as caught:
+        resuming.check(args, saved_run.find(args), "$SCMOE_ARGS with ")
+    assert str(caught.value).endswith(
+        "; accepted: --norm-epsilon 1e-05, $SCMOE_ARGS with --scmoe-tap pos3; or, for another model on "
+        "purpose, $SCMOE_ARGS with --scmoe-changed norm-epsilon scmoe-tap"
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path):
+    """Root may read any mode: a file stands for it whose reading fails."""
+    (tmp_path / "latest_checkpointed_iteration.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(saved_run.InputError) as caught:
+        saved_run.find(run(tmp_path))
+    reason = "a file of it: Input/output error; accepted: a folder whose files can be read"
+    assert str(caught.value) == f"--load {tmp_path}: {reason}"
 
 
 def test_a_flag_that_is_left_out_is_named_too(folder):
@@ -229,6 +248,28 @@ def test_fields_that_are_newer_than_the_checkpoint_have_their_defaults():
     assert with_defaults(older).scmoe_zero_experts == 0
 
 
+def test_a_model_of_a_later_version_is_refused():
+    later = arguments_of()
+    later.scmoe_tap = "pos9"
+    for reads in (lambda: of(later).args, lambda: with_defaults(later)):
+        with pytest.raises(
+            ScMoEConfigError, match=r"^a checkpoint of --scmoe-tap pos9: this version "
+        ):
+            reads()
+    later.scmoe_tap, later.scmoe_exchange = "pos3", "later"  # how it computes, no run takes over
+    resuming.check(arguments_of(), of(later))
+
+
+def test_a_setting_of_another_version_is_told_of(capsys):
+    later = arguments_of()
+    later.scmoe_mixing, later.scmoe_other, later.scmoe_data_identity = 3, False, {"a": "b"}
+    pretrain._say_what_is_unknown(of(later), arguments_of())
+    told = capsys.readouterr().out
+    assert (
+        "WARNING: --load /run: another version saved" in told and ", with --scmoe-mixing;" in told
+    )
+
+
 class TestSpecOfAnOlderVersion:
     """It saved ``--spec`` and none of ScMoE's fields."""
 
@@ -283,9 +324,35 @@ class TestVocabulary:
     def test_the_same(self):
         resuming.check_vocabulary(arguments_of(), self.saved(), 64)
 
-    def test_another_padding(self):
+    def test_another_padding(self, capsys):
         saved = self.saved(tokenizer_type="HuggingFaceTokenizer", vocab_size=None)
         resuming.check_vocabulary(arguments_of(), saved, 90)
+        assert capsys.readouterr().out == ""
+        args = arguments_of()
+        args.padded_vocab_size = 128
+        resuming.check_vocabulary(args, saved, 90)
+        told = capsys.readouterr().out
+        assert told.startswith("WARNING: the embedding has 128 rows, and 96 in /run/iter_0000007: ")
+
+    @pytest.mark.parametrize(
+        ("changes", "words", "kept"),
+        [
+            ({}, {}, True),
+            ({"tensor_model_parallel_size": 2}, {}, True),
+            ({"tensor_model_parallel_size": 5}, {}, False),  # does not divide 96
+            ({"padded_vocab_size": 128}, {"padded_vocab_size": 128}, False),
+            ({}, {"make_vocab_size_divisible_by": 32}, True),  # as it was
+            ({}, {"make_vocab_size_divisible_by": 64}, False),
+            ({"use_checkpoint_args": True}, {}, False),  # it has them
+            ({"scmoe_changed": ["tokenizer-model"]}, {}, False),
+        ],
+    )
+    def test_padding_rows_are_kept_on_another_layout(self, changes, words, kept):
+        given = arguments_of()
+        vars(given).update({"padded_vocab_size": None, **changes})
+        saved = self.saved(make_vocab_size_divisible_by=32)
+        expected = {"padded_vocab_size": 96} if kept else {}
+        assert resuming.rows_to_keep(given, words, saved) == expected
 
     @pytest.mark.parametrize("tokens", [97, 63])
     def test_another_number_of_tokens_is_refused(self, tokens):
@@ -350,6 +417,34 @@ class TestOptimizer:
     def test_what_is_not_loaded_or_chosen_is_not_compared(self, name):
         args = self.run(**{name: True, "lr": 0.3})
         optimizer_state.settle_schedule(args, self.saved())
+
+    def test_a_checkpoint_without_a_state(self):
+        saved = self.saved(no_save_optim=True)
+        told = self.refusal(saved)
+        assert told.startswith(
+            "--load /run: /run/iter_0000007 has no state of an optimizer (--no-sa"
+        )
+        for way in ("no_load_optim", "finetune", "skip_train"):
+            optimizer_state.check(self.run(**{way: True}), saved)
+
+    def test_a_schedule_that_begins_anew_is_said(self, capsys):
+        saved = self.saved()
+        saved.state["iteration"] = 7
+        optimizer_state.settle_schedule(self.run(no_load_optim=True), saved)
+        assert "schedule begins anew as well, with its warmup, at iteration 7" in (
+            capsys.readouterr().out
+        )
+        optimizer_state.settle_schedule(self.run(no_load_optim=True, finetune=True), saved)
+        assert capsys.readouterr().out == ""
+
+    def test_advice_on_weight_decay_is_a_flag(self):
+        changes = dict(weight_decay=0.3, start_weight_decay=0.3, end_weight_decay=0.3)
+        assert "; accepted: --weight-decay 0.01; " in self.refusal(self.saved(), **changes)
+        changes["weight_decay_incr_style"] = "linear"
+        saved = self.saved(weight_decay_incr_style="linear")
+        assert "; accepted: --start-weight-decay 0.01; " in self.refusal(saved, **changes)
+        told = self.refusal(self.saved(), **changes)
+        assert "; accepted: --weight-decay-incr-style constant; " in told
 
     def test_another_learning_rate_is_left_to_the_user(self):
         message = self.refusal(self.saved(), lr=0.2)

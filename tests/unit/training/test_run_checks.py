@@ -13,6 +13,7 @@ from megatron_scmoe.errors import RunError
 from megatron_scmoe.platform import cpu_backend
 from megatron_scmoe.platform.megatron_flags import add_run_args, prepare_parser
 from megatron_scmoe.training import run_checks, run_defaults, saving_checks
+from megatron_scmoe.training.saved_run import SavedRun
 
 FLAGS = """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --num-experts 4
     --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3
@@ -74,6 +75,12 @@ def test_flags_that_work(ranks):
         ("--save-params-interval 0", "--save-params-interval 0: it is too small"),
         ("--log-progress", "--log-progress: .*; accepted: --save FOLDER with it"),
         ("--finetune", "--finetune: nothing is loaded, .*; accepted: --load FOLDER or --pretr"),
+        ("--ckpt-step 3", "--ckpt-step 3: nothing is loaded, .*; accepted: --load FOLDER or --pr"),
+        ("--ckpt-step 0 --load x", "--ckpt-step 0: it is too small; accepted: 1 or more"),
+        (
+            "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+            "--override-opt-param-scheduler with --use-checkpoint-.*; accepted: one of them",
+        ),
         ("--skip-train --eval-iters 0", "--skip-train with --eval-iters 0: nothing is left"),
         ("--exit-signal SIGINT", "--exit-signal SIGINT: .*; accepted: --exit-signal-handler"),
         ("--ckpt-convert-format torch", "--ckpt-convert-format torch: there is no --load; "),
@@ -125,6 +132,50 @@ def test_what_megatron_would_ignore_or_stumble_over(words, told):
         check(parse(*FLAGS, *words.split()))
 
 
+@pytest.mark.parametrize("flag", ["--save", "--load", "--tensorboard-dir", "--train-data-path"])
+def test_a_variable_that_was_never_set(flag):
+    """Megatron takes ``--save ""`` for none, and saves nothing."""
+    with pytest.raises(RunError, match=f"^{flag} '': it is empty, .*; accepted: a value, or leave"):
+        check(parse(*FLAGS, flag, ""))
+
+
+def test_a_variable_that_is_not_read(monkeypatch, capsys):
+    monkeypatch.setenv("SCMOE_ARGS", "")
+    check(parse(*FLAGS))
+    assert "SCMOE_ARGS" not in capsys.readouterr().out
+    monkeypatch.setenv("SCMOE_ARGS", "--scmoe-tap pos3")
+    check(parse(*FLAGS))
+    assert "WARNING: $SCMOE_ARGS is not read" in capsys.readouterr().out
+
+
+def test_a_trace_that_is_written_over(tmp_path, capsys):
+    flags = "--profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2".split()
+    flags += ["--tensorboard-dir", str(tmp_path / "second")]
+    check(parse(*FLAGS, *flags))
+    assert "WARNING" not in capsys.readouterr().out
+    (tmp_path / "torch_profile").mkdir()
+    (tmp_path / "torch_profile" / "rank-0.json.gz").touch()
+    check(parse(*FLAGS, *flags))
+    assert f"WARNING: --profile: {tmp_path}/torch_profile has" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("begun", "told"), [(10, "3 later there (20 to 40)"), (30, "1 later there (40)"), (40, "")]
+)
+def test_later_checkpoints_are_told_of(begun, told, tmp_path, capsys):
+    for step in (10, 20, 30, 40, 50):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        if step < 50:  # the save of the last was cut short
+            (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
+    saved = SavedRun("--load x", tmp_path / f"iter_{begun:07d}", {"iteration": begun}, True)
+    args = parse(*FLAGS, "--load", str(tmp_path), "--save", str(tmp_path / "."))
+    saving_checks.say_what_is_written_over(args, saved)
+    assert (told in (out := capsys.readouterr().out)) and bool(out) == bool(told)
+    args.save = str(tmp_path / "other")
+    saving_checks.say_what_is_written_over(args, saved)
+    assert capsys.readouterr().out == ""
+
+
 def test_checkpoints_of_another_run_are_told_of(tmp_path, capsys):
     save = ["--save", str(tmp_path), "--save-interval", "1"]
     check(parse(*FLAGS, *save))
@@ -159,6 +210,15 @@ def test_a_batch_that_grows():
     place = words.index("--train-iters")
     words[place : place + 2] = ["--train-samples", "40"]
     check(parse(*words, "--step-batch-size-schedule", "0:2 128:4"))
+
+
+@pytest.mark.parametrize("part", ["decay", "warmup"])
+def test_a_schedule_counts_as_the_run_does(part):
+    with pytest.raises(RunError, match=f"^--lr-{part}-samples 2: .*accepted: --lr-{part}-iters N$"):
+        check(parse(*FLAGS, f"--lr-{part}-samples", "2"))
+    words = [*without("--train-iters"), "--train-samples", "40", f"--lr-{part}-iters", "2"]
+    with pytest.raises(RunError, match=f"^--lr-{part}-iters 2: .*accepted: --lr-{part}-samples N$"):
+        check(parse(*words))
 
 
 def test_a_batch_may_be_decreased():

@@ -57,6 +57,19 @@ def test_the_last_one_is_found(folder):
     assert find(folder, ckpt_step=20).name == "iter_0000020"
 
 
+def test_a_step_beside_a_release_is_refused(folder):
+    """Megatron loads the release, whatever the step."""
+    shutil.copytree(folder / "iter_0000030", folder / "release")
+    (folder / TRACKER).write_text("release")
+    assert find(folder).name == "release"
+    with pytest.raises(
+        InputError, match=r" --ckpt-step 20: its tracker says release, .*, or echo 20 > "
+    ):
+        find(folder, ckpt_step=20)
+    (folder / TRACKER).write_text("20\n")  # as it says
+    assert find(folder).name == "iter_0000020"
+
+
 def test_a_flipped_bit_is_refused(folder):
     flip(folder / "iter_0000030")
     with pytest.raises(InputError) as caught:

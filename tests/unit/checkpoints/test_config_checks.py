@@ -310,6 +310,32 @@ FLAWS = {
     "a fraction": ("scmoe", {"num_experts_per_tok": 1.5}, "num_experts_per_tok is '1.5'"),
     "a list": ("scmoe", {"rope_parameters": [1]}, "rope_parameters is '[1]'; accepted"),
     "an unknown rope": ("llama", {"rope_parameters": {"rope_type": "foo"}}, "rope_type is foo"),
+    "a rope's base in words": (
+        "scmoe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
+        "rope_parameters.rope_theta is '1e4'; accepted: a number above 0",
+    ),
+    "a rope of base 0": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        "rope_parameters.rope_theta is 0; accepted: a number above 0",
+    ),
+    "a rope of twice the head": (
+        "scmoe",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}},
+        "rope_parameters.partial_rotary_factor is 2.0; accepted: a number above 0, at most 1",
+    ),
+    "a rope without its factor": (
+        "scmoe",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "rope_parameters.factor is None; accepted: a number above 0",
+    ),
     "tokens": ("scmoe", {"unpadded_vocab_size": 0}, "unpadded_vocab_size is 0; accepted: 1 or"),
     "not a number": ("scmoe", {"norm_eps": float("nan")}, "norm_eps is nan; accepted: a finite"),
 }

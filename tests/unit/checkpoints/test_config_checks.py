@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_scmoe.checkpoints.convert import hf_to_megatron
+from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
@@ -219,6 +219,25 @@ def test_the_embedding_does_not_decide_the_dtype(folders, tmp_path):
     assert args.params_dtype == torch.float32
     expected = load_file(folder / "model.safetensors")["model.norm.weight"]
     assert torch.equal(found["decoder.final_layernorm.weight"].load(), expected)
+
+
+@pytest.mark.parametrize("family", ["scmoe", "llama", "export"])
+def test_a_weight_beyond_the_dtype_is_refused_not_made_infinite(folders, tmp_path, family):
+    half = dict(dtype=torch.float16)
+    folder = change(
+        folders("llama" if family == "llama" else "scmoe"),
+        tmp_path / "model",
+        lambda t: t["model.norm.weight"][3:4].fill_(7e4),
+    )
+    with pytest.raises(ConversionError, match="a weight of 70000 does not fit in float16, whose"):
+        if family == "llama":
+            upcycle(folder, tmp_path / "save", Upcycling(num_experts=2, topk=1, **half))
+        elif family == "scmoe":
+            hf_to_megatron(folder, tmp_path / "save", **half)
+        else:
+            hf_to_megatron(folder, tmp_path / "whole")
+            megatron_to_hf(tmp_path / "whole", tmp_path / "save", **half)
+    assert not (tmp_path / "save").exists()
 
 
 def split_files(folder: Path, weight_map=None, first=None) -> None:

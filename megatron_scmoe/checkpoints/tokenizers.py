@@ -124,13 +124,13 @@ def tokenizer_flags(
 
 
 def _is_whole(model: Path) -> bool:
-    """Whether SentencePiece's file is there and has all tokens of the fast tokenizer beside it.
+    """Whether SentencePiece's file is there and has all tokens of transformers' files beside it.
 
-    Transformers adds tokens to its own file alone.
+    Transformers adds tokens to its own files alone.
     """
     if not model.is_file():
         return False
-    if not (model.parent / "tokenizer.json").is_file():
+    if not any((model.parent / name).is_file() for name in ("tokenizer.json", "added_tokens.json")):
         return True
     tokens = _hugging_face(model.parent).tokens
     return tokens is None or tokens <= _load(model).get_piece_size()

@@ -127,8 +127,17 @@ def test_tokens_added_in_the_folder_of_an_export_count(pieces, tmp_path):
     tokenizer.save_pretrained(folder)
     assert (folder / "tokenizer.model").is_file()
     hf_to_megatron(folder, tmp_path / "back")
-    args = read_megatron(tmp_path / "back").args
-    assert (args.vocab_size, args.tokenizer_type) == (tokens, "HuggingFaceTokenizer")
+    (tmp_path / "slow").mkdir()  # as transformers 4 saves a tokenizer of Python
+    shutil.copy(folder / "tokenizer.model", tmp_path / "slow")
+    for name, content in (
+        ("added_tokens.json", {"<new>": tokens - 2, "<other>": tokens - 1}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+    ):
+        (tmp_path / "slow" / name).write_text(json.dumps(content))
+    hf_to_megatron(folder, tmp_path / "from slow", tokenizer=str(tmp_path / "slow"))
+    for back in ("back", "from slow"):
+        args = read_megatron(tmp_path / back).args
+        assert (args.vocab_size, args.tokenizer_type) == (tokens, "HuggingFaceTokenizer")
     megatron_to_hf(tmp_path / "back", tmp_path / "again")
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
     ids = again("<other> <new>", add_special_tokens=False)["input_ids"]

@@ -112,10 +112,23 @@ class LazyTensor:
         )
 
     def cast(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same values, rounded to ``dtype``."""
+        """The same values, rounded to ``dtype``; loading refuses those that it would make infinite."""
         if dtype == self.dtype:
             return self
-        return LazyTensor(self.shape, dtype, lambda box: self._read(box).to(dtype))
+
+        def read(box):
+            values = self._read(box)
+            rounded = values.to(dtype)
+            lost = rounded.isinf() & values.isfinite()
+            if lost.any():
+                name = str(dtype).removeprefix("torch.")
+                raise ConversionError(
+                    f"a weight of {values[lost][0].item():g} does not fit in {name}, whose largest "
+                    f"number is {torch.finfo(dtype).max:g}; accepted: bf16 or fp32"
+                )
+            return rounded
+
+        return LazyTensor(self.shape, dtype, read)
 
     def reshape(self, *shape: int) -> "LazyTensor":
         """The same values in another shape; reading a part reads the whole source."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -212,19 +213,31 @@ def rope_flags(parameters: Mapping[str, Any]) -> list[str]:
             raise _refuse_rope(name, parameters[name], accepted)
     flags = ["--rotary-base", _whole(parameters, "rope_theta")]
     if "partial_rotary_factor" in parameters:
-        flags += ["--rotary-percent", str(parameters["partial_rotary_factor"])]
+        flags += ["--rotary-percent", str(_number(parameters, "partial_rotary_factor", most=1))]
     if kind == "linear":
         flags += ["--rotary-seq-len-interpolation-factor", _whole(parameters, "factor")]
     if kind == "llama3":
-        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(parameters["factor"])]
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", str(_number(parameters, "factor"))]
     return flags
 
 
 def _whole(parameters: Mapping[str, Any], name: str) -> str:
-    value = parameters.get(name)
-    if value is None or value != int(value):
+    value = _number(parameters, name)
+    if value != int(value):
         raise _refuse_rope(name, value, "a whole number")
     return str(int(value))
+
+
+def _number(parameters: Mapping[str, Any], name: str, most: float = sys.float_info.max) -> float:
+    """A field of ``rope_parameters`` that is a number above 0."""
+    value = parameters.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or not is_number or not 0 < value <= most:
+        accepted = "a number above 0" + (f", at most {most}" if most == 1 else "")
+        raise ConversionError(
+            f"config.json: rope_parameters.{name} is {value!r}; accepted: {accepted}"
+        )
+    return value
 
 
 def _refuse_rope(name: str, value, accepted) -> ConversionError:

@@ -91,7 +91,8 @@ def tokenizer_flags(
 
     Args:
         rows: of the embedding in the folder.
-        sentencepiece_first: take SentencePiece's own file where there is one beside the others.
+        sentencepiece_first: take SentencePiece's own file where there is one beside the others,
+            unless they have tokens that it has not.
         given: what ``--tokenizer`` says instead: a SentencePiece model, a folder, or "none".
 
     Returns:
@@ -103,7 +104,7 @@ def tokenizer_flags(
     path = Path(folder if given is None else given).expanduser().resolve()
     if given == NONE:
         return ["--tokenizer-type", "NullTokenizer"], None
-    if path.is_dir() and sentencepiece_first and (path / SENTENCEPIECE_FILE).is_file():
+    if path.is_dir() and sentencepiece_first and _is_whole(path / SENTENCEPIECE_FILE):
         path = path / SENTENCEPIECE_FILE
     entries: int | None
     if path.is_file():
@@ -120,6 +121,19 @@ def tokenizer_flags(
             "--tokenizer PATH of another one, or --tokenizer none"
         )
     return ["--tokenizer-type", kind, "--tokenizer-model", str(path)], entries
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether SentencePiece's file is there and has all tokens of transformers' files beside it.
+
+    Transformers adds tokens to its own files alone.
+    """
+    if not model.is_file():
+        return False
+    if not any((model.parent / name).is_file() for name in ("tokenizer.json", "added_tokens.json")):
+        return True
+    tokens = _hugging_face(model.parent).tokens
+    return tokens is None or tokens <= _load(model).get_piece_size()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -205,7 +219,7 @@ def _save(tokenizer, folder: Path) -> None:
 def _files(description: str, tokenizer, save) -> TokenizerFiles:
     return TokenizerFiles(
         description,
-        len(tokenizer),
+        1 + max(tokenizer.get_vocab().values(), default=-1),  # not all ids up to it need exist
         save,
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,

@@ -61,6 +61,7 @@ DENSE = {
         "Llama",
         LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=4, rope_parameters=LINEAR),
     ),
+    "llama, with a window that only others read": ("Llama", LLAMA | dict(sliding_window=5)),
     "mistral, window of 5": ("Mistral", LLAMA | dict(sliding_window=5)),
     "qwen2": ("Qwen2", LLAMA),
     "qwen2, windows in two blocks": (
@@ -696,6 +697,10 @@ def test_refuses_more(folders, tmp_path):
     ):
         assert told in refusal(llama, tmp_path / "ckpt", Upcycling(**how))
     how = Upcycling(**EXPERTS)
+    kinds = dict(layer_types=["full_attention", "sliding_attention"] * 2)
+    ministral = changed_config(folders("mistral, window of 5"), tmp_path / "ministral", **kinds)
+    told = refusal(ministral, tmp_path / "ckpt", how)
+    assert "transformers takes it for ministral, whatever model_type mistral says" in told
     odd = tmp_path / "odd"
     shutil.copytree(llama, odd)
     weights = load_file(odd / "model.safetensors")

@@ -128,10 +128,16 @@ def _read_config(folder: Path, fields: dict):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # its checks raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(f"{file}: transformers refuses it ({reason})") from error
+    if config.model_type != kind:  # a Mistral model with layer_types is a Ministral one to it
+        raise ConversionError(
+            f"{file}: transformers takes it for {config.model_type}, whatever model_type {kind} says; "
+            f"accepted: {', '.join(DENSE_NAMES)}"
+        )
+    return config
 
 
 def _read_weights(folder: Path, prefix: str, config) -> tuple[Tensors, list[str]]:

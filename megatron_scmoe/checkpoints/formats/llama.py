@@ -93,6 +93,8 @@ def _head_dim(config) -> int:
 def _window_flags(config) -> list[str]:
     """Sliding-window attention: Megatron counts the keys before a query, transformers it as well."""
     window = getattr(config, "sliding_window", None)
+    if config.model_type == "llama":  # whose attention reads no such field, even if it is there
+        window = None
     if window is None or window >= config.max_position_embeddings:
         return []
     flags = ["--window-size", f"({window - 1},0)"]

@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, is_torchdynamo_exporting
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -451,7 +452,7 @@ class ScMoEModel(ScMoEPreTrainedModel):
         rotations = None if self.rotary_emb is None else self.rotary_emb(position_ids)
 
         tap = None
-        for block in self.layers:
+        for block in self.layers[: self.config.num_hidden_layers]:  # fewer in an early exit
             h, tap, _ = block(
                 h,
                 tap,
@@ -576,3 +577,6 @@ def _share_of_step(labels: torch.Tensor, num_items_in_batch=None, **_) -> torch.
 ScMoEConfig.register_for_auto_class()
 ScMoEModel.register_for_auto_class("AutoModel")
 ScMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# Trainer knows by this table whose labels label_smoothing_factor has to shift; it compares each
+# token with itself else. Pipelines know by it that the model generates text.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ScMoEConfig.model_type] = ScMoEForCausalLM.__name__

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_scmoe.checkpoints.convert import hf_to_megatron
+from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig
 from megatron_scmoe.checkpoints.hf.modeling_scmoe import ScMoEForCausalLM
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
@@ -221,6 +221,25 @@ def test_the_embedding_does_not_decide_the_dtype(folders, tmp_path):
     assert torch.equal(found["decoder.final_layernorm.weight"].load(), expected)
 
 
+@pytest.mark.parametrize("family", ["scmoe", "llama", "export"])
+def test_a_weight_beyond_the_dtype_is_refused_not_made_infinite(folders, tmp_path, family):
+    half = dict(dtype=torch.float16)
+    folder = change(
+        folders("llama" if family == "llama" else "scmoe"),
+        tmp_path / "model",
+        lambda t: t["model.norm.weight"][3:4].fill_(7e4),
+    )
+    with pytest.raises(ConversionError, match="a weight of 70000 does not fit in float16, whose"):
+        if family == "llama":
+            upcycle(folder, tmp_path / "save", Upcycling(num_experts=2, topk=1, **half))
+        elif family == "scmoe":
+            hf_to_megatron(folder, tmp_path / "save", **half)
+        else:
+            hf_to_megatron(folder, tmp_path / "whole")
+            megatron_to_hf(tmp_path / "whole", tmp_path / "save", **half)
+    assert not (tmp_path / "save").exists()
+
+
 def split_files(folder: Path, weight_map=None, first=None) -> None:
     """Two files and their index, which may be wrong."""
     tensors = load_file(folder / "model.safetensors")
@@ -310,6 +329,32 @@ FLAWS = {
     "a fraction": ("scmoe", {"num_experts_per_tok": 1.5}, "num_experts_per_tok is '1.5'"),
     "a list": ("scmoe", {"rope_parameters": [1]}, "rope_parameters is '[1]'; accepted"),
     "an unknown rope": ("llama", {"rope_parameters": {"rope_type": "foo"}}, "rope_type is foo"),
+    "a rope's base in words": (
+        "scmoe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
+        "rope_parameters.rope_theta is '1e4'; accepted: a number above 0",
+    ),
+    "a rope of base 0": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        "rope_parameters.rope_theta is 0; accepted: a number above 0",
+    ),
+    "a rope of twice the head": (
+        "scmoe",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}},
+        "rope_parameters.partial_rotary_factor is 2.0; accepted: a number above 0, at most 1",
+    ),
+    "a rope without its factor": (
+        "scmoe",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "rope_parameters.factor is None; accepted: a number above 0",
+    ),
     "tokens": ("scmoe", {"unpadded_vocab_size": 0}, "unpadded_vocab_size is 0; accepted: 1 or"),
     "not a number": ("scmoe", {"norm_eps": float("nan")}, "norm_eps is nan; accepted: a finite"),
 }

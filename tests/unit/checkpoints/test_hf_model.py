@@ -164,6 +164,7 @@ def test_every_way_to_generate_agrees(variant):
     assert torch.equal(generate(num_beams=3), generate(num_beams=3, use_cache=False))
     assert torch.equal(generate(prompt[:1], assistant_model=build(variant)), greedy[:1])
     assert torch.equal(generate(prompt[:1], prompt_lookup_num_tokens=2), greedy[:1])
+    assert torch.equal(generate(prompt[:1], assistant_early_exit=2), greedy[:1])
     left = torch.zeros(2, 3, dtype=torch.long)
     padded, mask = torch.cat([left, prompt], 1), torch.cat([left, torch.ones_like(prompt)], 1)
     assert torch.equal(generate(padded, attention_mask=mask)[:, 3:], greedy)

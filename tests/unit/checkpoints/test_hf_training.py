@@ -3,6 +3,7 @@
 import copy
 import math
 
+import peft
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -20,7 +21,7 @@ from megatron_scmoe.checkpoints.hf.modeling_scmoe import (
     ScMoERouter,
     load_balancing_loss,
 )
-from tests.hf import BASE, IDS, SIGMOID, TIED, VOCAB, all_variants, assert_close, build
+from tests.hf import BASE, IDS, SIGMOID, TIED, VOCAB, all_variants, assert_close, build, logits
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +97,22 @@ def test_trainer_in_bf16_lowers_the_loss(variant, tmp_path):
     assert trainer.evaluate()["eval_loss"] < losses[0] - 0.5
     saved = ScMoEForCausalLM.from_pretrained(tmp_path / "checkpoint-12").state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_smoothed_labels_are_those_of_the_next_token(adapted, tmp_path):
+    """Trainer shifts them for models whose names it knows, and compares each token with itself else."""
+    model = build()
+    expected = torch.nn.functional.cross_entropy(
+        logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), label_smoothing=0.1
+    )
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    arguments = TrainingArguments(
+        tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": IDS, "labels": IDS})
+    assert_close(loss, expected)
 
 
 def test_experts_without_tokens_get_zero_gradients_as_data_parallelism_needs():

@@ -1,10 +1,12 @@
 """Rows that pad Megatron's vocabulary: left out on the way to transformers, added on the way back."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from tokenizers import Tokenizer
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_scmoe.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
+from megatron_scmoe.checkpoints.tokenizers import find_tokenizer
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.checkpoints.torch_dist_writer import write_megatron
 from megatron_scmoe.checkpoints.vocabulary import (
@@ -53,6 +56,20 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A SentencePiece model of at most :data:`TOKENS` pieces."""
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "sp"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat and the dog ran", "a cat, a dog"] * 30),
+        model_prefix=str(prefix),
+        vocab_size=TOKENS,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
 def resize(model, tokenizer) -> None:
     model.resize_token_embeddings(len(tokenizer))
 
@@ -89,6 +106,59 @@ def test_tokens_added_after_the_export_are_generated(source, tmp_path, kind, kee
     output = back.tensors[OUTPUT_LAYER if kind == "untied" else EMBEDDING].load()
     assert output.shape == (128, 32)
     assert torch.equal(output[new], model.lm_head.weight[new])
+
+
+def test_tokens_added_in_the_folder_of_an_export_count(pieces, tmp_path):
+    """SentencePiece's file lies there too, and knows nothing of them."""
+    models.init_parallel()
+    args = checkpoints.arguments("pos2")
+    args.tokenizer_type, args.vocab_size = "SentencePieceTokenizer", None
+    args.tokenizer_model = str(pieces)
+    checkpoints.save(args, tmp_path / "source")
+    folder = tmp_path / "hf"
+    megatron_to_hf(tmp_path / "source", folder)
+    hf_to_megatron(folder, tmp_path / "same")
+    assert read_megatron(tmp_path / "same").args.tokenizer_type == "SentencePieceTokenizer"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = tokenizer.vocab_size + tokenizer.add_tokens(["<new>", "<other>"])
+    resize(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert (folder / "tokenizer.model").is_file()
+    hf_to_megatron(folder, tmp_path / "back")
+    (tmp_path / "slow").mkdir()  # as transformers 4 saves a tokenizer of Python
+    shutil.copy(folder / "tokenizer.model", tmp_path / "slow")
+    for name, content in (
+        ("added_tokens.json", {"<new>": tokens - 2, "<other>": tokens - 1}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+    ):
+        (tmp_path / "slow" / name).write_text(json.dumps(content))
+    hf_to_megatron(folder, tmp_path / "from slow", tokenizer=str(tmp_path / "slow"))
+    for back in ("back", "from slow"):
+        args = read_megatron(tmp_path / back).args
+        assert (args.vocab_size, args.tokenizer_type) == (tokens, "HuggingFaceTokenizer")
+    megatron_to_hf(tmp_path / "back", tmp_path / "again")
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    ids = again("<other> <new>", add_special_tokens=False)["input_ids"]
+    assert tokens - 1 in ids and tokens - 2 in ids
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["vocab_size"] == tokens
+
+
+def test_tokens_behind_a_gap_of_the_tokenizer_count(source, tmp_path):
+    """An id that is no token is a row all the same."""
+    args = read_megatron(source / "untied").args
+    tokenizer = json.loads((source / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["far"] = ROWS - 2
+    shutil.copytree(source / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    given = str(tmp_path / "tokenizer")
+    assert find_tokenizer(args, given).tokens == ROWS - 1
+    megatron_to_hf(source / "untied", tmp_path / "hf", tokenizer=given)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == ROWS - 1
+    hf_to_megatron(tmp_path / "hf", tmp_path / "back")
+    assert read_megatron(tmp_path / "back").args.vocab_size == ROWS - 1
 
 
 def check_evaluation(folder: Path, ids: torch.Tensor, expected: torch.Tensor) -> None:

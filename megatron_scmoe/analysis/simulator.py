@@ -53,7 +53,7 @@ class OperatorTimes:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OperatorTimesError(f"{path}: {reason_of(error)}") from None
         if isinstance(found, dict) and "systems" in found:
             found = found.get("operators")

@@ -90,6 +90,6 @@ def _what_tracker_names(path: Path) -> str:
 
 def _backend(path: Path) -> str | None:
     """Of a distributed checkpoint, by Megatron's metadata.json."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         return json.loads((path / "metadata.json").read_text()).get("sharded_backend")
     return None

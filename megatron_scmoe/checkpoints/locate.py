@@ -298,9 +298,11 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
         return rank_files.find_missing(folder)  # Megatron's format "torch"
     if ckpt_format != "torch_dcp":  # written last
         try:
-            json.loads((folder / "metadata.json").read_text())
-        except (OSError, ValueError) as error:
+            fields = json.loads((folder / "metadata.json").read_text())
+        except (OSError, ValueError, RecursionError) as error:
             return f"{folder / 'metadata.json'} is missing or unreadable ({reason_of(error)})"
+        if not isinstance(fields, dict):
+            return f"{folder / 'metadata.json'} holds no fields"
     return _find_flaw_of_shards(folder)
 
 

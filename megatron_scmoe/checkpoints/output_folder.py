@@ -129,7 +129,9 @@ def _names_of_its_kind(path: Path) -> tuple[str, ...] | None:
     if (path / TRACKER).is_file():
         return _CHECKPOINTS
     if (path / ".metadata").is_file():
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # another metadata.json
+        with contextlib.suppress(
+            ValueError, TypeError, AttributeError, RecursionError
+        ):  # another one
             config = maybe_load_config(str(path))
             if config is not None and config.sharded_backend == "torch_dist":
                 return _CHECKPOINT

@@ -86,7 +86,12 @@ def read_megatron(path: str | os.PathLike) -> MegatronCheckpoint:
     folder = find_iteration(path)
     try:
         config = maybe_load_config(str(folder)) if folder.is_dir() else None
-    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or other fields
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # no JSON of its fields
         raise ConversionError(f"{folder}: its metadata.json is damaged ({_line(error)})") from error
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(

@@ -67,7 +67,7 @@ def count_tokens(rows: int, declared: int | None, entries: int | None = None) ->
 
 
 def check_tokenizer(given: str, entries: int, args: Namespace) -> None:
-    """Refuse a tokenizer that leaves more rows of a checkpoint unused than can pad its vocabulary.
+    """Refuse a tokenizer with more entries than a checkpoint has rows, or fewer than padding explains.
 
     Args:
         given: the flag, with its value.
@@ -80,10 +80,11 @@ def check_tokenizer(given: str, entries: int, args: Namespace) -> None:
     rows = args.padded_vocab_size
     ranks = max(args.tensor_model_parallel_size, _RANKS_OF_AN_IMPORT)
     most = args.make_vocab_size_divisible_by * ranks - 1
-    if rows - entries > most:
+    if not 0 <= rows - entries <= most:
+        padding = f", of which {most} may be padding" if entries < rows else ""
         raise InputError(
             given,
-            f"it has {entries} entries, and the model {rows} rows, of which {most} may be padding",
+            f"it has {entries} entries, and the model {rows} rows{padding}",
             "the tokenizer that the model was trained with",
         )
 

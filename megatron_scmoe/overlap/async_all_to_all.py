@@ -12,6 +12,8 @@ last, so the forward's order is mirrored in backward: the backward of arrive lau
 exchange, every backbone operator issued in between runs its backward, and only then the backward of
 leaving waits. Gradients under way never pass through autograd, where anomaly detection and hooks would
 read them half-filled: the node that launches gives the other zeros without memory in their place.
+Gradients of gradients would miss what went through an exchange; PyTorch refuses them
+(``once_differentiable``).
 
 The launch itself is no node. It may come later than the leaving, when the host has learned the
 split sizes: it goes to a stream that waits for the moment of leaving only, so compute issued in
@@ -43,6 +45,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_scmoe.config import AllToAllName
@@ -175,6 +178,7 @@ class _Depart(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *placeholders: Tensor):
         flight = ctx.flight
         return None, *_wait(flight._moments, flight._exchange.wait_backward)
@@ -190,6 +194,7 @@ class _Arrive(torch.autograd.Function):
         return _wait(flight._moments, flight._exchange.wait)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         exchange = ctx.flight._exchange
         with launch_stream(now()):

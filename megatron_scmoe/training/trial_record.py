@@ -50,13 +50,14 @@ class Record:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{TUNE_FLAG} {path}", reason_of(error), _ACCEPTED) from error
         ours = isinstance(found, dict) and set(found) == {"measured_on", "ms", "chosen"}
         if not (
             ours
             and isinstance(found["measured_on"], dict)
             and isinstance(found["ms"], dict)
+            and isinstance(found["chosen"], str)
             and found["chosen"] in found["ms"]
         ):
             raise InputError(f"{TUNE_FLAG} {path}", "it holds no trial of schedules", _ACCEPTED)

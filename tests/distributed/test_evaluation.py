@@ -452,6 +452,16 @@ def test_refusals(data, trained, llama, tmp_path):
         assert told in refusal(*flags)
 
 
+def test_fewer_rows_of_the_vocabulary_than_the_arguments_say(data, trained, tmp_path):
+    checkpoint, name = read_megatron(trained[0]), "embedding.word_embeddings.weight"
+    fewer = checkpoint.tensors[name].narrow(0, 0, 256)
+    write_megatron(tmp_path, checkpoint.args, {**checkpoint.tensors, name: fewer})
+    flags = ["--load", str(tmp_path), "--tokens", str(data / "rows.npy")]
+    (told,) = run_distributed(refusal, 1, *flags)
+    assert f"{name} in {tmp_path}" in told
+    assert "has the shape (256, 32), and (384, 32) by the checkpoint's arguments" in told
+
+
 class Touch:
     def __init__(self, file):
         self.file = file

@@ -329,6 +329,7 @@ BROKEN = {
     "truncated": (lambda path: TRACE.read_bytes()[:5000], "not JSON, or truncated"),
     "truncated gzip": (lambda path: gzip.compress(TRACE.read_bytes())[:900], "truncated"),
     "foreign": (lambda path: b'{"forward": {}}', "no list 'traceEvents'"),
+    "nested": (lambda path: b"[" * 100_000, "not JSON, or truncated"),
     "binary": (lambda path: b"\x80\x81\xff", "not JSON, or truncated"),
     "of the CPU": (cpu_trace, "no GPU kernel in it"),
     "no communication": (

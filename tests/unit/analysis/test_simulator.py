@@ -104,6 +104,7 @@ def test_times_survive_their_file(tmp_path):
     [
         ("not json", "Expecting value"),
         ("[]", "no object 'forward'"),
+        ("[" * 100_000, "recursion"),
         ('{"forward": {}}', "forward 'attention' is None, not milliseconds"),
         (
             json.dumps({"forward": dict.fromkeys(OPERATORS, 1), "backward": {"attention": -1}}),

@@ -182,6 +182,11 @@ def not_torch_dist(path):
     return "no torch_dist checkpoint"
 
 
+def nested_fields(path):
+    (path / "metadata.json").write_text("[" * 100_000)
+    return r"its metadata\.json is damaged"
+
+
 def wrong_tracker(path):
     (path.parent / "latest_checkpointed_iteration.txt").write_text("soon")
     return "'soon' is neither an iteration"
@@ -202,6 +207,7 @@ def tracker_of_another(path):
         no_metadata,
         damaged_metadata,
         not_torch_dist,
+        nested_fields,
         wrong_tracker,
         tracker_of_another,
     ],

@@ -260,6 +260,15 @@ def test_a_tokenizer_much_smaller_than_the_model_is_another_ones():
         check_tokenizer("--tokenizer-model a", 266, args)
 
 
+def test_a_tokenizer_larger_than_the_model_is_another_ones():
+    args = Namespace(
+        padded_vocab_size=2048, make_vocab_size_divisible_by=128, tensor_model_parallel_size=1
+    )
+    check_tokenizer("--tokenizer-model a", 2048, args)
+    with pytest.raises(InputError, match="it has 2049 entries, and the model 2048 rows;"):
+        check_tokenizer("--tokenizer-model a", 2049, args)
+
+
 @pytest.mark.parametrize(
     "rows, declared, entries, tokens",
     [

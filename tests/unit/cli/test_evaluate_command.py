@@ -6,7 +6,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from megatron_scmoe.cli.evaluate import main, read_sequences
+from megatron_scmoe.cli.evaluate import describe, main, read_sequences
+from megatron_scmoe.evaluation.sequences import Report
 from megatron_scmoe.platform.command_line import UsageError, check_input
 from tests.tools import pipe
 
@@ -49,3 +50,9 @@ def test_text_and_ids_may_come_from_a_pipe_to_one_process(flag, content, monkeyp
         setattr(args, flag, file)
         sequences = read_sequences(args, lambda text: np.frombuffer(text.encode(), np.uint8), 8)
     assert sequences.tokens[0, : len(IDS)].tolist() == IDS
+
+
+def test_a_loss_whose_exponential_no_float_holds_is_told():
+    assert describe(Report(800.0, 2, 1)).startswith(
+        "loss 800.000000 nats per token, perplexity inf ("
+    )

@@ -93,7 +93,7 @@ def test_a_checkpoint_saved_anew_is_another(tmp_path, checkpoint):
     (checkpoint / ".metadata").write_bytes(b"two")
     with pytest.raises(InputError, match=told):
         write_expert_files(tmp_path / "a", checkpoint, packing, layers)
-    for damaged in ("", "[]"):
+    for damaged in ("", "[]", "[" * 100_000):
         (tmp_path / "a" / "experts.json").write_text(damaged)
         with pytest.raises(InputError, match=told):
             write_expert_files(tmp_path / "a", checkpoint, packing, layers)

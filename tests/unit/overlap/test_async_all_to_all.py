@@ -67,6 +67,14 @@ def test_hooks_and_retained_gradients_on_both_sides_see_final_values():
     assert (arrived.grad.tolist(), before.grad.tolist()) == ([1.0, 1.0], [2.0, 2.0])
 
 
+def test_gradients_of_gradients_are_refused():
+    tokens = torch.ones(2, requires_grad=True)
+    (arrived,) = send(tokens)
+    (grad,) = torch.autograd.grad(arrived.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 def test_what_a_stream_still_reads_in_backward_is_kept_until_it_is_waited_for():
     saved = [torch.full((2,), 3.0)]
     exchange = OnLaunchStream(lambda tokens: (tokens * tokens * saved[0],))

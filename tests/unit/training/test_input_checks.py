@@ -563,6 +563,13 @@ class TestCheckpoint:
         assert f"not complete: {folder}/iter_0000030/{name} is" in message
         assert message.endswith("accepted: --ckpt-step 20, the nearest complete checkpoint")
 
+    @pytest.mark.parametrize("content", ["[]", "[" * 100_000])
+    def test_json_without_fields(self, content, refused, folder):
+        (iteration(folder, 30) / "metadata.json").write_text(content)
+        message = refused("--mock-data", "--load", folder)
+        assert f"not complete: {folder}/iter_0000030/metadata.json " in message
+        assert message.endswith("accepted: --ckpt-step 20, the nearest complete checkpoint")
+
     def test_files_of_ranks_beside_a_distributed_checkpoint(self, refused, folder):
         rank = iteration(folder, 30) / "mp_rank_00"
         rank.mkdir()

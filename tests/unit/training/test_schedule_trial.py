@@ -103,7 +103,16 @@ def test_a_run_that_is_too_short_tries_nothing():
     assert names == []
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"measured_on": {}, "ms": {}, "chosen": "serial"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"measured_on": {}, "ms": {}, "chosen": "serial"}',
+        '{"measured_on": {}, "ms": {}, "chosen": []}',
+    ],
+)
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     file = tmp_path / "tune.json"
     file.write_text(text)

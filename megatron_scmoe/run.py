@@ -158,6 +158,7 @@ def _close_gaps(flags: list[str]) -> None:
     from megatron_scmoe.platform import megatron_workarounds
 
     megatron_workarounds.apply(Namespace(async_save="--async-save" in flags))
+    megatron_workarounds.call_specs()
 
 
 def _make_parsers_readable() -> None:

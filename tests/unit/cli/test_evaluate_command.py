@@ -49,3 +49,23 @@ def test_text_and_ids_may_come_from_a_pipe_to_one_process(flag, content, monkeyp
         setattr(args, flag, file)
         sequences = read_sequences(args, lambda text: np.frombuffer(text.encode(), np.uint8), 8)
     assert sequences.tokens[0, : len(IDS)].tolist() == IDS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson"])
+def test_json_lines_are_no_text(name, tmp_path):
+    file = tmp_path / name
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(
+        UsageError, match=f"^--text {file}: JSON lines, whose braces and names would"
+    ):
+        main(["--load", str(tmp_path), "--text", str(file)])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_text_with_nul_is_refused(encoding, tmp_path):
+    """ASCII in these encodings is valid UTF-8."""
+    file = tmp_path / "text.txt"
+    file.write_bytes("some text".encode(encoding))
+    args = Namespace(text=file, tokens=None, sequence_length=None, limit=None)
+    with pytest.raises(UsageError, match=rf"^--text {file}: byte \d is NUL, as in UTF-16 and in "):
+        read_sequences(args, lambda text: np.frombuffer(text.encode(), np.uint8), 8)

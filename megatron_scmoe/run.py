@@ -52,6 +52,11 @@ def main() -> None:
             f"first, then flags"
         )
     scmoe, flags = split_flags(words[1:])
+    if "--async-save" in flags and "__main__" not in script.read_text(errors="replace"):
+        raise UsageError(
+            f"--async-save: its process imports {script}, which would train again there; accepted: a "
+            'script that trains below if __name__ == "__main__", or leave the flag out'
+        )
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))

@@ -90,8 +90,9 @@ def wait_for_task() -> dict:
 if __name__ == "__main__":
     import torch
 
-    from megatron_scmoe.platform.command_line import run_command
+    from megatron_scmoe.platform.command_line import OneLineParser, run_command
 
+    OneLineParser(description=__doc__.split("\n")[0]).parse_args()
     if torch.cuda.is_available():  # without a GPU, what comes has to be mapped to the CPU first
         import megatron_scmoe.training.pretrain  # noqa: F401  seconds of every run
     task = wait_for_task()

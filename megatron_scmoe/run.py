@@ -52,6 +52,11 @@ def main() -> None:
             f"first, then flags"
         )
     scmoe, flags = split_flags(words[1:])
+    if "--async-save" in flags and "__main__" not in script.read_text(errors="replace"):
+        raise UsageError(
+            f"--async-save: its process imports {script}, which would train again there; accepted: a "
+            'script that trains below if __name__ == "__main__", or leave the flag out'
+        )
     sys.argv = [str(script), *flags]  # what errors name from here on
     # As Python does for a script: a checkout's own megatron.core goes before an installed one.
     sys.path.insert(0, str(script.resolve().parent))
@@ -158,6 +163,7 @@ def _close_gaps(flags: list[str]) -> None:
     from megatron_scmoe.platform import megatron_workarounds
 
     megatron_workarounds.apply(Namespace(async_save="--async-save" in flags))
+    megatron_workarounds.call_specs()
 
 
 def _make_parsers_readable() -> None:

@@ -11,11 +11,13 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_scmoe.platform.command_line import UsageError
 
@@ -24,6 +26,7 @@ DEFAULT_SUFFIXES = (".txt", ".jsonl")
 COMPRESSED: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """What opens a compressed file, by the ending of its name."""
 
+_ZSTANDARD = ".zst"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_KEYS = 8
 
@@ -99,29 +102,54 @@ def add_input_arguments(parser: ArgumentParser) -> None:
 def find_files(inputs: Sequence[Path], suffixes: Sequence[str] = DEFAULT_SUFFIXES) -> list[Path]:
     """The files behind `--input`: files as given, folders searched in sorted order.
 
-    Raises UsageError for a path that does not exist or is no file, and a folder with nothing to
-    read.
+    Raises UsageError for a path that does not exist or is no file, given or found, and a folder with
+    nothing to read.
     """
-    accepted = "accepted are text files, JSON-lines files and folders of them"
-    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED))
+    endings = tuple(
+        suffix.lower() + packed for suffix in suffixes for packed in ("", *COMPRESSED, _ZSTANDARD)
+    )
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
-            found = [p for p in found if p.is_file()]
+            found = [file for file in _files_below(path) if file.name.lower().endswith(endings)]
             if not found:
                 raise UsageError(
                     f"--input {path}: no file in this folder ends in {' or '.join(suffixes)}; "
                     "name other endings with --suffix"
                 )
-            files += found
-        elif path.is_file():
-            files.append(path)
-        elif path.exists():
-            raise UsageError(f"--input {path}: a pipe or a device, no file; {accepted}")
         else:
-            raise UsageError(f"--input {path}: no such file or folder; {accepted}")
+            found = [path]
+        for file in found:
+            _check_is_file(file)
+        files += found
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All that is no folder, in order; behind links too, where each folder is read once."""
+    found: list[Path] = []
+    seen = {folder.resolve()}
+    for here, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        paths = {Path(here, name).resolve(): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for path, name in paths.items() if path not in seen)
+        seen |= paths.keys()
+        found += [Path(here, name) for name in names]
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UsageError(f"--input {error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _check_is_file(path: Path) -> None:
+    accepted = "accepted are text files, JSON-lines files and folders of them"
+    if path.is_file():
+        return
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"--input {path}: a link to what is not there; {accepted}")
+    if path.exists():
+        raise UsageError(f"--input {path}: a pipe or a device, no file; {accepted}")
+    raise UsageError(f"--input {path}: no such file or folder; {accepted}")
 
 
 def read_documents(
@@ -139,7 +167,7 @@ def read_documents(
             if _bare_suffix(file) in JSON_LINES_SUFFIXES:
                 yield from _read_json_lines(file, json_key, bad_lines)
             else:
-                yield _read_text(file, bad_lines)
+                yield _read_text(file, json_key, bad_lines)
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"--input {file}: cannot be read ({reason})") from error
@@ -153,25 +181,42 @@ def no_text(bad_lines: BadLines | None = None) -> UsageError:
 
 def _bare_suffix(file: Path) -> str:
     """The ending of a name, without that of its compression."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def _open(file: Path):
-    if file.suffix == ".zst":
+    packed = file.suffix.lower()
+    if packed == _ZSTANDARD:
         raise UsageError(
-            f"--input {file}: Zstandard is not read here; accepted are files unpacked by zstd -d, "
+            f"--input {file}: Zstandard is not read here; accepted are files unpacked by zstd -d --rm, "
             f"or {', '.join(COMPRESSED)}"
         )
-    return COMPRESSED.get(file.suffix, open)(file, "rb")
+    return COMPRESSED.get(packed, open)(file, "rb")
 
 
-def _read_text(file: Path, bad_lines: BadLines) -> Document:
+def _read_text(file: Path, json_key: str, bad_lines: BadLines) -> Document:
     with _open(file) as stream:
         raw = stream.read().removeprefix(_BYTE_ORDER_MARK)
+    _refuse_json_lines(file, raw, json_key)
     try:
         return Document(str(file), _decode(raw))
     except _BadLine:
         return Document(str(file), "".join(_good_lines(file, raw, bad_lines)))
+
+
+def _refuse_json_lines(file: Path, raw: bytes, json_key: str) -> None:
+    """Under another name: keys, quotes and escapes would be text, and all of it one document."""
+    first = next((line for line in io.BytesIO(raw) if line.strip()), b"")
+    try:
+        _text_of(_parse(_decode(first)), json_key)
+    except _BadLine:
+        return
+    raise UsageError(
+        f"--input {file}: it begins with a JSON object that has text under {json_key}, and its name "
+        f"is not one of JSON lines; accepted are names that end in {', '.join(JSON_LINES_SUFFIXES)}, "
+        "or another --json-key, to read it as it stands"
+    )
 
 
 def _good_lines(file: Path, raw: bytes, bad_lines: BadLines) -> Iterator[str]:

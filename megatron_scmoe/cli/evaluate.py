@@ -100,10 +100,10 @@ def check_flags(args: Namespace, parser: OneLineParser) -> None:
         check_output("--logits-out", args.logits_out, [".npy"])
         refuse_overwrite("--logits-out", [args.logits_out], args.force)
         refuse_same("--logits-out", args.logits_out, args.text or args.tokens)
-    if args.text is not None and args.text.suffix == ".jsonl" and is_first_rank():
-        print(
-            f"WARNING: --text {args.text}: it is read as one text, with JSON's braces and names",
-            file=sys.stderr,
+    if args.text is not None and args.text.suffix.lower() in (".jsonl", ".ndjson"):
+        raise UsageError(
+            f"--text {args.text}: JSON lines, whose braces and names would count as text; accepted is "
+            "a file of the text alone"
         )
 
 
@@ -175,12 +175,18 @@ def read_sequences(args: Namespace, tokenize, length: int):
     from megatron_scmoe.evaluation.sequences import Sequences
 
     if args.text is not None:
-        try:
-            ids = tokenize(args.text.read_bytes().decode("utf-8-sig"))  # as the data tools read it
+        raw = args.text.read_bytes()
+        try:  # as the data tools read it
+            place, ids = raw.find(b"\0"), tokenize(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
             ) from error
+        if place >= 0:
+            raise UsageError(
+                f"--text {args.text}: byte {place} is NUL, as in UTF-16 and in what is no text; "
+                "accepted is UTF-8 text"
+            )
     else:
         try:
             pipe = io.BytesIO(args.tokens.read_bytes()) if args.tokens.is_fifo() else None

@@ -146,10 +146,11 @@ def settle_sampling(args: Namespace) -> None:
         if value is not None and value < 0:
             raise UsageError(f"{flag} {value}: accepted is 0 or more")
     samples = (temperature, top_k, top_p) != (None, None, None)
-    if seed is not None and not samples:
+    if seed is not None and (not samples or top_k == 1):
+        given = f"--seed {seed}" + " with --top_k 1" * samples
         raise UsageError(
-            f"--seed {seed}: the likeliest token is taken, and none is drawn; accepted with "
-            "--temperature, --top_k or --top_p"
+            f"{given}: the likeliest token is taken, and none is drawn; accepted with "
+            "--temperature, --top_p, or --top_k other than 1"
         )
     args.temperature = 1.0 if temperature is None else temperature
     args.top_p = top_p if top_p and top_p < 1 else 0.0  # of all tokens

@@ -17,15 +17,19 @@ def quiet_imports() -> None:
 
 
 def initialise_ranks() -> bool:
-    """Make the process group, torchrun's or one of this process alone; False if there is one."""
+    """Make the process group, torchrun's or one of this process alone; False if there is one.
+
+    Raises:
+        UsageError: if the environment has half of what torchrun sets.
+    """
     import torch
 
-    from megatron_scmoe.platform import cpu_backend
+    from megatron_scmoe.platform import cpu_backend, launch
 
     if torch.distributed.is_initialized():
         return False
     backend = "gloo" if cpu_backend.is_enabled() else "nccl"
-    if "WORLD_SIZE" in os.environ:
+    if launch.has_rank():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend)
     else:

@@ -57,8 +57,15 @@ def choose() -> bool:
 
 
 def is_asked_for() -> bool:
-    """Whether command line or environment ask for the CPU."""
-    return FLAG in sys.argv[1:] or os.environ.get(VARIABLE, "0") not in ("", "0")
+    """Whether command line or environment ask for the CPU.
+
+    Raises:
+        UsageError: if the variable is neither 0 nor 1: ``no`` would be taken for yes.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise UsageError(f"{VARIABLE}={value} in the environment: accepted are 0 and 1")
+    return FLAG in sys.argv[1:] or value == "1"
 
 
 def enable_if_no_gpu() -> bool:

@@ -35,15 +35,9 @@ def check() -> None:
     Raises:
         UsageError: if it does not.
     """
-    missing = [name for name in _OF_A_RANK if name not in os.environ]
-    if len(missing) == len(_OF_A_RANK):
+    if not has_rank():
         _refuse_other_launchers()
         _be_the_only_rank()
-    elif missing:
-        raise UsageError(
-            f"the environment has no {missing[0]}: the ranks cannot find each other; accepted: "
-            f"torchrun --nproc-per-node N, or a launcher that sets {', '.join(_OF_A_RANK)}"
-        )
     if cpu_backend.is_enabled():  # Megatron asks for it with tensor parallelism, as of older GPUs
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     gpus, needed = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]) + 1
@@ -53,6 +47,34 @@ def check() -> None:
             f"--nproc-per-node {needed}: PyTorch sees {gpus} GPU{'s' * (gpus != 1)} here; accepted: "
             f"--nproc-per-node {gpus}, or {cpu_backend.FLAG}"
         )
+
+
+def has_rank() -> bool:
+    """Whether a launcher has given this process a rank.
+
+    Raises:
+        UsageError: if what it has set does not say which, or cannot be: ranks would wait for ever.
+    """
+    missing = [name for name in _OF_A_RANK if name not in os.environ]
+    if len(missing) == len(_OF_A_RANK):
+        return False
+    if missing:
+        raise UsageError(
+            f"the environment has no {missing[0]}: the ranks cannot find each other; accepted: "
+            f"torchrun --nproc-per-node N, or a launcher that sets {', '.join(_OF_A_RANK)}"
+        )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UsageError(
+                f"{name}={os.environ[name]} in the environment: accepted is a whole number, as "
+                "torchrun sets it"
+            )
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= ranks:
+        raise UsageError(
+            f"RANK={rank} in the environment, with WORLD_SIZE={ranks}: accepted is a rank below it"
+        )
+    return True
 
 
 def free_port() -> int:

@@ -6,6 +6,9 @@ import importlib.util
 import inspect
 import os
 import queue
+import shutil
+import sys
+import sysconfig
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -14,6 +17,7 @@ from megatron.training.utils import warn_rank_0
 from torch.optim.adam import adam
 
 from megatron_scmoe.platform import cpu_backend, fused_accumulation
+from megatron_scmoe.platform.command_line import UsageError
 
 
 def leave_out_missing_fusions(args) -> None:
@@ -118,17 +122,52 @@ def apply(args) -> None:
             _keep_write_results_in_process()
 
 
+def call_specs() -> None:
+    """For a checkout's own script, which may give the model what ``--spec`` names as it is.
+
+    The model knows no function there. Scripts that call it before, as the installed version does, get
+    what they got.
+    """
+    from megatron.core.transformer import transformer_block
+
+    submodules = transformer_block._get_block_submodules
+
+    @functools.wraps(submodules)
+    def of_what_a_function_gives(config, spec, vp_stage=None, *others):
+        if inspect.isfunction(spec):
+            spec = spec(config, vp_stage)
+        return submodules(config, spec, vp_stage, *others)
+
+    transformer_block._get_block_submodules = of_what_a_function_gives
+
+
 def _use_built_dataset_helper() -> None:
     """``compile_helpers`` runs make, for which the wheel has no Makefile, and exits the first rank.
 
-    The wheel has the built helper. Applies wherever that is so; a source checkout is left alone.
+    The wheel has the built helper. A source checkout's Makefile builds it for the first ``python3`` on
+    the path, which need not be this one: it is told which one runs.
+
+    Raises:
+        UsageError: if it has to be built, and what its Makefile asks for is missing.
     """
     from megatron.core.datasets import utils
 
     folder = os.path.dirname(utils.__file__)
+    makefile = os.path.exists(os.path.join(folder, "Makefile"))
     built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
-    if built and not os.path.exists(os.path.join(folder, "Makefile")):
-        utils.compile_helpers = lambda: None
+    if not makefile:
+        if built:
+            utils.compile_helpers = lambda: None
+        return
+    missing = [name for name in ("make", "g++") if shutil.which(name) is None]
+    missing += ["pybind11"] * (importlib.util.find_spec("pybind11") is None)
+    if missing and not built:
+        raise UsageError(
+            f"{folder}: its helpers.cpp has to be compiled, and there is no {', no '.join(missing)}; "
+            "accepted: a machine that has make and g++, and pip install pybind11"
+        )
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    os.environ["MAKEFLAGS"] = f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _end_intervals_of_the_first_iteration() -> None:

@@ -7,7 +7,6 @@ state before the first step, by Megatron's names; ``tokens`` and ``labels`` [n, 
 step; ``losses``, the training loss of each step in nats a token.
 """
 
-import sys
 from pathlib import Path
 
 from megatron_scmoe.platform import launch
@@ -72,6 +71,4 @@ class _Recorder:
 
 
 if __name__ == "__main__":
-    record_path, folder, run_kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    del sys.argv[1:4]
-    run_command(lambda: main(record_path, folder, run_kind))
+    run_command(lambda: main(*train.arguments(__doc__, "RECORD")))

@@ -7,6 +7,7 @@ added here. Into FACTS goes what was found, as JSON. Without ``--save``
 nothing else is written.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scmoe.platform import cpu_backend, launch
-from megatron_scmoe.platform.command_line import run_command
+from megatron_scmoe.platform.command_line import OneLineParser, run_command
 
 EVERY = 10
 """Iterations that one entry of the stored curves is of."""
@@ -41,6 +42,26 @@ def main(facts: Path, tokens: Path, kind: str) -> None:
     run = _Run(tokens)
     start(tokens, kind)
     facts.write_text(json.dumps(run.facts))
+
+
+def arguments(description: str, result: str) -> tuple[Path, Path, str]:
+    """Those before the script's flags, which alone stay in ``sys.argv``.
+
+    Args:
+        result: what the file that is written is called.
+    """
+    parser = OneLineParser(description=description.split("\n")[0])
+    parser.add_argument("result", type=Path, metavar=result, help="file to write")
+    parser.add_argument(
+        "tokens", type=Path, metavar="TOKENS", help="folder that data.py has packed"
+    )
+    parser.add_argument("kind", choices=("scmoe", "stock"), help="stock: Megatron's own model")
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the pretraining script"
+    )
+    args = parser.parse_args()
+    sys.argv[1:] = args.flags
+    return args.result, args.tokens, args.kind
 
 
 def start(tokens: Path, kind: str) -> None:
@@ -178,6 +199,4 @@ def _by_tens(values: list[float], of, digits: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    facts_path, folder, run_kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    del sys.argv[1:4]
-    run_command(lambda: main(facts_path, folder, run_kind))
+    run_command(lambda: main(*arguments(__doc__, "FACTS")))

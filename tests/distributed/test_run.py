@@ -179,3 +179,11 @@ def test_without_a_script_nothing_is_run(monkeypatch):
 
 def test_environment_of_this_process_is_left_alone():
     assert "SCMOE_ARGS" not in os.environ
+
+
+def test_an_asynchronous_save_needs_a_guarded_script(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it trains')\n")
+    monkeypatch.setattr(sys, "argv", ["run", str(script), "--async-save"])
+    with pytest.raises(UsageError, match=f"^--async-save: its process imports {script}, which "):
+        main()

@@ -198,6 +198,33 @@ class TestErrors:
         )  # fmt: skip
         assert message.startswith(f"--input {tmp_path / 'nowhere'}: no such file or folder")
 
+    @pytest.mark.parametrize("name", ["b.txt.zst", "b.txt", "b.TXT", "pipe.txt"])
+    def test_file_of_a_folder_that_cannot_be_read(self, name, refused, tmp_path):
+        """What stands beside it is not all of the text."""
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "a.txt").write_text("text")
+        if name == "pipe.txt":
+            os.mkfifo(folder / name)
+        elif name == "b.txt.zst":
+            (folder / name).touch()
+        else:
+            (folder / name).symlink_to("nowhere")
+        message = refused("train_tokenizer", "--input", folder, "--output-prefix", tmp_path / "x")
+        assert message.startswith(f"--input {folder / name}: ")
+
+    def test_folders_behind_links_are_read_once(self, tmp_path):
+        from megatron_scmoe.cli.documents import find_files
+
+        for name in ("corpus/own", "elsewhere/deep"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "a.txt").write_text("text")
+        corpus = tmp_path / "corpus"
+        (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+        (corpus / "twice").symlink_to(corpus / "own")
+        (tmp_path / "elsewhere" / "back").symlink_to(corpus)
+        assert find_files([corpus]) == [corpus / "linked/deep/a.txt", corpus / "own/a.txt"]
+
     def test_folder_without_text(self, refused, tmp_path):
         (tmp_path / "code.py").write_text("pass\n")
         message = refused("train_tokenizer", "--input", tmp_path, "--output-prefix", tmp_path / "x")
@@ -452,6 +479,24 @@ class TestFiles:
         file.touch()
         message = refused("train_tokenizer", "--input", file, "--output-prefix", tmp_path / "x")
         assert message.startswith(f"--input {file}: Zstandard is not read here; accepted are ")
+
+    @pytest.mark.parametrize("name", ["A.JSONL", "a.Json", "a.jsonl.GZ"])
+    def test_whose_name_is_in_capitals(self, name, preprocess, tokenizer, tmp_path):
+        content = b'{"text": "first"}\n{"text": "second"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+        data = preprocess(tmp_path / name)
+        assert decoded(IndexedDataset(str(data)), tokenizer) == ["first", "second"]
+
+    @pytest.mark.parametrize("name", ["part-00000", "a.txt", "a.jsonl.1"])
+    def test_of_json_lines_under_another_name(self, name, preprocess, tokenizer, refused, tmp_path):
+        text = '\n{"text": "first"}\n{"text": "second"}\n'
+        (tmp_path / name).write_text(text)
+        message = refused(
+            "train_tokenizer", "--input", tmp_path / name, "--output-prefix", tmp_path / "x"
+        )
+        assert message.startswith(f"--input {tmp_path / name}: it begins with a JSON object that ")
+        data = preprocess(tmp_path / name, key="other")
+        assert decoded(IndexedDataset(str(data)), tokenizer) == [text]
 
     def test_that_is_a_pipe(self, refused, tmp_path):
         os.mkfifo(tmp_path / "pipe.jsonl")

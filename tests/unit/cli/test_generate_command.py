@@ -71,11 +71,16 @@ def test_any_flag_of_sampling_samples_but_top_k_1(flags, expected, asked):
 
 def test_a_seed_goes_with_sampling(asked):
     assert asked("--temperature", 1, "--seed", 5)[0].seed == 5
+    assert asked("--top_k", 2, "--seed", 5)[0].seed == 5
+
+
+@pytest.mark.parametrize("greedy", [(), ("--top_k", 1), ("--top_k", 1, "--temperature", 0.5)])
+def test_a_seed_of_nothing_is_refused(greedy, asked):
     with pytest.raises(UsageError) as refused:
-        asked("--seed", 5)
+        asked(*greedy, "--seed", 5)
     assert str(refused.value) == (
-        "--seed 5: the likeliest token is taken, and none is drawn; accepted with --temperature, "
-        "--top_k or --top_p"
+        f"--seed 5{' with --top_k 1' if greedy else ''}: the likeliest token is taken, and none is "
+        "drawn; accepted with --temperature, --top_p, or --top_k other than 1"
     )
 
 

@@ -36,6 +36,13 @@ def test_make_is_run_without_a_makefile():
     assert importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
+@row("megatron.core.transformer.transformer_block._get_block_submodules")
+def test_a_block_refuses_a_function_as_its_spec():
+    text = source("megatron.core.transformer.transformer_block._get_block_submodules")
+    assert "raise Exception(f'specialize for {type(spec).__name__}.')" in text
+    assert "callable(" not in text and "isfunction(" not in text
+
+
 @row("megatron.training.training.training_log")
 def test_no_interval_ends_with_the_first_iteration():
     text = source("megatron.training.training.training_log")

@@ -61,9 +61,14 @@ def test_the_flag_takes_the_cpu(no_gpu, monkeypatch, tmp_path):
     assert cpu_backend.choose()
 
 
-@pytest.mark.parametrize(
-    ("value", "asked"), [("1", True), ("yes", True), ("0", False), ("", False)]
-)
+@pytest.mark.parametrize("value", ["no", "false", "2"])
+def test_the_variable_is_0_or_1(value, no_gpu, monkeypatch):
+    monkeypatch.setenv(cpu_backend.VARIABLE, value)
+    with pytest.raises(UsageError, match=f"^SCMOE_CPU={value} in the environment: accepted are 0"):
+        cpu_backend.choose()
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), ("", False)])
 def test_the_variable_takes_the_cpu(value, asked, no_gpu, monkeypatch):
     monkeypatch.setenv(cpu_backend.VARIABLE, value)
     monkeypatch.setattr(cpu_backend, "_enabled", False)

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from megatron_scmoe.cli.process import initialise_ranks
 from megatron_scmoe.platform import cpu_backend, launch
 from megatron_scmoe.platform.command_line import UsageError
 
@@ -47,6 +48,32 @@ def test_half_an_environment(missing):
     os.environ |= {name: value for name, value in RANK.items() if name != missing}
     with pytest.raises(UsageError, match=f"the environment has no {missing}: .*accepted: torchrun"):
         launch.check()
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.0"])
+def test_what_is_no_number(name, value):
+    os.environ |= RANK | {name: value}
+    with pytest.raises(
+        UsageError, match=f"^{name}={value} in the environment: accepted is a whole"
+    ):
+        launch.check()
+
+
+def test_a_rank_that_nobody_waits_for():
+    """It would wait for the others until the time is over."""
+    os.environ |= RANK | {"RANK": "2"}
+    with pytest.raises(
+        UsageError, match=r"^RANK=2 in the environment, with WORLD_SIZE=2: accepted"
+    ):
+        launch.check()
+
+
+def test_tools_do_not_start_on_half_an_environment(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(UsageError, match=r"^the environment has no RANK: "):
+        initialise_ranks()
 
 
 @pytest.mark.parametrize("name", launch._OTHER_LAUNCHERS)

@@ -52,12 +52,12 @@ def test_text_and_ids_may_come_from_a_pipe_to_one_process(flag, content, monkeyp
     assert sequences.tokens[0, : len(IDS)].tolist() == IDS
 
 
-<<<<<<< HEAD
 def test_a_loss_whose_exponential_no_float_holds_is_told():
     assert describe(Report(800.0, 2, 1)).startswith(
         "loss 800.000000 nats per token, perplexity inf ("
     )
-=======
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson"])
 def test_json_lines_are_no_text(name, tmp_path):
     file = tmp_path / name
@@ -76,4 +76,3 @@ def test_a_text_with_nul_is_refused(encoding, tmp_path):
     args = Namespace(text=file, tokens=None, sequence_length=None, limit=None)
     with pytest.raises(UsageError, match=rf"^--text {file}: byte \d is NUL, as in UTF-16 and in "):
         read_sequences(args, lambda text: np.frombuffer(text.encode(), np.uint8), 8)
->>>>>>> be54cea095cbbae8f7dbe768520b0420f971d165

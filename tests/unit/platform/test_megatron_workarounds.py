@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 

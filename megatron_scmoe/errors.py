@@ -99,6 +99,10 @@ def with_nearest_flags(parser: argparse.ArgumentParser, message: str) -> str:
     return f"{message}; the nearest: {nearest}" if nearest else message
 
 
+NOT_JSON = (ValueError, RecursionError)
+"""What the module json raises for a text it cannot parse: no JSON, no UTF-8, or nested too deeply."""
+
+
 def reason_of(error: Exception) -> str:
     """Why a file could not be read or parsed, without its name."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_scmoe.errors import Refusal
+from megatron_scmoe.errors import NOT_JSON, Refusal
 
 ATTENTION, GEMM, PERMUTATION = "attention core", "GEMM", "permutation"
 COMMUNICATION, OTHER = "communication", "other"
@@ -103,7 +103,7 @@ def read_trace(path: str | Path, with_copies: bool = False) -> list[Kernel]:
         raise TraceError(
             str(path), f"cannot be read ({error.strerror or error})", accepted
         ) from error
-    except (ValueError, EOFError, RecursionError, zlib.error) as error:
+    except (*NOT_JSON, EOFError, zlib.error) as error:
         raise TraceError(str(path), f"not JSON, or truncated ({error})", accepted) from error
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
     if not isinstance(events, list):

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_scmoe.errors import ScMoEError, reason_of
+from megatron_scmoe.errors import NOT_JSON, ScMoEError, reason_of
 from megatron_scmoe.overlap.schedule import BACKBONE_OPERATORS, Action, Schedule, Step
 from megatron_scmoe.platform.atomic_write import atomic_write
 
@@ -53,7 +53,7 @@ class OperatorTimes:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, *NOT_JSON) as error:
             raise OperatorTimesError(f"{path}: {reason_of(error)}") from None
         if isinstance(found, dict) and "systems" in found:
             found = found.get("operators")

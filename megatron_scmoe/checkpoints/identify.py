@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_scmoe.checkpoints.output_folder import TRACKER
+from megatron_scmoe.errors import NOT_JSON
 
 ACCEPTED_FOLDER = "a Hugging Face folder with config.json and safetensors files"
 ACCEPTED = (
@@ -90,6 +91,6 @@ def _what_tracker_names(path: Path) -> str:
 
 def _backend(path: Path) -> str | None:
     """Of a distributed checkpoint, by Megatron's metadata.json."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+    with contextlib.suppress(OSError, *NOT_JSON, AttributeError):
         return json.loads((path / "metadata.json").read_text()).get("sharded_backend")
     return None

@@ -11,7 +11,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron_scmoe.checkpoints import rank_files
 from megatron_scmoe.checkpoints.dcp_metadata import find_flaw_of_files, read_metadata
 from megatron_scmoe.checkpoints.identify import HUGGING_FACE, what_is
-from megatron_scmoe.errors import InputError, reason_of
+from megatron_scmoe.errors import NOT_JSON, InputError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
 
 PRETRAINED = "--pretrained-checkpoint"
@@ -299,7 +299,7 @@ def _find_flaw(folder: Path, ckpt_format: str) -> str | None:
     if ckpt_format != "torch_dcp":  # written last
         try:
             fields = json.loads((folder / "metadata.json").read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, *NOT_JSON) as error:
             return f"{folder / 'metadata.json'} is missing or unreadable ({reason_of(error)})"
         if not isinstance(fields, dict):
             return f"{folder / 'metadata.json'} holds no fields"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import maybe_load_config
 
-from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.errors import NOT_JSON, ConversionError
 from megatron_scmoe.platform.atomic_write import atomic_write, lack_of_space
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -129,9 +129,7 @@ def _names_of_its_kind(path: Path) -> tuple[str, ...] | None:
     if (path / TRACKER).is_file():
         return _CHECKPOINTS
     if (path / ".metadata").is_file():
-        with contextlib.suppress(
-            ValueError, TypeError, AttributeError, RecursionError
-        ):  # another one
+        with contextlib.suppress(*NOT_JSON, TypeError, AttributeError):  # another metadata.json
             config = maybe_load_config(str(path))
             if config is not None and config.sharded_backend == "torch_dist":
                 return _CHECKPOINT

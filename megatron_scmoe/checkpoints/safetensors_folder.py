@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_scmoe.checkpoints.identify import what_is
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor, total_bytes
-from megatron_scmoe.errors import ConversionError
+from megatron_scmoe.errors import NOT_JSON, ConversionError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,7 +136,7 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConversionError(f"{file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except NOT_JSON as error:
         raise ConversionError(f"{file}: not JSON ({error})") from error
 
 

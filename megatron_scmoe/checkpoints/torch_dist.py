@@ -36,7 +36,7 @@ from megatron_scmoe.checkpoints.identify import what_is
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.output_folder import TRACKER
-from megatron_scmoe.errors import ConversionError, in_words
+from megatron_scmoe.errors import NOT_JSON, ConversionError, in_words
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 
@@ -86,12 +86,7 @@ def read_megatron(path: str | os.PathLike) -> MegatronCheckpoint:
     folder = find_iteration(path)
     try:
         config = maybe_load_config(str(folder)) if folder.is_dir() else None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # no JSON of its fields
+    except (*NOT_JSON, TypeError, AttributeError) as error:  # or other fields
         raise ConversionError(f"{folder}: its metadata.json is damaged ({_line(error)})") from error
     if config is None or config.sharded_backend != BACKEND.sharded_backend:
         raise ConversionError(

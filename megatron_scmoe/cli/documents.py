@@ -27,7 +27,7 @@ COMPRESSED: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lz
 """What opens a compressed file, by the ending of its name."""
 
 _ZSTANDARD = ".zst"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_KEYS = 8
 
 
@@ -72,7 +72,7 @@ class BadLines:
         return _printable(f"left out {self.count:,} bad {lines}; the first: {self.first}")
 
 
-class _BadLine(Exception):
+class BadLine(Exception):
     """Why a line holds no text, and what would."""
 
 
@@ -197,11 +197,11 @@ def _open(file: Path):
 
 def _read_text(file: Path, json_key: str, bad_lines: BadLines) -> Document:
     with _open(file) as stream:
-        raw = stream.read().removeprefix(_BYTE_ORDER_MARK)
+        raw = stream.read().removeprefix(BYTE_ORDER_MARK)
     _refuse_json_lines(file, raw, json_key)
     try:
-        return Document(str(file), _decode(raw))
-    except _BadLine:
+        return Document(str(file), decode(raw))
+    except BadLine:
         return Document(str(file), "".join(_good_lines(file, raw, bad_lines)))
 
 
@@ -209,8 +209,8 @@ def _refuse_json_lines(file: Path, raw: bytes, json_key: str) -> None:
     """Under another name: keys, quotes and escapes would be text, and all of it one document."""
     first = next((line for line in io.BytesIO(raw) if line.strip()), b"")
     try:
-        _text_of(_parse(_decode(first)), json_key)
-    except _BadLine:
+        _text_of(_parse(decode(first)), json_key)
+    except BadLine:
         return
     raise UsageError(
         f"--input {file}: it begins with a JSON object that has text under {json_key}, and its name "
@@ -222,8 +222,8 @@ def _refuse_json_lines(file: Path, raw: bytes, json_key: str) -> None:
 def _good_lines(file: Path, raw: bytes, bad_lines: BadLines) -> Iterator[str]:
     for number, line in enumerate(io.BytesIO(raw), start=1):
         try:
-            yield _decode(line)
-        except _BadLine as bad:
+            yield decode(line)
+        except BadLine as bad:
             bad_lines.found(f"--input {file}:{number}", *bad.args)
 
 
@@ -231,29 +231,34 @@ def _read_json_lines(file: Path, json_key: str, bad_lines: BadLines) -> Iterator
     with _open(file) as stream:
         for number, raw in enumerate(stream, start=1):
             if number == 1:
-                raw = raw.removeprefix(_BYTE_ORDER_MARK)
+                raw = raw.removeprefix(BYTE_ORDER_MARK)
             if not raw.strip():
                 continue
             origin = f"{file}:{number}"
             try:
-                record = _parse(_decode(raw))
-            except _BadLine as bad:
+                record = _parse(decode(raw))
+            except BadLine as bad:
                 bad_lines.found(f"--input {origin}", *bad.args)
                 continue
             try:
                 yield Document(origin, _text_of(record, json_key))
-            except _BadLine as bad:
+            except BadLine as bad:
                 bad_lines.found(f"--json-key {json_key}: {origin}", *bad.args)
 
 
-def _decode(raw: bytes) -> str:
+def decode(raw: bytes) -> str:
+    """Bytes as text.
+
+    Raises:
+        BadLine: with the reason and what is accepted, if they are no UTF-8 text.
+    """
     accepted = "UTF-8 text"
     if (place := raw.find(b"\0")) >= 0:
-        raise _BadLine(f"byte {place} is NUL, as in UTF-16 and in what is no text", accepted)
+        raise BadLine(f"byte {place} is NUL, as in UTF-16 and in what is no text", accepted)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadLine(f"byte {error.start} is not UTF-8", accepted) from error
+        raise BadLine(f"byte {error.start} is not UTF-8", accepted) from error
 
 
 def _parse(line: str) -> dict:
@@ -262,11 +267,11 @@ def _parse(line: str) -> dict:
         # As floats, since Python reads integers of up to 4300 digits only; none is used.
         record = json.loads(line, parse_int=float)
     except json.JSONDecodeError as error:
-        raise _BadLine(f"not a JSON object ({error.msg})", accepted) from error
+        raise BadLine(f"not a JSON object ({error.msg})", accepted) from error
     except RecursionError as error:
-        raise _BadLine("nested too deeply to be read", accepted) from error
+        raise BadLine("nested too deeply to be read", accepted) from error
     if not isinstance(record, dict):
-        raise _BadLine(f"not a JSON object but {_kind(record)}", accepted)
+        raise BadLine(f"not a JSON object but {_kind(record)}", accepted)
     return record
 
 
@@ -275,15 +280,15 @@ def _text_of(record: dict, json_key: str) -> str:
     if json_key not in record:
         keys = [_printable(key) for key in record]
         shown = ", ".join(keys[:_SHOWN_KEYS]) + ", ..." * (len(keys) > _SHOWN_KEYS)
-        raise _BadLine(f"holds no such key (it has: {shown or 'none'})", accepted)
+        raise BadLine(f"holds no such key (it has: {shown or 'none'})", accepted)
     text = record[json_key]
     if not isinstance(text, str):
-        raise _BadLine(f"holds no text under it but {_kind(text)}", accepted)
+        raise BadLine(f"holds no text under it but {_kind(text)}", accepted)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise _BadLine(
+        raise BadLine(
             f"character {error.start} of the text is {half}, one half of a surrogate pair, "
             "which is no character",
             "text that UTF-8 can hold",

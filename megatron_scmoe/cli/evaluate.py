@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scmoe.cli import program
+from megatron_scmoe.cli.documents import BYTE_ORDER_MARK, BadLine, decode
 from megatron_scmoe.cli.model_flags import LAYOUT, add_checkpoint_flags, layout
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
 from megatron_scmoe.platform.command_line import (
@@ -175,18 +176,12 @@ def read_sequences(args: Namespace, tokenize, length: int):
     from megatron_scmoe.evaluation.sequences import Sequences
 
     if args.text is not None:
-        raw = args.text.read_bytes()
-        try:  # as the data tools read it
-            place, ids = raw.find(b"\0"), tokenize(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"--text {args.text}: byte {error.start} is not UTF-8; accepted is UTF-8 text"
-            ) from error
-        if place >= 0:
-            raise UsageError(
-                f"--text {args.text}: byte {place} is NUL, as in UTF-16 and in what is no text; "
-                "accepted is UTF-8 text"
-            )
+        try:
+            text = decode(args.text.read_bytes().removeprefix(BYTE_ORDER_MARK))
+        except BadLine as bad:
+            reason, accepted = bad.args
+            raise UsageError(f"--text {args.text}: {reason}; accepted is {accepted}") from bad
+        ids = tokenize(text)
     else:
         try:
             pipe = io.BytesIO(args.tokens.read_bytes()) if args.tokens.is_fifo() else None

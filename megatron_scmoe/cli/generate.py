@@ -32,6 +32,7 @@ from megatron_scmoe.cli.model_flags import (
     layout,
 )
 from megatron_scmoe.cli.process import initialise_ranks, quiet_imports
+from megatron_scmoe.errors import NOT_JSON
 from megatron_scmoe.platform.command_line import (
     OneLineParser,
     UsageError,
@@ -181,7 +182,7 @@ def read_prompts(args: Namespace) -> list[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):  # not UTF-8 is a ValueError too
+        except (*NOT_JSON, KeyError, TypeError):
             text = None
         if not _is_text(text):
             raise UsageError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_scmoe.checkpoints.lazy_tensor import LazyTensor
-from megatron_scmoe.errors import InputError
+from megatron_scmoe.errors import NOT_JSON, InputError
 from megatron_scmoe.platform.atomic_write import atomic_write, lack_of_space
 from megatron_scmoe.platform.command_line import is_first_rank
 
@@ -249,7 +249,7 @@ def _compare(given: str, folder: Path, expected: dict) -> None:
     """Refuse a folder with experts of something else."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
-    except (ValueError, RecursionError):
+    except NOT_JSON:
         found = None
     found = found if isinstance(found, dict) else {}
     for name, words in (

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from megatron_scmoe.errors import NOT_JSON
+
 MAX_TEXTS = 128
 """Most texts that one request may ask for."""
 MAX_LIKELIEST = 20
@@ -188,7 +190,7 @@ def parse[Kind: _Request](kind: type[Kind], body: bytes) -> Kind:
     try:
         text = body.decode("utf-8-sig")
         fields = json.loads(text)
-    except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
+    except NOT_JSON:
         fields = None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body of the request is not a JSON object.")

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.analysis.slot_tuner import sizes_of
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.errors import InputError, ScMoEConfigError, reason_of
+from megatron_scmoe.errors import NOT_JSON, InputError, ScMoEConfigError, reason_of
 from megatron_scmoe.platform.atomic_write import atomic_write
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG
 
@@ -50,7 +50,7 @@ class Record:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, *NOT_JSON) as error:
             raise InputError(f"{TUNE_FLAG} {path}", reason_of(error), _ACCEPTED) from error
         ours = isinstance(found, dict) and set(found) == {"measured_on", "ms", "chosen"}
         if not (

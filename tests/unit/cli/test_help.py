@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,12 +45,12 @@ COMMANDS = {
     "benchmarks/step_time.py": ("--rounds N", "(default: 15)"),
     "benchmarks/train_rank.py": ("train_processes.py",),
     "benchmarks/train_run.py": ("--flags RUN=FLAGS", "(default: 2)"),
-    "studies/quality/data.py": ("--max-tokens N",),
-    "studies/quality/parity.py": ("--tokens TOKENS",),
-    "studies/quality/record.py": ("RECORD TOKENS {scmoe,stock}",),
-    "studies/quality/report.py": ("--results RESULTS",),
-    "studies/quality/run.py": ("--tokens TOKENS",),
-    "studies/quality/train.py": ("FACTS TOKENS {scmoe,stock}",),
+    "-m studies.quality.data": ("--max-tokens N",),
+    "-m studies.quality.parity": ("--tokens TOKENS",),
+    "-m studies.quality.record": ("RECORD TOKENS {scmoe,stock}",),
+    "-m studies.quality.report": ("--results RESULTS",),
+    "-m studies.quality.run": ("--tokens TOKENS",),
+    "-m studies.quality.train": ("FACTS TOKENS {scmoe,stock}",),
 }
 
 WITHOUT_SCMOE = {"examples/pretrain_baseline.py"}
@@ -82,9 +83,16 @@ def test_every_entry_point_is_asked():
     for folder in ("tools", "benchmarks", "examples", "studies"):
         scripts += (REPOSITORY / folder).rglob("*.py")
     commands = {
-        str(path.relative_to(REPOSITORY)) for path in scripts if "__main__" in path.read_text()
+        typed(path.relative_to(REPOSITORY)) for path in scripts if "__main__" in path.read_text()
     }
     assert commands <= set(COMMANDS)
+
+
+def typed(path: Path) -> str:
+    """What is typed after ``python`` to run ``path``: of a package's modules, ``-m`` and the name."""
+    if (REPOSITORY / path).with_name("__init__.py").exists():
+        return f"-m {'.'.join(path.with_suffix('').parts)}"
+    return str(path)
 
 
 class TestMegatronsParser:

@@ -11,10 +11,12 @@ from pathlib import Path
 import megatron.core
 import megatron.training
 import pytest
+from transformers import AutoConfig
 
 import megatron_scmoe
 from megatron_scmoe.checkpoints import runtime_settings, torch_dist
 from megatron_scmoe.checkpoints.formats import longcat_flash, refusals, scmoe
+from megatron_scmoe.checkpoints.hf.configuration_scmoe import ScMoEConfig as HFScMoEConfig
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform.megatron_flags import add_run_args
@@ -89,14 +91,55 @@ def names_read(file: Path) -> set[str]:
     variables = {"args", "given", "view", "settings", "trial"}
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in variables:
+        if isinstance(node, ast.Attribute) and called(node.value) in variables:
             found.add(node.attr)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+        if isinstance(node, ast.Call) and called(node.func) in ("getattr", "hasattr"):
             subject, name, *_ = node.args
-            is_ours = getattr(subject, "id", "") in {*variables, "saved", "before"}
-            if is_ours and isinstance(name, ast.Constant):
+            saved = {"saved", "before", "older", "theirs", "_saved"}
+            if called(subject) in variables | saved and isinstance(name, ast.Constant):
                 found.add(name.value)
-    return found - {*dir(dict), *dir(list)}
+    return found - {*dir(dict), *dir(list), *dir(str)}
+
+
+def called(node: ast.expr) -> str:
+    """What a variable or an attribute is called: ``args`` of ``args`` and of ``saved.args``."""
+    if isinstance(node, ast.Attribute) and node.attr in ("args", "_saved"):
+        return node.attr
+    return getattr(node, "id", "")
+
+
+def fields_read(file: Path) -> set[str]:
+    """What is read of transformers' configuration, or its JSON, with an answer if it is not there."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            function, *arguments = map(ast.unparse, (node.func, *node.args))
+            if function in ("require", "getattr") and arguments[0] in ("config", "self.config"):
+                found.add(node.args[1])
+            if function == "config.get":
+                found.add(node.args[0])
+    return {name.value for name in found if isinstance(name, ast.Constant)}
+
+
+READ_OF_TRANSFORMERS = {
+    "checkpoints/formats/gpt2.py": ["gpt2"],
+    "checkpoints/formats/llama.py": ["llama", "mistral", "qwen2", "qwen3"],
+    "checkpoints/formats/longcat_flash.py": ["longcat_flash"],
+    "evaluation/hugging_face.py": ["gpt2", "llama", "mistral", "qwen2", "qwen3", "longcat_flash"],
+}
+"""Whose configurations a file reads, besides this package's own."""
+
+FORMER_FIELDS = {"rope_theta"}
+"""Read beside the field that has taken its place: folders of an earlier transformers have them."""
+
+
+@pytest.mark.parametrize("file", READ_OF_TRANSFORMERS)
+def test_fields_that_are_read_exist_in_transformers(file):
+    configs = [HFScMoEConfig(), *map(AutoConfig.for_model, READ_OF_TRANSFORMERS[file])]
+    known = {field for config in configs for field in (*vars(config), *config.attribute_map)}
+    read = fields_read(PACKAGE / file)
+    assert read
+    assert sorted(read - known - FORMER_FIELDS) == []
 
 
 FILES = sorted(

@@ -80,6 +80,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lr", 0, math.inf),
     ("min_lr", 0, math.inf),
     ("decoupled_lr", 0, math.inf),
+    ("decoupled_min_lr", 0, math.inf),
     ("lr_warmup_init", 0, math.inf),
     ("weight_decay", 0, math.inf),
     ("clip_grad", 0, math.inf),

@@ -2,13 +2,16 @@
 
 Megatron stores the optimizer's tensors one by one and finds them again on any layout. Around them it
 stores lists of parameter groups, one for each optimizer: one without expert parallelism, and two with
-it (dense parameters and experts), each with as many parameters as one rank had. Of all that, only the
-count of steps is state; the rest follows from the flags and the model at hand.
+it (dense parameters and experts), each with as many parameters as one rank had, and more groups where
+``--decoupled-lr`` sets some apart. Of all that, only the count of steps is state; the rest follows from
+the flags and the model at hand.
 """
 
 import argparse
 from typing import Any
 
+import torch
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
@@ -85,6 +88,8 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             f"{' '.join(theirs)}, or {_FRESH}",
         )
     _check_kind(args, saved, form)
+    if form in (None, *RESHARDABLE):
+        _check_tensors(args, before, saved)
 
 
 def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
@@ -140,8 +145,9 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
 
 
 def load_on_any_layout() -> None:
-    """Make Megatron load the optimizer's state of a checkpoint of any layout."""
+    """Make Megatron load the optimizer's state of a checkpoint of any layout, in any groups."""
     ChainedOptimizer.load_state_dict = _load_state_dict
+    ChainedOptimizer.sharded_state_dict = _sharded_state_dict
 
 
 _LENGTHS = {
@@ -206,7 +212,58 @@ def _check_kind(args: argparse.Namespace, saved: SavedRun, form: str | None) -> 
         )
 
 
+def _check_tensors(args: argparse.Namespace, before: argparse.Namespace, saved: SavedRun) -> None:
+    """Refuse a checkpoint without the tensors that this run's optimizer keeps for its parameters."""
+    needed = {"adam": "exp_avg", "lion": "exp_avg", "sgd": "momentum_buffer"}.get(args.optimizer)
+    is_needed = args.optimizer != "sgd" or args.sgd_momentum
+    if args.skip_train or not is_needed or needed in {None, *saved.optimizer_states()}:
+        return
+    if args.optimizer == "sgd" and not before.sgd_momentum:
+        raise ScMoEConfigError(
+            f"--sgd-momentum {args.sgd_momentum}",
+            f"{saved.path} was trained with --sgd-momentum {before.sgd_momentum}",
+            f"--sgd-momentum {before.sgd_momentum}, or {_FRESH}",
+        )
+    raise ScMoEConfigError(
+        saved.given,
+        f"{saved.path} has no {needed} of {args.optimizer}: the optimizer had not taken a step, as "
+        "where the loss scale was too large for each iteration so far",
+        _FRESH,
+    )
+
+
+_KINDS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 _load_one_state = ChainedOptimizer.load_state_dict
+_plain_sharded_state_dict = ChainedOptimizer.sharded_state_dict
+
+
+def _sharded_state_dict(
+    chain: ChainedOptimizer, model_sharded_state_dict: dict, is_loading: bool = False, **kwargs: Any
+) -> dict:
+    """In place of ``ChainedOptimizer.sharded_state_dict``: see :func:`load_on_any_layout`.
+
+    Megatron merges what it asks for with what is stored, and lists of groups of another length do not
+    merge. So none are asked for: :func:`_complete` makes them. To SGD it gives no way to make room for
+    the momentum that is loaded.
+    """
+    optimizers = chain.chained_optimizers
+    is_known = all(type(each) in _KINDS for each in optimizers)
+    if is_loading and is_known:
+        for optimizer in optimizers:
+            if optimizer.init_state_fn is None and not optimizer.is_stub_optimizer:
+                optimizer.init_state_fn = _init_momentum
+    state = _plain_sharded_state_dict(chain, model_sharded_state_dict, is_loading, **kwargs)
+    if is_loading and is_known:
+        for part in [state] if len(optimizers) == 1 else state.values():
+            _inner(part).pop("param_groups", None)
+    return state
+
+
+def _init_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig) -> None:
+    """The state of SGD before its first step: a momentum of 0, where it has one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
@@ -216,8 +273,7 @@ def _load_state_dict(chain: ChainedOptimizer, state_dict: Any) -> None:
     checkpoint's, each of them by number if there are several.
     """
     optimizers = chain.chained_optimizers
-    kinds = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
-    if isinstance(state_dict, dict) and all(type(each) in kinds for each in optimizers):
+    if isinstance(state_dict, dict) and all(type(each) in _KINDS for each in optimizers):
         several = [part for key, part in state_dict.items() if isinstance(key, int)]
         saved = [part for part in (state_dict, *several) if _is_of_the_checkpoint(part)]
         if saved:
@@ -249,6 +305,7 @@ def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> No
     groups = [group for other in saved for group in _inner(other)["param_groups"]]
     keep = _KEPT if get_args().use_checkpoint_opt_param_scheduler else ("step",)
     found = optimizer.optimizer.state_dict()["param_groups"]
+    inner.setdefault("state", {})  # SGD without momentum has none
     inner["param_groups"] = [group | _kept(group, groups, keep) for group in found]
     for group, own in zip(optimizer.optimizer.param_groups, inner["param_groups"], strict=True):
         # By these Megatron finds the stored group of each.
@@ -258,14 +315,17 @@ def _complete(optimizer: MegatronOptimizer, part: dict, saved: list[dict]) -> No
     for name in ("grad_scaler", "param_state_sharding_type"):
         if name not in part and name in saved[0]:
             part[name] = saved[0][name]
+    if "grad_scaler" in part and not part["grad_scaler"]:  # of --loss-scale, which never moves
+        part["grad_scaler"] = optimizer.grad_scaler.state_dict()
 
 
 _KEPT = ("step", "max_lr", "min_lr", "start_wd", "end_wd")
-_ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+_ALIKE = ("wd_mult", "lr_mult", "default_config")
+"""What tells groups apart, but for their rates; ``default_config`` is false under --decoupled-lr."""
 
 
 def _kept(group: dict, saved: list[dict], names: tuple[str, ...]) -> dict:
     """What of a checkpoint's groups goes on in this group; steps are the same in all."""
-    alike = [g for g in saved if all(g.get(n) == group.get(n) for n in _ALIKE)] or saved
+    alike = [g for g in saved if all(g.get(n, group.get(n)) == group.get(n) for n in _ALIKE)]
     steps = [g for g in saved if "step" in g]
     return {n: g[n] for n in names for g in (steps if n == "step" else alike)[:1] if n in g}

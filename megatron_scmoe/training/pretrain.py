@@ -221,6 +221,7 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
     optimizer_state.check(args, saved)
     optimizer_state.settle_schedule(args, saved)
+    resuming.say_what_is_trained_for(args, saved)
     if args.use_checkpoint_args:
         reason = "it is the checkpoint's (--use-checkpoint-args)"
         for line in resuming.overridden(given, args, reason):

@@ -24,7 +24,7 @@ from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training.run_defaults import leave_out_one_logger
 from megatron_scmoe.training.saved_run import SavedRun
-from megatron_scmoe.validation.settings import kinds_with_own_choice
+from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
 
 FREE = (
     "vocab_size",  # of the tokenizer: see check_vocabulary
@@ -40,6 +40,19 @@ COMPARED = (
     "moe_router_load_balancing_type",
 )
 """The arguments that have to be the checkpoint's, or named by ``--scmoe-changed``."""
+
+OF_TRAINING = (
+    "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_input_jitter_eps",
+    "moe_expert_capacity_factor",
+    "hidden_dropout",
+    "attention_dropout",
+    "eod_mask_loss",
+)
+"""What a run that goes on trains for, which is that of its own flags; a line says what is new."""
 
 
 def adding_args(
@@ -181,6 +194,24 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace) -> dict[str
         for name in names
         if _is_used(name, args) and _meaning(name, args) != _meaning(name, older)
     }
+
+
+def say_what_is_trained_for(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Name what of :data:`OF_TRAINING` is not as it was, as a flag that was left out would be."""
+    before = saved.args
+    if before is None or saved.begins_anew(args) or args.skip_train:
+        return
+    if not getattr(before, "consumed_train_samples", 0):  # converted, or not begun
+        return
+    found = [
+        name
+        for name in OF_TRAINING
+        if hasattr(before, name) and as_list(getattr(before, name)) != as_list(getattr(args, name))
+    ]
+    if found:
+        mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
+        theirs = ", ".join(in_flags(name, getattr(before, name)) for name in found)
+        print_rank_0(f"WARNING: {mine}: {saved.path} was trained with {theirs} so far")
 
 
 def overridden(given: dict[str, Any], args: argparse.Namespace, reason: str) -> list[str]:

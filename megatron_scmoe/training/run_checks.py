@@ -61,6 +61,7 @@ def check_flags(args: argparse.Namespace, has_model: bool = True) -> None:
         _check_layout(args)
         _warn_of_balance(args)
     _check_length(args)
+    _check_rate_of_embedding(args)
     _check_batch_schedule(args)
     _check_validation(args)
     _check_packages(args)
@@ -250,6 +251,23 @@ def _check_length(args) -> None:
     if fraction is not None and not 0 <= fraction < 1:
         raise RunError(
             f"--lr-warmup-fraction {fraction}", "the run is longer than its warm-up", "0 to below 1"
+        )
+
+
+def _check_rate_of_embedding(args) -> None:
+    """The learning rate that embedding and output layer may have of their own."""
+    rate, least = args.decoupled_lr, args.decoupled_min_lr
+    if rate is None and least is not None:
+        raise RunError(
+            f"--decoupled-min-lr {least}",
+            "it bounds --decoupled-lr, which is not given",
+            "--decoupled-lr RATE with it, or leave it out",
+        )
+    if rate is not None and rate == args.lr and least in (None, args.min_lr):
+        raise RunError(
+            f"--decoupled-lr {rate}",
+            "it is --lr, by which Megatron would not tell the parameters apart when it resumes",
+            "leave the flag out, or another rate",
         )
 
 

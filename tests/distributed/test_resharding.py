@@ -15,7 +15,12 @@ LAYOUTS = {
     "PP2": (2, "--expert-model-parallel-size 1 --pipeline-model-parallel-size 2"),
     "TP2": (2, "--expert-model-parallel-size 1 --tensor-model-parallel-size 2 --sequence-parallel"),
 }
-OPTIMIZERS = {"plain": [], "distributed, bf16": ["--use-distributed-optimizer", "--bf16"]}
+OPTIMIZERS = {
+    "plain": [],
+    "distributed, bf16": ["--use-distributed-optimizer", "--bf16"],
+    "the embedding's own rate": ["--decoupled-lr", "3e-2"],
+    "sgd": ["--optimizer", "sgd", "--sgd-momentum", "0.9"],
+}
 
 
 def train(layout: str, optimizer: str, *flags: str):
@@ -113,9 +118,26 @@ class TestSchedule:
         straight, folder = undisturbed(optimizer)
         load = ["--load", str(folder), "--ckpt-step", "4", "--lr", "5e-3"]
         run = train("1 rank", optimizer, *load, "--use-checkpoint-opt-param-scheduler")
-        assert run.losses[5] == pytest.approx(straight.losses[5], abs=1e-3)
+        for step in (5, 6):
+            assert run.losses[step] == pytest.approx(straight.losses[step], abs=1e-3)
         rates = {step: straight.learning_rates[step] for step in (5, 6)}
         assert run.learning_rates == pytest.approx(rates)
+
+
+def test_the_embedding_may_get_a_rate_of_its_own(undisturbed):
+    straight, folder = undisturbed("plain")
+    own = OPTIMIZERS["the embedding's own rate"]
+    run = train("1 rank", "plain", "--load", str(folder), "--ckpt-step", "4", *own)
+    assert run.losses[5] == pytest.approx(straight.losses[5], abs=3e-5)
+    assert abs(run.losses[6] - straight.losses[6]) > 1e-2
+
+
+def test_a_loss_scale_that_stood_may_move(tmp_path):
+    saving = ["--save", str(tmp_path), "--save-interval", "4"]
+    straight = train("1 rank", "plain", "--fp16", "--loss-scale", "1024", *saving)
+    scale = ["--fp16", "--initial-loss-scale", "1024"]
+    run = train("1 rank", "plain", *scale, "--load", str(tmp_path), "--ckpt-step", "4")
+    assert run.losses == {step: straight.losses[step] for step in (5, 6)}
 
 
 def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_path):

@@ -45,6 +45,7 @@ TABLES = {
     "model arguments": MODEL_ARGUMENTS,
     "compared on load": resuming.COMPARED,
     "free on load": resuming.FREE,
+    "what is trained for": resuming.OF_TRAINING,
     "foreign flags": pretrain._FOREIGN,
     "what samples are drawn by": data_identity.ORDERING,
     "chosen where not given": run_defaults.OPEN,

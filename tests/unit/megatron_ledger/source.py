@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAs
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
@@ -51,7 +51,7 @@ CLASSES = {
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
         *(FileSystemWriterAsync, PersistentAsyncCaller),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
-        *(Attention, FusedScaleMaskSoftmax),
+        *(Attention, FP32Optimizer, FusedScaleMaskSoftmax),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),
         *(RowParallelLinear, SharedExpertMLP, TECudaGraphHelper, TopKRouter, TransformerLayer),
     )

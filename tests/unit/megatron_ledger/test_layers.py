@@ -19,6 +19,7 @@ PARAMETERS = {
     "ArgumentGroupFactory._extract_type": "self config_type",
     "ArgumentGroupFactory._format_arg_name": "self config_attr_name prefix",
     "ChainedOptimizer.load_state_dict": "self state_dict",
+    "ChainedOptimizer.sharded_state_dict": "self model_sharded_state_dict is_loading **kwargs",
     "DistributedOptimizer._set_main_param_and_optimizer_states": "self model_param tensors",
     "GraphableMegatronModule._te_cuda_graph_replay": "self *args **kwargs",
     "MLASelfAttention._qkv_down_projection": "self hidden_states",

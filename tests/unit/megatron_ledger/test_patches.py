@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import dict_utils
 from torch.utils.data import DataLoader, TensorDataset
 
 from megatron_scmoe.training import optimizer_state
@@ -78,6 +79,18 @@ def test_states_of_another_number_of_optimizers_are_refused():
     chain = SimpleNamespace(chained_optimizers=[None, None])
     with pytest.raises(RuntimeError, match="Expected 2 entries"):
         optimizer_state._load_one_state(chain, {"one": "state"})
+
+
+@row("ChainedOptimizer.sharded_state_dict")
+def test_groups_are_merged_by_number_and_sgd_has_no_state_to_load_into():
+    with pytest.raises(ValueError, match="Cannot merge two lists with different lengths"):
+        dict_utils.merge({"param_groups": [{}]}, {"param_groups": [{}, {}]})
+    choice = source("megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups")
+    sgd = choice[choice.index("config.optimizer == 'sgd'") :]
+    assert "init_state_fn = None" in sgd[: sgd.index("else:")]
+    assert "self.init_state_fn(self.optimizer, self.config)" in source(
+        "FP32Optimizer.sharded_state_dict"
+    )
 
 
 @row("megatron.core.rerun_state_machine.RerunStateMachine")

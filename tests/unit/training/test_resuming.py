@@ -368,6 +368,24 @@ class TestVocabulary:
             resuming.check_vocabulary(arguments_of(), self.saved(**rows), 500)
 
 
+def test_what_a_run_trains_for_is_said_where_it_is_new(capsys):
+    before = arguments_of("--moe-aux-loss-coeff", "0.01", "--hidden-dropout", "0.1")
+    saved = of(before)
+    resuming.say_what_is_trained_for(arguments_of(), saved)  # converted: it was not trained
+    before.consumed_train_samples = 8
+    for flags in ({}, {"moe_aux_loss_coeff": [0.01]}):
+        same = copy.copy(before)
+        vars(same).update(flags)
+        resuming.say_what_is_trained_for(same, saved)
+    resuming.say_what_is_trained_for(arguments_of("--finetune"), saved)
+    assert capsys.readouterr().out == ""
+    resuming.say_what_is_trained_for(arguments_of(), saved)
+    told = capsys.readouterr().out
+    assert "--moe-aux-loss-coeff 0.0" in told and told.endswith(
+        ": /run/iter_0000007 was trained with --moe-aux-loss-coeff 0.01, --hidden-dropout 0.1 so far\n"
+    )
+
+
 class TestOptimizer:
     def run(self, **changes):
         args = arguments_of()
@@ -481,6 +499,23 @@ class TestOptimizer:
         message = self.refusal(self.saved(), use_distributed_optimizer=True)
         assert message.startswith("--use-distributed-optimizer: ")
         assert self.refusal(self.saved("dp_reshardable")).startswith("no --use-distributed-opt")
+
+    def test_an_optimizer_that_has_not_taken_a_step_has_no_moments(self):
+        told = self.refusal(self.saved(kinds=()))
+        assert told.startswith("--load /run: /run/iter_0000007 has no exp_avg of adam: the optim")
+        assert told.endswith(f"accepted: {optimizer_state._FRESH}")
+        optimizer_state.check(self.run(skip_train=True), self.saved(kinds=()))
+
+    def test_a_momentum_cannot_begin_later(self):
+        plain = self.saved(kinds=(), optimizer="sgd", sgd_momentum=0.0)
+        told = self.refusal(plain, optimizer="sgd", sgd_momentum=0.9)
+        assert told.startswith(
+            "--sgd-momentum 0.9: /run/iter_0000007 was trained with --sgd-momentum 0.0"
+        )
+        optimizer_state.check(self.run(optimizer="sgd", sgd_momentum=0.0), plain)
+        moving = self.saved(kinds=("momentum_buffer",), optimizer="sgd")
+        for momentum in (0.0, 0.9):
+            optimizer_state.check(self.run(optimizer="sgd", sgd_momentum=momentum), moving)
 
     def test_another_dtype_has_no_main_weights(self):
         message = self.refusal(self.saved(), bf16=True)

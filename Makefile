@@ -16,6 +16,9 @@ endif
 endif
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 
+# Python compiles what a run imports of PyTorch and Megatron; else the first command would take 10 s more.
+COMPILED := from megatron_scmoe.platform import cpu_backend; cpu_backend.enable_if_no_gpu(); import megatron_scmoe.training.pretrain
+
 .PHONY: help install demo test test-fast test-gpu test-slurm test-image test-faults golden coverage lint format docs clean
 
 help:  ## list the targets
@@ -77,4 +80,5 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@SCMOE_CPU=1 $(RUN) -W ignore -c '$(COMPILED)'
 	@touch $@

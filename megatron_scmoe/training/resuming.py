@@ -51,6 +51,8 @@ OF_TRAINING = (
     "hidden_dropout",
     "attention_dropout",
     "eod_mask_loss",
+    "reset_position_ids",
+    "reset_attention_mask",
 )
 """What a run that goes on trains for, which is that of its own flags; a line says what is new."""
 

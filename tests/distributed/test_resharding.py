@@ -85,6 +85,12 @@ def test_there_and_back(undisturbed, tmp_path):
     assert_goes_on(back, straight, 5)
 
 
+def counted_in_samples() -> list[str]:
+    """The flags without what is counted in iterations."""
+    at = {i + n for i, flag in enumerate(FLAGS) if flag.startswith("--lr-") for n in (0, 1)}
+    return [word for i, word in enumerate(FLAGS) if i not in at]
+
+
 class TestSchedule:
     def resumed(self, undisturbed, *flags: str):
         _, folder = undisturbed("plain")
@@ -100,6 +106,12 @@ class TestSchedule:
         # Four steps of 8 samples are done; from a peak of 1e-2 at 2 x 16 samples down to 0 at 160.
         rates = {step: 1e-2 * (160 - 32 - 16 * (step - 4)) / 128 for step in (5, 6, 7)}
         assert run.learning_rates == pytest.approx(rates)
+
+    def test_samples_are_counted_from_what_is_done(self, undisturbed, monkeypatch):
+        monkeypatch.setitem(globals(), "FLAGS", counted_in_samples())
+        run = self.resumed(undisturbed, "--train-samples", "64", "--global-batch-size", "16")
+        assert run.status == 0, run.output[-3000:]
+        assert sorted(run.losses) == [5, 6]  # 4 of 8 are done; 64 / 16 are 4
 
     def test_another_learning_rate_only_if_asked(self, undisturbed):
         refused = self.resumed(undisturbed, "--train-iters", "6", "--lr", "5e-3")

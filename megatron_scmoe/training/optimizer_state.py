@@ -81,7 +81,7 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             f"{saved.path} has no state of an optimizer (--no-save-optim)",
             f"{_FRESH}; --finetune begins at iteration 0",
         )
-    if not saved.begins_anew(args):
+    if not args.finetune and not saved.given.startswith(locate.PRETRAINED):
         _check_as_megatron_does(args, before, saved)
     if not is_loaded(args, saved):
         return
@@ -280,7 +280,15 @@ def _differs(name: str, args: argparse.Namespace, saved: argparse.Namespace) -> 
 def _check_as_megatron_does(
     args: argparse.Namespace, before: argparse.Namespace, saved: SavedRun
 ) -> None:
-    """Compare what Megatron asserts when the checkpoint is loaded."""
+    """Compare what Megatron asserts when the checkpoint is loaded, but for ``--finetune``."""
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(before, name) != getattr(args, name):  # by --scmoe-changed
+            raise ScMoEConfigError(
+                in_flags(name, getattr(args, name)),
+                f"{saved.path} was trained with {in_flags(name, getattr(before, name))}, and Megatron "
+                "goes on with that alone",
+                f"{in_flags(name, getattr(before, name))}, or --finetune, which begins at iteration 0",
+            )
     draws_apart, mine = getattr(before, "data_parallel_random_init", False), args.global_batch_size
     if args.data_parallel_random_init and not draws_apart:
         raise ScMoEConfigError(

@@ -98,6 +98,8 @@ def main() -> None:
         )
     model_config.pre_wrap_hooks += before_wrapped
     model_config.post_wrap_hooks += once_wrapped
+    if args.scmoe_changed:
+        model_config.post_wrap_hooks.append(partial(resuming.check_tensors, args=args))
     print_rank_0(describe(scmoe))
     if args.async_save and args.async_strategy == "mcore":
         async_saves.install(args.exit_signal)

@@ -1,5 +1,7 @@
 """A run resumed on other ranks, or for longer, goes on as if it had never stopped."""
 
+import re
+
 import pytest
 
 from tests.distributed.test_training import NO_DROPOUT, TINY
@@ -160,6 +162,27 @@ def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_pa
     assert "Traceback" not in run.output
     assert run.error.startswith("--scmoe-tap pos3: ")
     assert "was trained with --scmoe-tap pos2" in run.error
+
+
+@pytest.mark.parametrize(
+    ("layout", "flag", "value", "told"),
+    [
+        ("1 rank", "num-experts", "8", r"mlp.router.weight is of \(4, 32\) in .* of \(8, 32\) in"),
+        ("PP2", "scmoe-combine", "cg2", "has no decoder.layers.1.mlp.combine_gate.weight, which "),
+        ("1 rank", "num-layers", "8", "--num-layers 8: .* trained with --num-layers 4, and Mega"),
+    ],
+)
+def test_another_model_on_purpose_has_the_tensors_of_this_one(
+    undisturbed, layout, flag, value, told
+):
+    _, folder = undisturbed("plain")
+    ranks, of_layout = LAYOUTS[layout]
+    changed = [f"--{flag}", value, "--scmoe-changed", flag, "moe-layer-freq"]
+    pattern = ["--moe-layer-freq", "[0,1]*4"] if flag == "num-layers" else []
+    load = ["--train-iters", "6", "--load", str(folder), "--ckpt-step", "4"]
+    run = run_pretrain([*FLAGS, *of_layout.split(), *load, *changed, *pattern], ranks)
+    assert run.status == 2 and "Traceback" not in run.output, run.output[-3000:]
+    assert re.search(told, run.error)
 
 
 def test_what_is_given_beside_use_checkpoint_args_and_loses_is_named(undisturbed):

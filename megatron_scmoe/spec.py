@@ -107,6 +107,7 @@ def _settle(args: argparse.Namespace) -> ScMoEConfig:
         resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
         optimizer_state.check(args, saved)
         optimizer_state.settle_schedule(args, saved)
+        optimizer_state.count_iterations_from(saved, args)
         resuming.say_what_is_trained_for(args, saved)
     optimizer_state.load_on_any_layout()
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"

@@ -6,6 +6,7 @@ or dataset may be meant, and is said.
 """
 
 import argparse
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ ORDERING = (
     "train_data_path",
     "data_args_path",
     "per_split_data_args_path",
+    "dataloader_type",
 )
 """Arguments from which the order of the training samples follows, beside their number."""
 
@@ -63,7 +65,26 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
                 "empty --data-cache-path",
             )
     if getattr(saved.args, "consumed_train_samples", 0) and not args.skip_train:
+        _check_batches(args, saved)
         _say_what_orders_anew(args, now, saved, before)
+
+
+def _check_batches(args: argparse.Namespace, saved: SavedRun) -> None:
+    """Of ``--dataloader-type cyclic`` Megatron asserts that it goes on between two batches."""
+    at_once = args.micro_batch_size * _replicas(args)
+    done = getattr(saved.args, "consumed_train_samples", 0)
+    if args.dataloader_type == "cyclic" and done % at_once:
+        raise InputError(
+            f"--micro-batch-size {args.micro_batch_size} with --dataloader-type cyclic",
+            f"{saved.path} has drawn {done} samples, and this run's replicas draw {at_once} at once",
+            f"a size by which {done} can be divided",
+        )
+
+
+def _replicas(args: argparse.Namespace) -> int:
+    """Data-parallel ranks; Megatron has not counted them yet."""
+    parts = ("tensor_model", "pipeline_model", "context")
+    return args.world_size // math.prod(getattr(args, f"{part}_parallel_size") for part in parts)
 
 
 def _say_what_orders_anew(
@@ -77,14 +98,31 @@ def _say_what_orders_anew(
         for name in ORDERING
         if hasattr(theirs, name) and _meaning(name, args, now) != _meaning(name, theirs, before)
     ]
-    if found:
-        mine = ", ".join(in_flags(name, getattr(args, name)) for name in found)
-        was = ", ".join(in_flags(name, getattr(theirs, name)) for name in found)
+    mine = [in_flags(name, getattr(args, name)) for name in found]
+    was = [in_flags(name, getattr(theirs, name)) for name in found]
+    if args.dataloader_type == "cyclic" and not found:
+        _add_shares(args, theirs, mine, was)
+    if mine:
         print(
-            f"WARNING: {mine}: {saved.path} was trained with {was}; samples come in another order "
-            "from here on, and some that were drawn may be drawn again, or serve validation",
+            f"WARNING: {', '.join(mine)}: {saved.path} was trained with {', '.join(was)}; samples come "
+            "in another order from here on, and some that were drawn may be drawn again, or serve "
+            "validation",
             flush=True,
         )
+
+
+def _add_shares(
+    args: argparse.Namespace, theirs: argparse.Namespace, mine: list[str], was: list[str]
+) -> None:
+    """A cyclic loader shuffles the share of each replica, or all samples for all of them."""
+    now = (args.data_sharding, _replicas(args))
+    before = (
+        getattr(theirs, "data_sharding", now[0]),
+        getattr(theirs, "data_parallel_size", now[1]),
+    )
+    if now != before:
+        for told, (apart, replicas) in ((mine, now), (was, before)):
+            told += [in_flags("data_sharding", apart), f"{replicas} data-parallel replicas"]
 
 
 def _meaning(name: str, args: argparse.Namespace, words: Mapping[str, str]) -> Any:
@@ -92,6 +130,8 @@ def _meaning(name: str, args: argparse.Namespace, words: Mapping[str, str]) -> A
     value = getattr(args, name)
     if name == "split":
         return parse_split(value)
+    if name == "dataloader_type":
+        return value or "single"  # Megatron's default, which it sets later
     if isinstance(value, list):
         return [words.get(os.path.abspath(str(word)), word) for word in value]
     return value

@@ -8,9 +8,11 @@ the flags and the model at hand.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import num_microbatches_calculator as batches
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -19,10 +21,13 @@ from megatron.core.optimizer.optimizer import (
     FP32Optimizer,
     MegatronOptimizer,
 )
-from megatron.training import get_args
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import get_args, training
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import print_rank_0
 
 from megatron_scmoe.arguments import in_flags
+from megatron_scmoe.checkpoints import locate
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.training.saved_run import SavedRun
 
@@ -35,6 +40,14 @@ _SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
+_OF_FILES: dict[str, Callable[[Any], Any]] = {
+    "use_distributed_optimizer": bool,
+    "bf16": bool,
+    "fp16": bool,
+    "decoupled_lr": lambda rate: rate is not None,  # another one is a rate of the same group
+}
+"""By what the state lies otherwise in the files of ranks, and what of its value matters."""
+
 _FRESH = "--no-load-optim, which begins with a fresh optimizer and schedule"
 
 
@@ -68,6 +81,8 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             f"{saved.path} has no state of an optimizer (--no-save-optim)",
             f"{_FRESH}; --finetune begins at iteration 0",
         )
+    if not args.finetune and not saved.given.startswith(locate.PRETRAINED):
+        _check_as_megatron_does(args, before, saved)
     if not is_loaded(args, saved):
         return
     if getattr(before, "optimizer", args.optimizer) != args.optimizer:
@@ -77,6 +92,7 @@ def check(args: argparse.Namespace, saved: SavedRun) -> None:
             f"--optimizer {before.optimizer}, or {_FRESH}",
         )
     if not saved.is_distributed:
+        _check_files_of_ranks(args, before, saved)
         return
     content = saved.state.get("content_metadata") or {}
     form = content.get("distrib_optim_sharding_type")
@@ -109,9 +125,16 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
             "> --no-load-optim: the learning rate's schedule begins anew as well, with its warmup, at "
             f"iteration {saved.state.get('iteration', 0)}"
         )
-    if before is None or chosen or not trains or not is_loaded(args, saved):
+    if before is None or not trains or not is_loaded(args, saved):
         return
-    mine = _schedule(args)
+    before = before | _not_stored(saved.args)
+    if args.use_checkpoint_opt_param_scheduler:
+        _take_what_is_not_stored(args, before)
+    if chosen:
+        return
+    mine, done = _schedule(args), before.get("num_steps", 0)
+    if done >= mine["lr_warmup_steps"][0]:
+        del mine["init_lr"]
     for name, (value, flag) in mine.items():
         if name not in _LENGTHS and before.get(name, value) != value:
             raise ScMoEConfigError(
@@ -123,7 +146,7 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
     changed = {
         name: (before[name], mine[name][0])
         for name in _LENGTHS
-        if before.get(name, mine[name][0]) != mine[name][0]
+        if name in mine and before.get(name, mine[name][0]) != mine[name][0]
     }
     if changed:
         args.override_opt_param_scheduler = True
@@ -136,7 +159,7 @@ def settle_schedule(args: argparse.Namespace, saved: SavedRun) -> None:
             f"> the schedule is that of this run's flags, not of the checkpoint: {told} "
             "(--use-checkpoint-opt-param-scheduler keeps the checkpoint's)"
         )
-        done, decay = before.get("num_steps", 0), mine["lr_decay_steps"][0]
+        decay = mine["lr_decay_steps"][0]
         if done >= decay and args.lr_decay_style != "constant":
             print_rank_0(
                 f"WARNING: that decay is over, as {int(done)} samples are done: every step will have "
@@ -148,12 +171,44 @@ def load_on_any_layout() -> None:
     """Make Megatron load the optimizer's state of a checkpoint of any layout, in any groups."""
     ChainedOptimizer.load_state_dict = _load_state_dict
     ChainedOptimizer.sharded_state_dict = _sharded_state_dict
+    OptimizerParamScheduler.load_state_dict = _load_schedule
+
+
+def count_iterations_from(saved: SavedRun, run: argparse.Namespace) -> None:
+    """Make Megatron count the iterations of ``--train-samples`` from those that are done.
+
+    It counts as if each had had this run's batch, and would train on more samples than were asked for,
+    or on fewer, where the batch was another one.
+    """
+    if run.train_iters or saved.args is None or saved.begins_anew(run):
+        return
+
+    def update_train_iters(args: argparse.Namespace) -> None:
+        if args is not run or args.train_iters:
+            _count_from_0(args)
+            return
+        done = saved.state.get("iteration", 0)
+        samples = getattr(saved.args, "consumed_train_samples", 0)
+        if (rewound := args.override_ckpt_iteration) is not None:
+            done, samples = rewound, rewound * args.global_batch_size
+        while samples < args.train_samples:
+            batches.update_num_microbatches(samples, consistency_check=False)
+            samples += batches.get_current_global_batch_size()
+            if samples > args.train_samples and not args.step_batch_size_schedule:
+                break  # as Megatron counts
+            done += 1
+        batches.update_num_microbatches(0, consistency_check=False)
+        args.train_iters = done
+        print_rank_0(f"setting training iterations to {done}")
+
+    training.update_train_iters = update_train_iters
 
 
 _LENGTHS = {
     "lr_warmup_steps": "warmup of",
     "lr_decay_steps": "decay over",
     "wd_incr_steps": "weight decay increasing over",
+    "wsd_decay_steps": "last decay of",
 }
 
 
@@ -169,7 +224,7 @@ def _schedule(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
     same = args.weight_decay_incr_style == "constant"
-    return {
+    stored = {
         "max_lr": (args.lr, "--lr"),
         "min_lr": (args.min_lr, "--min-lr"),
         "lr_decay_style": (args.lr_decay_style, "--lr-decay-style"),
@@ -180,10 +235,99 @@ def _schedule(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
         "lr_decay_steps": (decay, "--lr-decay-iters"),
         "wd_incr_steps": (total, "--train-iters"),
     }
+    flags = {
+        "init_lr": "--lr-warmup-init",
+        "lr_wsd_decay_style": "--lr-wsd-decay-style",
+        "wsd_decay_steps": "--lr-wsd-decay-iters",
+    }
+    return stored | {name: (value, flags[name]) for name, value in _not_stored(args).items()}
+
+
+def _not_stored(args: argparse.Namespace | None) -> dict[str, Any]:
+    """What of a run's schedule Megatron keeps in its arguments alone, by the scheduler's names."""
+    found: dict[str, Any] = {}
+    if args is None:
+        return found
+    if hasattr(args, "lr_warmup_init"):
+        found["init_lr"] = args.lr_warmup_init
+    if getattr(args, "lr_decay_style", None) == "WSD":
+        found["lr_wsd_decay_style"] = args.lr_wsd_decay_style
+        by_batch = args.lr_wsd_decay_iters is not None
+        found["wsd_decay_steps"] = (
+            args.lr_wsd_decay_iters * args.global_batch_size
+            if by_batch
+            else args.lr_wsd_decay_samples
+        )
+    return found
+
+
+def _take_what_is_not_stored(args: argparse.Namespace, before: dict[str, Any]) -> None:
+    """Let a run that keeps the checkpoint's schedule keep that part as well."""
+    args.lr_warmup_init = before.get("init_lr", args.lr_warmup_init)
+    args.lr_wsd_decay_style = before.get("lr_wsd_decay_style", args.lr_wsd_decay_style)
+    if (samples := before.get("wsd_decay_steps")) is None:
+        return
+    if args.train_samples:
+        args.lr_wsd_decay_samples = samples
+    else:  # Megatron multiplies it again; a fraction where the batch was another one
+        args.lr_wsd_decay_iters = samples / args.global_batch_size
 
 
 def _differs(name: str, args: argparse.Namespace, saved: argparse.Namespace) -> bool:
     return (getattr(saved, name, None) or 1) != (getattr(args, name) or 1)
+
+
+def _check_as_megatron_does(
+    args: argparse.Namespace, before: argparse.Namespace, saved: SavedRun
+) -> None:
+    """Compare what Megatron asserts when the checkpoint is loaded, but for ``--finetune``."""
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(before, name) != getattr(args, name):  # by --scmoe-changed
+            raise ScMoEConfigError(
+                in_flags(name, getattr(args, name)),
+                f"{saved.path} was trained with {in_flags(name, getattr(before, name))}, and Megatron "
+                "goes on with that alone",
+                f"{in_flags(name, getattr(before, name))}, or --finetune, which begins at iteration 0",
+            )
+    draws_apart, mine = getattr(before, "data_parallel_random_init", False), args.global_batch_size
+    if args.data_parallel_random_init and not draws_apart:
+        raise ScMoEConfigError(
+            "--data-parallel-random-init",
+            f"{saved.path} was trained without it, and has one state of the random generators",
+            "leave the flag out, or --finetune with it",
+        )
+    if args.phase_transition_iterations and getattr(before, "global_batch_size", mine) != mine:
+        raise ScMoEConfigError(
+            f"--phase-transition-iterations with --global-batch-size {mine}",
+            f"{saved.path} was trained with --global-batch-size {before.global_batch_size}, by which "
+            "Megatron counts the samples of each phase",
+            f"--global-batch-size {before.global_batch_size}",
+        )
+
+
+def _check_files_of_ranks(
+    args: argparse.Namespace, before: argparse.Namespace, saved: SavedRun
+) -> None:
+    """Compare what a checkpoint of ``--ckpt-format torch`` holds by number, not by name."""
+    for name, comes_to in _OF_FILES.items():
+        theirs, mine = getattr(before, name, None), getattr(args, name)
+        if comes_to(theirs) != comes_to(mine):
+            raise ScMoEConfigError(
+                in_flags(name, mine),
+                f"{saved.path} was trained with {in_flags(name, theirs)}, and its files hold the "
+                "optimizer's state for that",
+                f"{in_flags(name, theirs)}, or {_FRESH}",
+            )
+    folder = str(saved.path.parent)
+    last = locate.tracker_says(folder)
+    if args.use_distributed_optimizer and args.ckpt_step and str(args.ckpt_step) != last:
+        raise ScMoEConfigError(
+            f"--ckpt-step {args.ckpt_step} with --use-distributed-optimizer",
+            f"of --ckpt-format torch Megatron would load the weights of {saved.path}, and the "
+            f"optimizer's state of iteration {last}",
+            f"echo {args.ckpt_step} > {get_checkpoint_tracker_filename(folder)}, without --ckpt-step; "
+            f"or {_FRESH}",
+        )
 
 
 def _check_kind(args: argparse.Namespace, saved: SavedRun, form: str | None) -> None:
@@ -235,6 +379,15 @@ def _check_tensors(args: argparse.Namespace, before: argparse.Namespace, saved: 
 _KINDS = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
 _load_one_state = ChainedOptimizer.load_state_dict
 _plain_sharded_state_dict = ChainedOptimizer.sharded_state_dict
+_load_most_of_a_schedule = OptimizerParamScheduler.load_state_dict
+_count_from_0 = training.update_train_iters
+
+
+def _load_schedule(scheduler: OptimizerParamScheduler, state_dict: dict) -> None:
+    """In place of ``OptimizerParamScheduler.load_state_dict``, which sets the weight decay of the first
+    iteration before it reads the checkpoint's."""
+    _load_most_of_a_schedule(scheduler, state_dict)
+    scheduler.step(0)
 
 
 def _sharded_state_dict(

@@ -98,6 +98,8 @@ def main() -> None:
         )
     model_config.pre_wrap_hooks += before_wrapped
     model_config.post_wrap_hooks += once_wrapped
+    if args.scmoe_changed:
+        model_config.post_wrap_hooks.append(partial(resuming.check_tensors, args=args))
     print_rank_0(describe(scmoe))
     if args.async_save and args.async_strategy == "mcore":
         async_saves.install(args.exit_signal)
@@ -221,6 +223,7 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
     optimizer_state.check(args, saved)
     optimizer_state.settle_schedule(args, saved)
+    optimizer_state.count_iterations_from(saved, args)
     resuming.say_what_is_trained_for(args, saved)
     if args.use_checkpoint_args:
         reason = "it is the checkpoint's (--use-checkpoint-args)"
@@ -246,14 +249,20 @@ def _say_what_is_unknown(saved: SavedRun, args) -> None:
 
 def _say_what_is_finished(saved: SavedRun, args) -> None:
     """If nothing is left to train, say so, and do not write the last checkpoint anew in its place."""
-    done = saved.state.get("iteration", 0)
+    unit, done, wanted = "iterations", saved.state.get("iteration", 0), args.train_iters
     if saved.begins_anew(args) or args.skip_train or args.ckpt_convert_format:
         return
-    if not args.train_iters or done < args.train_iters:
+    least = wanted
+    if args.train_samples:
+        unit, done = "samples", getattr(saved.args, "consumed_train_samples", 0)
+        wanted = least = args.train_samples
+        if not args.step_batch_size_schedule:
+            least -= args.global_batch_size - 1  # Megatron leaves out what is less than a batch
+    if done < least:
         return
+    flag = "--train-samples" if args.train_samples else "--train-iters"
     print_rank_0(
-        f"> nothing is left to train: {saved.path} has {done} iterations, and --train-iters is "
-        f"{args.train_iters}"
+        f"> nothing is left to train: {saved.path} has {done} {unit}, and {flag} is {wanted}"
     )
     if (
         args.save

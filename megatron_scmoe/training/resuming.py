@@ -1,5 +1,7 @@
 """A run compared with the checkpoint that it loads, before a process group or a model exists.
 
+Only where settings change on purpose are the tensors compared as well, once there is a model.
+
 Megatron compares few of the arguments that define a model. The others, and all of ScMoE's, would be
 those of the command line: the weights load, and another model goes on.
 """
@@ -9,7 +11,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.utils import unwrap_model
 from megatron.training.utils import print_rank_0
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_scmoe.arguments import (
     PREFIX,
@@ -18,12 +26,13 @@ from megatron_scmoe.arguments import (
     in_flags,
     name_of_flag,
 )
+from megatron_scmoe.checkpoints.dcp_metadata import read_metadata
 from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS, is_scmoe, model_arguments
 from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
 from megatron_scmoe.training.run_defaults import leave_out_one_logger
-from megatron_scmoe.training.saved_run import SavedRun
+from megatron_scmoe.training.saved_run import SavedRun, find
 from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
 
 FREE = (
@@ -51,6 +60,8 @@ OF_TRAINING = (
     "hidden_dropout",
     "attention_dropout",
     "eod_mask_loss",
+    "reset_position_ids",
+    "reset_attention_mask",
 )
 """What a run that goes on trains for, which is that of its own flags; a line says what is new."""
 
@@ -194,6 +205,51 @@ def differences(args: argparse.Namespace, saved: argparse.Namespace) -> dict[str
         for name in names
         if _is_used(name, args) and _meaning(name, args) != _meaning(name, older)
     }
+
+
+def check_tensors(chunks: list, args: argparse.Namespace) -> list:
+    """Compare the tensors of a model that departs from its checkpoint; all ranks call this together.
+
+    A hook of Megatron's model builder: it is the model at hand that knows its tensors.
+
+    Returns:
+        ``chunks``, as such hooks do.
+
+    Raises:
+        ScMoEConfigError: on every rank, at the first tensor that Megatron could not load on one.
+    """
+    saved = find(args)
+    if saved is None or not saved.is_distributed:
+        return chunks
+    found: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, _first_misfit(chunks, saved))
+    reason = next((each for each in found if each), None)
+    if reason is not None:
+        raise ScMoEConfigError(
+            f"--scmoe-changed {' '.join(args.scmoe_changed)}",
+            reason,
+            "settings under which each tensor keeps its name and shape",
+        )
+    return chunks
+
+
+def _first_misfit(chunks: list, saved: SavedRun) -> str | None:
+    """What keeps Megatron from loading these parts of a model, in words."""
+    there = read_metadata(saved.path).state_dict_metadata
+    form = saved.state.get("content_metadata")
+    for chunk in unwrap_model(chunks):
+        wanted = chunk.sharded_state_dict(metadata=form and dict(form))
+        apply_factories(wanted)
+        for tensor in nested_values(wanted):
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            stored = there.get(tensor.key)
+            if not isinstance(stored, TensorStorageMetadata):
+                return f"{saved.path} has no {tensor.key}, which the model has"
+            size, shape = tuple(stored.size), tuple(tensor.global_shape)
+            if size != shape and not tensor.allow_shape_mismatch:
+                return f"{tensor.key} is of {size} in {saved.path}, and of {shape} in the model"
+    return None
 
 
 def say_what_is_trained_for(args: argparse.Namespace, saved: SavedRun) -> None:

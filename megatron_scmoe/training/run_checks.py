@@ -231,22 +231,39 @@ def _check_length(args) -> None:
             "--train-iters N",
         )
     unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
-    for part in ("lr_decay", "lr_warmup"):
+    for part in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
         if value := getattr(args, f"{part}_{other}"):
             raise RunError(
                 in_flags(f"{part}_{other}", value),
                 f"the run is counted in {unit} (--train-{unit})",
                 f"{flag_of(f'{part}_{unit}')} N",
             )
-    for unit in ("iters", "samples"):
-        total = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        warmup = getattr(args, f"lr_warmup_{unit}")
-        if total and warmup and warmup >= total:
-            raise RunError(
-                f"--lr-warmup-{unit} {warmup}",
-                f"the learning rate has {total} {unit} in all (--lr-decay-{unit}, --train-{unit})",
-                f"0 to {total - 1}",
+    total = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if total and warmup and warmup >= total:
+        raise RunError(
+            f"--lr-warmup-{unit} {warmup}",
+            f"the learning rate has {total} {unit} in all (--lr-decay-{unit}, --train-{unit})",
+            f"0 to {total - 1}",
+        )
+    last_decay = f"lr_wsd_decay_{unit}"
+    if (args.lr_decay_style == "WSD") != (getattr(args, last_decay) is not None):
+        given = in_flags("lr_decay_style", args.lr_decay_style)
+        reason = f"the length of its last decay is not given ({flag_of(last_decay)})"
+        accepted = f"{flag_of(last_decay)} N with it"
+        if args.lr_decay_style != "WSD":
+            given, reason = (
+                in_flags(last_decay, getattr(args, last_decay)),
+                f"{given} has no such part",
             )
+            accepted = "--lr-decay-style WSD with it, or leave it out"
+        raise RunError(given, reason, accepted)
+    if args.phase_transition_iterations and args.train_samples is None:
+        raise RunError(
+            f"--phase-transition-iterations {args.phase_transition_iterations}",
+            "Megatron counts the samples of each phase up to --train-samples",
+            "--train-samples N in place of --train-iters, or leave it out",
+        )
     fraction = args.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         raise RunError(

@@ -1,5 +1,7 @@
 """A run resumed on other ranks, or for longer, goes on as if it had never stopped."""
 
+import re
+
 import pytest
 
 from tests.distributed.test_training import NO_DROPOUT, TINY
@@ -85,6 +87,12 @@ def test_there_and_back(undisturbed, tmp_path):
     assert_goes_on(back, straight, 5)
 
 
+def counted_in_samples() -> list[str]:
+    """The flags without what is counted in iterations."""
+    at = {i + n for i, flag in enumerate(FLAGS) if flag.startswith("--lr-") for n in (0, 1)}
+    return [word for i, word in enumerate(FLAGS) if i not in at]
+
+
 class TestSchedule:
     def resumed(self, undisturbed, *flags: str):
         _, folder = undisturbed("plain")
@@ -100,6 +108,12 @@ class TestSchedule:
         # Four steps of 8 samples are done; from a peak of 1e-2 at 2 x 16 samples down to 0 at 160.
         rates = {step: 1e-2 * (160 - 32 - 16 * (step - 4)) / 128 for step in (5, 6, 7)}
         assert run.learning_rates == pytest.approx(rates)
+
+    def test_samples_are_counted_from_what_is_done(self, undisturbed, monkeypatch):
+        monkeypatch.setitem(globals(), "FLAGS", counted_in_samples())
+        run = self.resumed(undisturbed, "--train-samples", "64", "--global-batch-size", "16")
+        assert run.status == 0, run.output[-3000:]
+        assert sorted(run.losses) == [5, 6]  # 4 of 8 are done; 64 / 16 are 4
 
     def test_another_learning_rate_only_if_asked(self, undisturbed):
         refused = self.resumed(undisturbed, "--train-iters", "6", "--lr", "5e-3")
@@ -148,6 +162,27 @@ def test_another_model_is_refused_before_anything_is_started(undisturbed, tmp_pa
     assert "Traceback" not in run.output
     assert run.error.startswith("--scmoe-tap pos3: ")
     assert "was trained with --scmoe-tap pos2" in run.error
+
+
+@pytest.mark.parametrize(
+    ("layout", "flag", "value", "told"),
+    [
+        ("1 rank", "num-experts", "8", r"mlp.router.weight is of \(4, 32\) in .* of \(8, 32\) in"),
+        ("PP2", "scmoe-combine", "cg2", "has no decoder.layers.1.mlp.combine_gate.weight, which "),
+        ("1 rank", "num-layers", "8", "--num-layers 8: .* trained with --num-layers 4, and Mega"),
+    ],
+)
+def test_another_model_on_purpose_has_the_tensors_of_this_one(
+    undisturbed, layout, flag, value, told
+):
+    _, folder = undisturbed("plain")
+    ranks, of_layout = LAYOUTS[layout]
+    changed = [f"--{flag}", value, "--scmoe-changed", flag, "moe-layer-freq"]
+    pattern = ["--moe-layer-freq", "[0,1]*4"] if flag == "num-layers" else []
+    load = ["--train-iters", "6", "--load", str(folder), "--ckpt-step", "4"]
+    run = run_pretrain([*FLAGS, *of_layout.split(), *load, *changed, *pattern], ranks)
+    assert run.status == 2 and "Traceback" not in run.output, run.output[-3000:]
+    assert re.search(told, run.error)
 
 
 def test_what_is_given_beside_use_checkpoint_args_and_loses_is_named(undisturbed):

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
@@ -49,7 +50,7 @@ CLASSES = {
     for kind in (
         *(ArgumentGroupFactory, ChainedOptimizer, DefaultLoadPlanner, DistributedOptimizer),
         *(DotProductAttention, GraphableMegatronModule, MLASelfAttention, MLP, MoELayer, Router),
-        *(FileSystemWriterAsync, PersistentAsyncCaller),
+        *(FileSystemWriterAsync, OptimizerParamScheduler, PersistentAsyncCaller),
         *(MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher, RouterReplay, RerunStateMachine),
         *(Attention, FP32Optimizer, FusedScaleMaskSoftmax),
         *(ColumnParallelLinear, LinearWithGradAccumulationAndAsyncCommunication),

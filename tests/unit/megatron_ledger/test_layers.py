@@ -34,6 +34,7 @@ PARAMETERS = {
     "MoELayer.route": "self hidden_states padding_mask",
     "MoELayer.routed_experts_compute": "self hidden_states probs",
     "MoELayer.shared_experts_compute": "self hidden_states",
+    "OptimizerParamScheduler.load_state_dict": "self state_dict",
     "RouterReplay.get_replay_topk": "self scores topk num_groups group_topk default_compute_topk",
     "RowParallelLinear.forward": "self input_",
     "SharedExpertMLP.forward": "self hidden_states",
@@ -50,6 +51,7 @@ PARAMETERS = {
     "TransformerLayer._te_cuda_graph_capture": "self *args **kwargs",
     "TransformerLayer._te_cuda_graph_replay": "self *args **kwargs",
     "TransformerLayer.get_layer_static_inputs": "self seq_length micro_batch_size",
+    "megatron.training.training.update_train_iters": "args",
 }
 """Parameters of what is overridden, replaced or called from within."""
 

@@ -93,6 +93,23 @@ def test_groups_are_merged_by_number_and_sgd_has_no_state_to_load_into():
     )
 
 
+@row("OptimizerParamScheduler.load_state_dict")
+def test_the_first_step_has_not_the_weight_decay_of_the_checkpoint():
+    text = source("OptimizerParamScheduler.load_state_dict")
+    assert text.index("self.step(increment=num_steps)") < text.index("self.start_wd = ")
+    kept = source("OptimizerParamScheduler.state_dict")
+    assert "wsd" not in kept and "init_lr" not in kept  # optimizer_state._not_stored
+
+
+@row("megatron.training.training.update_train_iters")
+def test_iterations_are_counted_as_if_none_were_done():
+    text = source("megatron.training.training.update_train_iters")
+    assert "args.train_iters = args.train_samples // args.global_batch_size" in text
+    assert "update_train_iters(args)" in source(
+        "megatron.training.training.get_optimizer_param_scheduler"
+    )
+
+
 @row("megatron.core.rerun_state_machine.RerunStateMachine")
 def test_each_result_is_judged_when_it_comes():
     module = "megatron.core.rerun_state_machine"

@@ -28,7 +28,13 @@ def saved(prefix, tmp_path) -> SavedRun:
 
 
 def run(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"finetune": False, "scmoe_changed": None} | changes)
+    loader = {"dataloader_type": None, "data_sharding": True, "micro_batch_size": 2}
+    sizes = (
+        "world_size",
+        *(f"{p}_parallel_size" for p in ("tensor_model", "pipeline_model", "context")),
+    )
+    begins = {"finetune": False, "scmoe_changed": None}
+    return argparse.Namespace(**begins | loader | dict.fromkeys(sizes, 1) | changes)
 
 
 def test_the_same_data_goes_on(prefix, saved):
@@ -42,12 +48,15 @@ def test_data_made_anew_is_refused(documents, prefix, saved):
         data_identity.check(run(), saved, [prefix])
 
 
+CYCLIC = {"dataloader_type": "cyclic", "data_sharding": True, "data_parallel_size": 1}
+
+
 class TestOrder:
     """Megatron counts the samples that were drawn, and goes on at that number of another order."""
 
-    def told(self, saved, prefix, capsys, **changes) -> str:
+    def told(self, saved, prefix, capsys, before=None, **changes) -> str:
         args = {"seed": 1, "seq_length": 8, "split": "9,1,0", "data_path": [prefix]}
-        vars(saved.state["args"]).update(args, consumed_train_samples=8)
+        vars(saved.state["args"]).update(args, consumed_train_samples=8, **before or {})
         now = run(**args | {"skip_train": False} | changes)
         data_identity.check(now, saved, now.data_path)
         return capsys.readouterr().out
@@ -68,6 +77,30 @@ class TestOrder:
     @pytest.mark.parametrize("changes", [{}, {"split": "90,10"}, {"skip_train": True, "seed": 2}])
     def test_the_same(self, changes, saved, prefix, capsys):
         assert self.told(saved, prefix, capsys, **changes) == ""
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({}, ""),
+            ({"dataloader_type": None}, "WARNING: no --dataloader-type: "),
+            ({"world_size": 2, "tensor_model_parallel_size": 2}, ""),
+            ({"world_size": 2}, "2 data-parallel replicas: "),
+            ({"data_sharding": False}, "WARNING: --no-data-sharding, 1 data-parallel replicas: "),
+        ],
+    )
+    def test_of_a_cyclic_loader(self, changes, words, saved, prefix, capsys):
+        changes = {"dataloader_type": "cyclic"} | changes
+        told = self.told(saved, prefix, capsys, CYCLIC, **changes)
+        assert words in told and bool(words) == bool(told)
+
+    @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"world_size": 8}])
+    def test_a_cyclic_loader_goes_on_between_two_batches(self, changes, saved, prefix, capsys):
+        with pytest.raises(InputError, match=r"has drawn 8 samples, .* draw (3|16) at once"):
+            self.told(saved, prefix, capsys, CYCLIC, dataloader_type="cyclic", **changes)
+        self.told(saved, prefix, capsys, CYCLIC, **changes)
+
+    def test_a_single_loader_is_the_default(self, saved, prefix, capsys):
+        assert self.told(saved, prefix, capsys, {"dataloader_type": "single"}, world_size=2) == ""
 
     def test_a_converted_checkpoint_says_names_alone(self, saved, prefix, capsys):
         del saved.state["args"].scmoe_data_identity

@@ -4,12 +4,15 @@ import argparse
 import copy
 import functools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe import arguments
+from megatron_scmoe.arguments import flag_of
 from megatron_scmoe.checkpoints.model_arguments import with_defaults
 from megatron_scmoe.checkpoints.runtime_settings import settings_of_the_model
 from megatron_scmoe.checkpoints.torch_dist import read_megatron
@@ -464,6 +467,40 @@ class TestOptimizer:
         told = self.refusal(self.saved(), **changes)
         assert "; accepted: --weight-decay-incr-style constant; " in told
 
+    def test_the_last_decay_of_wsd_is_of_this_runs_flags(self, capsys):
+        wsd = dict(lr_decay_style="WSD", lr_wsd_decay_iters=2)
+        args = self.run(**wsd | dict(lr_wsd_decay_iters=5))
+        optimizer_state.settle_schedule(args, self.saved(**wsd))
+        assert "last decay of 40 samples, not 16" in capsys.readouterr().out
+        other = self.run(**wsd)
+        optimizer_state.settle_schedule(other, self.saved(**wsd))
+        assert capsys.readouterr().out == ""
+        told = self.refusal(self.saved(**wsd), **wsd, lr_wsd_decay_style="linear")
+        assert told.startswith("--lr-wsd-decay-style linear: ") and "style exponential" in told
+
+    def test_where_the_warmup_begins_matters_while_it_lasts(self):
+        told = self.refusal(self.saved(lr_warmup_iters=5), lr_warmup_iters=5, lr_warmup_init=1e-3)
+        assert told.startswith("--lr-warmup-init 0.001: ")
+        optimizer_state.settle_schedule(
+            self.run(lr_warmup_iters=3, lr_warmup_init=1e-3), self.saved(lr_warmup_iters=3)
+        )
+
+    @pytest.mark.parametrize(
+        ("length", "kept"),
+        [
+            (dict(train_iters=10, global_batch_size=5), 3.2),
+            (dict(train_iters=None, train_samples=80), 16),
+        ],
+    )
+    def test_what_the_schedule_in_the_checkpoint_leaves_out_is_kept_too(self, length, kept):
+        saved = self.saved(lr_decay_style="WSD", lr_wsd_decay_iters=2, lr_warmup_init=1e-3)
+        args = self.run(use_checkpoint_opt_param_scheduler=True, **length)
+        optimizer_state.settle_schedule(args, saved)
+        assert args.lr_warmup_init == 1e-3
+        assert kept == (
+            args.lr_wsd_decay_samples if args.train_samples else args.lr_wsd_decay_iters
+        )
+
     def test_another_learning_rate_is_left_to_the_user(self):
         message = self.refusal(self.saved(), lr=0.2)
         assert message.startswith(
@@ -495,6 +532,42 @@ class TestOptimizer:
             )
             assert "--ckpt-convert-format torch_dist" in message
 
+    def files_of_ranks(self, **changes):
+        path = saved_run.Path("/run/iter_0000007")
+        return SavedRun("--load /run", path, {"args": self.run(**changes)}, False)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("use_distributed_optimizer", True), ("bf16", True), ("decoupled_lr", 0.3)],
+    )
+    def test_files_of_ranks_hold_the_state_by_number(self, name, value):
+        flag = flag_of(name)
+        assert self.refusal(self.files_of_ranks(), **{name: value}).startswith(flag)
+        assert self.refusal(self.files_of_ranks(**{name: value})).startswith("no " + flag)
+        saved = self.files_of_ranks(**{name: value})
+        optimizer_state.check(self.run(no_load_optim=True), saved)
+        optimizer_state.check(self.run(**{name: value}), saved)
+
+    def test_an_earlier_state_of_the_distributed_optimizer_is_not_loaded(self, tmp_path):
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+        args = self.run(use_distributed_optimizer=True)
+        state = {"args": args}
+        for step in (4, 7, None):
+            run = self.run(use_distributed_optimizer=True, ckpt_step=step)
+            saved = SavedRun("--load /run", tmp_path / f"iter_000000{step or 7}", state, False)
+            if step != 4:
+                optimizer_state.check(run, saved)
+                continue
+            with pytest.raises(
+                ScMoEConfigError, match=r"^--ckpt-step 4 with .*accepted: echo 4 > "
+            ):
+                optimizer_state.check(run, saved)
+
+    def test_random_generators_of_each_replica(self):
+        told = self.refusal(self.saved(), data_parallel_random_init=True)
+        assert told.startswith("--data-parallel-random-init: ")
+        optimizer_state.check(self.run(data_parallel_random_init=True, finetune=True), self.saved())
+
     def test_plain_and_distributed_are_told_apart(self):
         message = self.refusal(self.saved(), use_distributed_optimizer=True)
         assert message.startswith("--use-distributed-optimizer: ")
@@ -524,6 +597,21 @@ class TestOptimizer:
         bf16 = self.saved(kinds=("exp_avg", "fp32_param"), bf16=True)
         assert self.refusal(bf16).startswith("fp32: ")
         optimizer_state.check(self.run(fp16=True), bf16)
+
+
+def test_the_first_step_has_the_weight_decay_of_the_checkpoint():
+    def schedule(start: float, end: float, style: str, **keeps):
+        optimizer = SimpleNamespace(param_groups=[{}])
+        lengths = dict(lr_warmup_steps=0, lr_decay_steps=8, wd_incr_steps=8)
+        rates = dict(init_lr=0.0, max_lr=0.1, min_lr=0.0, lr_decay_style="linear")
+        decay = dict(start_wd=start, end_wd=end, wd_incr_style=style)
+        return OptimizerParamScheduler(optimizer, **lengths, **rates, **decay, **keeps)
+
+    saved, run = schedule(0.0, 0.8, "linear"), schedule(0.5, 0.5, "constant")
+    saved.step(4)
+    optimizer_state._load_schedule(run, saved.state_dict())
+    assert run.optimizer.param_groups == saved.optimizer.param_groups
+    assert run.num_steps == 4
 
 
 def test_a_setting_of_the_run_under_its_older_name_changes_nothing():

@@ -322,6 +322,19 @@ def test_a_checkpoint_may_bring_the_model():
         ("--decoupled-lr 1e-3 --min-lr 1e-4 --decoupled-min-lr 1e-4", "--decoupled-lr 0.001: "),
         ("--decoupled-min-lr 0.001", "--decoupled-min-lr 0.001: it bounds --decoupled-lr, which "),
         ("--lr-decay-iters 0", "--lr-decay-iters 0"),
+        (
+            "--lr-decay-style WSD",
+            "--lr-decay-style WSD: .*accepted: --lr-wsd-decay-iters N with it",
+        ),
+        ("--lr-wsd-decay-iters 2", "--lr-wsd-decay-iters 2: --lr-decay-style linear has no such "),
+        (
+            "--lr-wsd-decay-samples 2",
+            "--lr-wsd-decay-samples 2: .*accepted: --lr-wsd-decay-iters N",
+        ),
+        (
+            "--phase-transition-iterations 2",
+            "accepted: --train-samples N in place of --train-iters",
+        ),
         ("--log-timers-to-tensorboard", "--tensorboard-dir FOLDER with it"),
         ("--bf16 --fp16", "^--bf16 with --fp16: .*accepted: one of them"),
         ("--distributed-timeout-minutes 0", "--distributed-timeout-minutes 0: it is too small"),

@@ -31,7 +31,7 @@ from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError
 from megatron_scmoe.model.layer_spec import build_block_spec, describe
 from megatron_scmoe.platform import command_line
-from megatron_scmoe.training import optimizer_state, resuming, saved_run
+from megatron_scmoe.training import lr_schedule, optimizer_state, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 
 WHERE = f"${ENVIRONMENT_VARIABLE} with "
@@ -106,8 +106,8 @@ def _settle(args: argparse.Namespace) -> ScMoEConfig:
         resuming.check(args, saved, WHERE)
         resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
         optimizer_state.check(args, saved)
-        optimizer_state.settle_schedule(args, saved)
-        optimizer_state.count_iterations_from(saved, args)
+        lr_schedule.settle(args, saved)
+        lr_schedule.go_on_from(saved, args)
         resuming.say_what_is_trained_for(args, saved)
     optimizer_state.load_on_any_layout()
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"

@@ -33,6 +33,7 @@ from megatron_scmoe.training import (
     failed_saves,
     finite_checks,
     input_checks,
+    lr_schedule,
     optimizer_state,
     resuming,
     run_checks,
@@ -222,8 +223,8 @@ def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     resuming.check(args, saved)
     resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
     optimizer_state.check(args, saved)
-    optimizer_state.settle_schedule(args, saved)
-    optimizer_state.count_iterations_from(saved, args)
+    lr_schedule.settle(args, saved)
+    lr_schedule.go_on_from(saved, args)
     resuming.say_what_is_trained_for(args, saved)
     if args.use_checkpoint_args:
         reason = "it is the checkpoint's (--use-checkpoint-args)"

@@ -98,7 +98,7 @@ def test_the_first_step_has_not_the_weight_decay_of_the_checkpoint():
     text = source("OptimizerParamScheduler.load_state_dict")
     assert text.index("self.step(increment=num_steps)") < text.index("self.start_wd = ")
     kept = source("OptimizerParamScheduler.state_dict")
-    assert "wsd" not in kept and "init_lr" not in kept  # optimizer_state._not_stored
+    assert "wsd" not in kept and "init_lr" not in kept  # lr_schedule._not_stored
 
 
 @row("megatron.training.training.update_train_iters")

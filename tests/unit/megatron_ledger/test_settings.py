@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_scmoe.checkpoints import model_arguments, output_folder
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.platform import log_filters
-from megatron_scmoe.training import optimizer_state, saving_checks
+from megatron_scmoe.training import lr_schedule, saving_checks
 from tests.unit.megatron_ledger.source import megatron_parser, row, source
 
 # Flags.
@@ -106,7 +106,7 @@ def test_lengths_of_the_schedule_are_the_same():
     for lengths in (of_iterations, of_iterations | {"lr_warmup_fraction": 0.1}, of_samples):
         args = megatron_parser().parse_args(["--lr", "1e-3", "--global-batch-size", "4"])
         vars(args).update(start_weight_decay=0.1, end_weight_decay=0.1, **lengths)
-        mine = {name: value for name, (value, _) in optimizer_state._schedule(args).items()}
+        mine = {name: value for name, (value, _) in lr_schedule._schedule(args).items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "get_args", lambda args=args: args)
             patch.setattr(training, "update_train_iters", lambda args: None)

@@ -19,7 +19,7 @@ from megatron_scmoe.checkpoints.torch_dist import read_megatron
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.errors import ConversionError, ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
-from megatron_scmoe.training import optimizer_state, pretrain, resuming, saved_run
+from megatron_scmoe.training import lr_schedule, optimizer_state, pretrain, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 from tests import checkpoints, models
 
@@ -398,7 +398,7 @@ class TestOptimizer:
         return args
 
     def saved(self, sharding: str | None = None, kinds=("exp_avg",), **changes):
-        scheduler = {n: v for n, (v, _) in optimizer_state._schedule(self.run(**changes)).items()}
+        scheduler = {n: v for n, (v, _) in lr_schedule._schedule(self.run(**changes)).items()}
         content = {"distrib_optim_sharding_type": sharding} if sharding else {}
         saved = of(
             self.run(use_distributed_optimizer=bool(sharding), **changes),
@@ -412,32 +412,32 @@ class TestOptimizer:
         args = self.run(**changes)
         with pytest.raises(ScMoEConfigError) as caught:
             optimizer_state.check(args, saved)
-            optimizer_state.settle_schedule(args, saved)
+            lr_schedule.settle(args, saved)
         return str(caught.value)
 
     def test_another_length_goes_on_by_the_flags(self, capsys):
         for changes in (dict(train_iters=20), dict(global_batch_size=16), dict(lr_warmup_iters=3)):
             args = self.run(**changes)
-            optimizer_state.settle_schedule(args, self.saved())
+            lr_schedule.settle(args, self.saved())
             assert args.override_opt_param_scheduler
         out = capsys.readouterr().out
         assert "decay over 160 samples, not 80" in out and "warmup of 24 samples, not 0" in out
 
     @pytest.mark.parametrize(("decay", "is_over"), [(3, True), (4, False)])
     def test_a_decay_that_is_over_is_warned_of(self, decay, is_over, capsys):
-        optimizer_state.settle_schedule(self.run(lr_decay_iters=decay), self.saved())
+        lr_schedule.settle(self.run(lr_decay_iters=decay), self.saved())
         warned = "WARNING: that decay is over, as 24 samples are done" in capsys.readouterr().out
         assert warned == is_over
 
     def test_the_same_schedule_is_left_alone(self, capsys):
         args = self.run()
-        optimizer_state.settle_schedule(args, self.saved())
+        lr_schedule.settle(args, self.saved())
         assert not args.override_opt_param_scheduler and capsys.readouterr().out == ""
 
     @pytest.mark.parametrize("name", ["finetune", "no_load_optim", "override_opt_param_scheduler"])
     def test_what_is_not_loaded_or_chosen_is_not_compared(self, name):
         args = self.run(**{name: True, "lr": 0.3})
-        optimizer_state.settle_schedule(args, self.saved())
+        lr_schedule.settle(args, self.saved())
 
     def test_a_checkpoint_without_a_state(self):
         saved = self.saved(no_save_optim=True)
@@ -451,11 +451,11 @@ class TestOptimizer:
     def test_a_schedule_that_begins_anew_is_said(self, capsys):
         saved = self.saved()
         saved.state["iteration"] = 7
-        optimizer_state.settle_schedule(self.run(no_load_optim=True), saved)
+        lr_schedule.settle(self.run(no_load_optim=True), saved)
         assert "schedule begins anew as well, with its warmup, at iteration 7" in (
             capsys.readouterr().out
         )
-        optimizer_state.settle_schedule(self.run(no_load_optim=True, finetune=True), saved)
+        lr_schedule.settle(self.run(no_load_optim=True, finetune=True), saved)
         assert capsys.readouterr().out == ""
 
     def test_advice_on_weight_decay_is_a_flag(self):
@@ -470,10 +470,10 @@ class TestOptimizer:
     def test_the_last_decay_of_wsd_is_of_this_runs_flags(self, capsys):
         wsd = dict(lr_decay_style="WSD", lr_wsd_decay_iters=2)
         args = self.run(**wsd | dict(lr_wsd_decay_iters=5))
-        optimizer_state.settle_schedule(args, self.saved(**wsd))
+        lr_schedule.settle(args, self.saved(**wsd))
         assert "last decay of 40 samples, not 16" in capsys.readouterr().out
         other = self.run(**wsd)
-        optimizer_state.settle_schedule(other, self.saved(**wsd))
+        lr_schedule.settle(other, self.saved(**wsd))
         assert capsys.readouterr().out == ""
         told = self.refusal(self.saved(**wsd), **wsd, lr_wsd_decay_style="linear")
         assert told.startswith("--lr-wsd-decay-style linear: ") and "style exponential" in told
@@ -481,7 +481,7 @@ class TestOptimizer:
     def test_where_the_warmup_begins_matters_while_it_lasts(self):
         told = self.refusal(self.saved(lr_warmup_iters=5), lr_warmup_iters=5, lr_warmup_init=1e-3)
         assert told.startswith("--lr-warmup-init 0.001: ")
-        optimizer_state.settle_schedule(
+        lr_schedule.settle(
             self.run(lr_warmup_iters=3, lr_warmup_init=1e-3), self.saved(lr_warmup_iters=3)
         )
 
@@ -495,7 +495,7 @@ class TestOptimizer:
     def test_what_the_schedule_in_the_checkpoint_leaves_out_is_kept_too(self, length, kept):
         saved = self.saved(lr_decay_style="WSD", lr_wsd_decay_iters=2, lr_warmup_init=1e-3)
         args = self.run(use_checkpoint_opt_param_scheduler=True, **length)
-        optimizer_state.settle_schedule(args, saved)
+        lr_schedule.settle(args, saved)
         assert args.lr_warmup_init == 1e-3
         assert kept == (
             args.lr_wsd_decay_samples if args.train_samples else args.lr_wsd_decay_iters
@@ -609,7 +609,7 @@ def test_the_first_step_has_the_weight_decay_of_the_checkpoint():
 
     saved, run = schedule(0.0, 0.8, "linear"), schedule(0.5, 0.5, "constant")
     saved.step(4)
-    optimizer_state._load_schedule(run, saved.state_dict())
+    lr_schedule._load_state_dict(run, saved.state_dict())
     assert run.optimizer.param_groups == saved.optimizer.param_groups
     assert run.num_steps == 4
 

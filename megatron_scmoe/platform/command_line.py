@@ -180,7 +180,7 @@ def check_output(flag: str, path: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{flag} {path}: this is a folder; accepted is a file's name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(
-            f"{flag} {path}: cannot write in {path.parent}; accepted is a folder that exists"
+            f"{flag} {path}: cannot write in {path.parent}; accepted is a folder that can be written to"
         )
 
 

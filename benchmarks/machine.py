@@ -9,9 +9,10 @@ import tempfile
 import time
 from importlib import metadata
 
-from megatron_scmoe.platform import cpu_backend
+from megatron_scmoe.platform import cpu_backend, log_filters
 
 ON_CPU = cpu_backend.enable_if_no_gpu()
+log_filters.install()
 logging.getLogger("megatron").setLevel(logging.ERROR)  # lists of parameters, before every table
 
 import torch

@@ -50,7 +50,8 @@ def parse() -> Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, required=True, metavar="SHAPE",
         help=f"of {', '.join(SHAPES)}")  # fmt: skip
     parser.add_argument("--blocks", type=positive, metavar="N", help="instead of the shape's")
-    parser.add_argument("--prompt-length", type=positive, default=512, metavar="N", help="tokens")
+    parser.add_argument("--prompt-length", type=positive, metavar="N",
+        help="tokens; fewer where a shape has no room for as many (default: 512)")  # fmt: skip
     parser.add_argument(
         "--tokens", type=positive, default=48, metavar="N", help="written; 3 or more"
     )
@@ -60,6 +61,19 @@ def parse() -> Namespace:
     if options.tokens < 3:
         raise UsageError(
             f"--tokens {options.tokens}: those behind the second are timed; accepted: 3 or more"
+        )
+    shape = min(options.shapes, key=lambda name: SHAPES[name].sequence)
+    room = SHAPES[shape].sequence - options.tokens
+    if room < 1:
+        raise UsageError(
+            f"--tokens {options.tokens}: {shape} is for {SHAPES[shape].sequence} tokens, the prompt "
+            f"included; accepted: up to {SHAPES[shape].sequence - 1}"
+        )
+    options.prompt_length = options.prompt_length or min(512, room)
+    if options.prompt_length > room:
+        raise UsageError(
+            f"--prompt-length {options.prompt_length}: with --tokens {options.tokens} {shape} has "
+            f"room for {room}; accepted: up to {room}"
         )
     if options.json:
         check_output("--json", options.json, [".json"])
@@ -176,8 +190,9 @@ def measure(
     free_memory()
     torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(7)
-    length = min(options.prompt_length, shape.sequence - options.tokens)
-    prompts = torch.randint(shape.vocab, (options.batch, length), generator=generator)
+    prompts = torch.randint(
+        shape.vocab, (options.batch, options.prompt_length), generator=generator
+    )
     sampling = SamplingParams(
         num_tokens_to_generate=options.tokens, top_k=0, temperature=1.0, termination_id=None
     )

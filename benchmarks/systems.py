@@ -142,7 +142,7 @@ def transformer_config(system: str, shape: Shape) -> TransformerConfig:
 def graph_settings(system: str, shape: Shape) -> dict:
     """What of the blocks each system captures: of stock all it can."""
     if not shape.cuda_graphs or system == "top2-1f1b":
-        return {}
+        return {"cuda_graph_modules": []}  # Megatron warns of its own default
     modules = list(shape.cuda_graphs)
     if system in STOCK:
         modules = ["attn", *(["mlp"] if not shape.every_block else []), "moe_router"]

@@ -108,6 +108,7 @@ prepare() {
     fi
     require_counts GPUS_PER_NODE NUM_EXPERTS MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE TRAIN_ITERS \
         TENSOR_PARALLEL PIPELINE_PARALLEL EXPERT_PARALLEL SAVE_INTERVAL EVAL_INTERVAL MASTER_PORT
+    [[ ${NUM_WORKERS:-0} =~ ^[0-9]+$ ]] || fail "NUM_WORKERS=$NUM_WORKERS: accepted: a whole number, 0 or more"
     [[ ${RESTARTS:-0} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS: accepted: a whole number, 0 or more"
     require_numbers LEARNING_RATE MIN_LEARNING_RATE
     [[ ${DATA_SPLIT:-1} =~ ^[0-9.]+(,[0-9.]+){0,2}$ ]] ||
@@ -183,7 +184,7 @@ set_run_flags() {
     fi
     RUN_FLAGS+=(
         --split "${DATA_SPLIT:-989,10,1}"
-        --num-workers 4
+        --num-workers "${NUM_WORKERS:-4}"
         --save "$CHECKPOINT_DIR"
         --load "$CHECKPOINT_DIR"
         --save-interval "$SAVE_INTERVAL"

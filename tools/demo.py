@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from prepare_demo_data import DemoData, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_scmoe.errors import ScMoEError
 from megatron_scmoe.platform.command_line import OneLineParser, UsageError, run_tool, staged_outputs
@@ -348,7 +348,8 @@ def plot(file: Path, losses: Losses, plan: Plan) -> None:
 
 def summary(losses: Losses, plan: Plan) -> Table:
     """Held-out loss and perplexity before training, after it, and after resuming."""
-    table = Table("held-out text", "iteration", "loss [nats/token]", "perplexity")
+    names = ("held-out text", "iteration", "loss [nats/token]", "perplexity")
+    table = Table(*(Column(name, overflow="fold") for name in names))  # losses are never cut off
     for label, iteration in (
         ("before training", 0), ("after training", plan.first), ("after resuming", plan.last)
     ):  # fmt: skip

@@ -8,6 +8,7 @@
 : "${GLOBAL_BATCH_SIZE:=16}"  # sequences of 128 tokens a step
 : "${TRAIN_ITERS:=200}"  # steps; 400 thousand tokens
 : "${LEARNING_RATE:=1e-3}" "${MIN_LEARNING_RATE:=1e-4}"
+: "${NUM_WORKERS:=1}"  # PyTorch warns of more processes than cores
 : "${TENSOR_PARALLEL:=1}"
 : "${PIPELINE_PARALLEL:=1}"  # has to divide the 2 pairs of blocks
 : "${EXPERT_PARALLEL:=2}"  # the ranks that share the experts

@@ -82,6 +82,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Errors of this package are one line. Everything else is a bug, and keeps its traceback.
     """
+    _open_closed_streams()
     _leave_a_word_for_a_violent_end()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer characters than a text
@@ -103,6 +104,16 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _write_error_file(_with_rank(error))
         sys.exit(1)
     sys.exit(0)
+
+
+def _open_closed_streams() -> None:
+    """Let a stream that the shell closed (`>&-`) lead nowhere: Python has None for it.
+
+    A file that is opened later would get its number, and with it what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the process
 
 
 def asks_for_help() -> bool:
@@ -169,7 +180,7 @@ def check_output(flag: str, path: Path, suffixes: Sequence[str]) -> None:
         raise UsageError(f"{flag} {path}: this is a folder; accepted is a file's name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(
-            f"{flag} {path}: cannot write in {path.parent}; accepted is a folder that exists"
+            f"{flag} {path}: cannot write in {path.parent}; accepted is a folder that can be written to"
         )
 
 

@@ -4,6 +4,7 @@ Each has its reason. Everything else of Megatron's log stays as it is.
 """
 
 import logging
+import os
 import re
 import warnings
 
@@ -17,9 +18,18 @@ def install() -> None:
     if cpu_backend.is_enabled():
         for message, module in _WARNINGS_OF_A_GPU:
             warnings.filterwarnings("ignore", re.escape(message), module=f"{re.escape(module)}$")
+        _have_children_leave_out(_WARNINGS_OF_A_GPU)
     for name, message, only_on_cpu in _LOGGED:
         if cpu_backend.is_enabled() or not only_on_cpu:
             logging.getLogger(name).addFilter(_LeaveOut(message))
+
+
+def _have_children_leave_out(left_out: tuple[tuple[str, str], ...]) -> None:
+    """`--async-save` spawns a process that imports Megatron again, in the middle of the log."""
+    # Commas separate the options, so a message ends before its first one.
+    options = [f"ignore:{message.split(',')[0]}::{module}" for message, module in left_out]
+    given = os.environ.get("PYTHONWARNINGS", "").split(",")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, dict.fromkeys([*given, *options])))
 
 
 class _LeaveOut(logging.Filter):

@@ -281,6 +281,7 @@ def test_all_missing_variables_are_named_at_once(script):
         ),
         ({"REHEARSAL": "true"}, (), "REHEARSAL=true: accepted: 0, 1"),
         ({"RESTARTS": "x"}, (), "RESTARTS=x: accepted: a whole number, 0 or more"),
+        ({"NUM_WORKERS": "x"}, (), "NUM_WORKERS=x: accepted: a whole number, 0 or more"),
         ({"MASTER_PORT": "70000"}, (), "MASTER_PORT=70000: accepted: 1 to 65535"),
         ({"LEARNING_RATE": "3e-4x"}, (), "LEARNING_RATE=3e-4x: accepted: a number, such as 3e-4"),
         ({"MIN_LEARNING_RATE": "-1"}, (), "MIN_LEARNING_RATE=-1: accepted: a number, such as"),

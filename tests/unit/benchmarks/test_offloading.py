@@ -1,5 +1,6 @@
 """offloading.py: every mode of a small model writes the same, and what is shown of it."""
 
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from megatron.core import parallel_state
 
+from megatron_scmoe.platform.command_line import UsageError
 from tests.benchmarks import benchmark
 from tests.harness import run_distributed
 
@@ -41,3 +43,26 @@ def test_every_mode_writes_the_same(tmp_path):
     ((found, table),) = run_distributed(measured, 1, tmp_path)
     check(found)
     assert [line.split()[0] for line in table.splitlines()[2:6]] == list(found["modes"])
+
+
+@pytest.mark.parametrize(
+    "words,length",
+    [("cpu", 80), ("cpu --tokens 4 --prompt-length 124", 124), ("gpt2-medium gpt3-xl", 512)],
+)
+def test_the_prompt_is_as_long_as_the_result_says(words, length, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["offloading.py", "--shapes", *words.split()])
+    assert benchmark("offloading").parse().prompt_length == length
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("--prompt-length 81", "--prompt-length 81: with --tokens 48 cpu has room for 80"),
+        ("--tokens 128", "--tokens 128: cpu is for 128 tokens"),
+    ],
+)
+def test_what_has_no_room_is_refused(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["offloading.py", "--shapes", "gpt2-medium", "cpu"])
+    sys.argv += words.split()
+    with pytest.raises(UsageError, match=message):
+        benchmark("offloading").parse()

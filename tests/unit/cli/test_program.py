@@ -183,3 +183,25 @@ def test_a_terminal_that_knows_few_characters_is_shown_the_others_by_their_numbe
     assert (done.returncode, done.stderr) == (0, b"")
     shown = "\u65e5" if encoding == "utf-8" else r"\u65e5"
     assert done.stdout.decode(encoding) == f"A {shown} \\udc80\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_closed_leads_nowhere(closed, tmp_path):
+    """And a file that is opened then does not get its number, which libraries print to."""
+    code = (
+        "import sys; from megatron_scmoe.platform.command_line import end, run_tool\n"
+        "def main():\n"
+        "    print('told')\n"
+        "    assert open(sys.argv[1], 'w').fileno() > 2\n"
+        "    end('why', status=2)\n"
+        "run_tool(main)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "", sys.executable, "-c", code, tmp_path / "x"],
+        env={"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ("" if closed == ">&-" else "told\n")
+    assert done.stderr == ("" if closed == "2>&-" else "why\n")

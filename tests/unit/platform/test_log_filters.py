@@ -1,7 +1,10 @@
 """Lines are left out by their exact words; their neighbours stay."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -19,6 +22,7 @@ WARNINGS = [
 def installed(monkeypatch):
     """The filters, on the CPU; taken back afterwards."""
     monkeypatch.setattr(cpu_backend, "is_enabled", lambda: True)
+    monkeypatch.setenv("PYTHONWARNINGS", "always:another::given")
     loggers = [logging.getLogger(name) for name, *_ in log_filters._LOGGED]
     before = [list(logger.filters) for logger in loggers]
     disabled = logging.root.manager.disable
@@ -47,6 +51,19 @@ def test_warnings(message, module, installed):
     warn(message, "another.module")
     warn(f"But {message}", module_of(module))
     assert len(installed) == 2
+
+
+def test_a_process_that_the_run_spawns_leaves_out_the_same(installed):
+    code = "import sys, warnings\n" + "".join(
+        f"warnings.warn_explicit({words!r}, UserWarning, 'x.py', 1, module={module!r})\n"
+        for message, module in log_filters._WARNINGS_OF_A_GPU
+        for words in (f"{message} and more", f"But {message}")
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "Warning: " in line]
+    assert len(said) == len(log_filters._WARNINGS_OF_A_GPU)
+    assert all("Warning: But " in line for line in said)
+    assert "always:another::given" in os.environ["PYTHONWARNINGS"]
 
 
 @pytest.mark.parametrize(("name", "message"), [entry[:2] for entry in log_filters._LOGGED])

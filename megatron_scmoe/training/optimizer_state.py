@@ -244,7 +244,7 @@ def _sharded_state_dict(
 def _init_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig) -> None:
     """The state of SGD before its first step: a momentum of 0, where it has one."""
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
+        for parameter in group["params"] if group.get("momentum") else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 

@@ -25,8 +25,10 @@ def installed(monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "always:another::given")
     loggers = [logging.getLogger(name) for name, *_ in log_filters._LOGGED]
     before = [list(logger.filters) for logger in loggers]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.NOTSET)  # tools that other tests run in this process are quiet
+    megatron = logging.getLogger("megatron")
+    disabled, level = logging.root.manager.disable, megatron.level
+    logging.disable(logging.NOTSET)  # tools that other tests run in this process are quiet,
+    megatron.setLevel(logging.NOTSET)  # and so are benchmarks that other tests import
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         log_filters.install()
@@ -34,6 +36,7 @@ def installed(monkeypatch):
     for logger, filters in zip(loggers, before, strict=True):
         logger.filters = filters
     logging.disable(disabled)
+    megatron.setLevel(level)
 
 
 def warn(message: str, module: str) -> None:

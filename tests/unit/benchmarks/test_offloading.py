@@ -45,24 +45,31 @@ def test_every_mode_writes_the_same(tmp_path):
     assert [line.split()[0] for line in table.splitlines()[2:6]] == list(found["modes"])
 
 
-@pytest.mark.parametrize(
-    "words,length",
-    [("cpu", 80), ("cpu --tokens 4 --prompt-length 124", 124), ("gpt2-medium gpt3-xl", 512)],
-)
-def test_the_prompt_is_as_long_as_the_result_says(words, length, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["offloading.py", "--shapes", *words.split()])
-    assert benchmark("offloading").parse().prompt_length == length
+LENGTHS = {
+    "cpu": 80,
+    "cpu --tokens 4 --prompt-length 124": 124,
+    "gpt2-medium gpt3-xl": 512,
+    "gpt2-medium cpu --prompt-length 81": (
+        "--prompt-length 81: with --tokens 48 cpu has room for 80; accepted: up to 80"
+    ),
+    "gpt2-medium cpu --tokens 128": (
+        "--tokens 128: cpu is for 128 tokens, the prompt included; accepted: up to 127"
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        ("--prompt-length 81", "--prompt-length 81: with --tokens 48 cpu has room for 80"),
-        ("--tokens 128", "--tokens 128: cpu is for 128 tokens"),
-    ],
-)
-def test_what_has_no_room_is_refused(words, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["offloading.py", "--shapes", "gpt2-medium", "cpu"])
-    sys.argv += words.split()
-    with pytest.raises(UsageError, match=message):
-        benchmark("offloading").parse()
+def parsed() -> dict[str, int | str]:
+    """The length of the prompt by the options, or why there is none."""
+    parse, found = benchmark("offloading").parse, {}
+    for words in LENGTHS:
+        sys.argv = ["offloading.py", "--shapes", *words.split()]
+        try:
+            found[words] = parse().prompt_length
+        except UsageError as error:
+            found[words] = str(error)
+    return found
+
+
+def test_the_prompt_is_as_long_as_the_result_says():
+    # In a process of its own: a benchmark sets what this one would log and warn of from here on.
+    assert run_distributed(parsed, 1) == [LENGTHS]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 
 from megatron_scmoe.arguments import (
@@ -31,7 +31,7 @@ from megatron_scmoe.config import RUNTIME_FIELDS, ScMoEConfig
 from megatron_scmoe.errors import ScMoEConfigError, ScMoEError
 from megatron_scmoe.model.layer_spec import build_block_spec, describe
 from megatron_scmoe.platform import command_line
-from megatron_scmoe.training import lr_schedule, optimizer_state, resuming, saved_run
+from megatron_scmoe.training import optimizer_state, resuming, saved_run
 from megatron_scmoe.training.saved_run import SavedRun
 
 WHERE = f"${ENVIRONMENT_VARIABLE} with "
@@ -103,12 +103,7 @@ def _settle(args: argparse.Namespace) -> ScMoEConfig:
     if saved is not None:
         if args.use_checkpoint_args:
             _restore(args, saved)
-        resuming.check(args, saved, WHERE)
-        resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
-        optimizer_state.check(args, saved)
-        lr_schedule.settle(args, saved)
-        lr_schedule.go_on_from(saved, args)
-        resuming.say_what_is_trained_for(args, saved)
+        resuming.settle(args, saved, WHERE)
     optimizer_state.load_on_any_layout()
     args.moe_shared_expert_gate = args.scmoe_combine == "cg1"
     _settled[:] = [args]

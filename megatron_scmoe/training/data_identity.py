@@ -6,7 +6,6 @@ or dataset may be meant, and is said.
 """
 
 import argparse
-import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from megatron_scmoe.errors import InputError
 from megatron_scmoe.platform.first_rank import ask_first_rank
 from megatron_scmoe.training.indexed_dataset import parse_split
 from megatron_scmoe.training.resuming import changed
+from megatron_scmoe.training.run_checks import data_parallel_size
 from megatron_scmoe.training.saved_run import SavedRun
 
 ARGUMENT = "scmoe_data_identity"
@@ -71,7 +71,7 @@ def check(args: argparse.Namespace, saved: SavedRun, prefixes: Iterable[str]) ->
 
 def _check_batches(args: argparse.Namespace, saved: SavedRun) -> None:
     """Of ``--dataloader-type cyclic`` Megatron asserts that it goes on between two batches."""
-    at_once = args.micro_batch_size * _replicas(args)
+    at_once = args.micro_batch_size * data_parallel_size(args)
     done = getattr(saved.args, "consumed_train_samples", 0)
     if args.dataloader_type == "cyclic" and done % at_once:
         raise InputError(
@@ -79,12 +79,6 @@ def _check_batches(args: argparse.Namespace, saved: SavedRun) -> None:
             f"{saved.path} has drawn {done} samples, and this run's replicas draw {at_once} at once",
             f"a size by which {done} can be divided",
         )
-
-
-def _replicas(args: argparse.Namespace) -> int:
-    """Data-parallel ranks; Megatron has not counted them yet."""
-    parts = ("tensor_model", "pipeline_model", "context")
-    return args.world_size // math.prod(getattr(args, f"{part}_parallel_size") for part in parts)
 
 
 def _say_what_orders_anew(
@@ -115,7 +109,7 @@ def _add_shares(
     args: argparse.Namespace, theirs: argparse.Namespace, mine: list[str], was: list[str]
 ) -> None:
     """A cyclic loader shuffles the share of each replica, or all samples for all of them."""
-    now = (args.data_sharding, _replicas(args))
+    now = (args.data_sharding, data_parallel_size(args))
     before = (
         getattr(theirs, "data_sharding", now[0]),
         getattr(theirs, "data_parallel_size", now[1]),

@@ -33,7 +33,6 @@ from megatron_scmoe.training import (
     failed_saves,
     finite_checks,
     input_checks,
-    lr_schedule,
     optimizer_state,
     resuming,
     run_checks,
@@ -220,12 +219,7 @@ def _told_if_accepted() -> Iterator[None]:
 def _go_on_from(saved: SavedRun, args, given: dict) -> None:
     """Compare the run with what it loads, and say what of the flags given is the checkpoint's now."""
     _say_what_is_unknown(saved, args)
-    resuming.check(args, saved)
-    resuming.check_vocabulary(args, saved, get_tokenizer().vocab_size)
-    optimizer_state.check(args, saved)
-    lr_schedule.settle(args, saved)
-    lr_schedule.go_on_from(saved, args)
-    resuming.say_what_is_trained_for(args, saved)
+    resuming.settle(args, saved)
     if args.use_checkpoint_args:
         reason = "it is the checkpoint's (--use-checkpoint-args)"
         for line in resuming.overridden(given, args, reason):

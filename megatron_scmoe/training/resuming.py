@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.utils import unwrap_model
+from megatron.training import get_tokenizer
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -31,6 +32,7 @@ from megatron_scmoe.checkpoints.model_arguments import MODEL_ARGUMENTS, is_scmoe
 from megatron_scmoe.config import moe_pattern
 from megatron_scmoe.errors import ScMoEConfigError
 from megatron_scmoe.platform.megatron_flags import add_run_args
+from megatron_scmoe.training import lr_schedule, optimizer_state
 from megatron_scmoe.training.run_defaults import leave_out_one_logger
 from megatron_scmoe.training.saved_run import SavedRun, find
 from megatron_scmoe.validation.settings import as_list, kinds_with_own_choice
@@ -131,6 +133,22 @@ def rows_to_keep(given: argparse.Namespace, words: Mapping[str, Any], saved: Sav
 
 
 _OF_VOCABULARY = {"vocab_size", "tokenizer_type", "tokenizer_model"}
+
+
+def settle(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:
+    """Compare a run with what it loads, let it go on where it may, and say what is new.
+
+    Args: as of :func:`check`.
+
+    Raises:
+        ScMoEConfigError: if it cannot go on.
+    """
+    check(args, saved, where)
+    check_vocabulary(args, saved, get_tokenizer().vocab_size)
+    optimizer_state.check(args, saved)
+    lr_schedule.settle(args, saved)
+    lr_schedule.go_on_from(saved, args)
+    say_what_is_trained_for(args, saved)
 
 
 def check(args: argparse.Namespace, saved: SavedRun, where: str = "") -> None:

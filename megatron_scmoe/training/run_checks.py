@@ -7,6 +7,7 @@ a number may be is in number_checks.py.
 
 import argparse
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,7 +194,7 @@ def _check_layout(args) -> None:
                 f"{ranks} rank{'s' * (ranks != 1)} cannot be divided into groups of {size}",
                 f"torchrun with a multiple of {size} ranks, or smaller sizes",
             )
-    replicas = ranks // (tensor * pipeline * context)
+    replicas = data_parallel_size(args)
     samples, micro = args.global_batch_size, args.micro_batch_size
     at_once = micro * replicas
     may_be_less = args.decrease_batch_size_if_needed and (samples or 0) >= at_once
@@ -209,6 +210,12 @@ def _check_layout(args) -> None:
         raise RunError(
             f"--train-samples {trained}", f"one iteration takes {least}", f"{least} or more"
         )
+
+
+def data_parallel_size(args: argparse.Namespace) -> int:
+    """Replicas of the dense parameters, of parsed flags: Megatron counts them later."""
+    others = ("tensor_model", "pipeline_model", "context")
+    return args.world_size // math.prod(getattr(args, f"{n}_parallel_size") for n in others)
 
 
 def _check_length(args) -> None:
@@ -246,18 +253,20 @@ def _check_length(args) -> None:
             f"the learning rate has {total} {unit} in all (--lr-decay-{unit}, --train-{unit})",
             f"0 to {total - 1}",
         )
-    last_decay = f"lr_wsd_decay_{unit}"
-    if (args.lr_decay_style == "WSD") != (getattr(args, last_decay) is not None):
-        given = in_flags("lr_decay_style", args.lr_decay_style)
-        reason = f"the length of its last decay is not given ({flag_of(last_decay)})"
-        accepted = f"{flag_of(last_decay)} N with it"
-        if args.lr_decay_style != "WSD":
-            given, reason = (
-                in_flags(last_decay, getattr(args, last_decay)),
-                f"{given} has no such part",
-            )
-            accepted = "--lr-decay-style WSD with it, or leave it out"
-        raise RunError(given, reason, accepted)
+    style, name = in_flags("lr_decay_style", args.lr_decay_style), f"lr_wsd_decay_{unit}"
+    last_decay = getattr(args, name)
+    if args.lr_decay_style == "WSD" and last_decay is None:
+        raise RunError(
+            style,
+            f"the length of its last decay is not given ({flag_of(name)})",
+            f"{flag_of(name)} N with it",
+        )
+    if args.lr_decay_style != "WSD" and last_decay is not None:
+        raise RunError(
+            in_flags(name, last_decay),
+            f"{style} has no such part",
+            "--lr-decay-style WSD with it, or leave it out",
+        )
     if args.phase_transition_iterations and args.train_samples is None:
         raise RunError(
             f"--phase-transition-iterations {args.phase_transition_iterations}",

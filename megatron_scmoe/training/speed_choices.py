@@ -28,6 +28,7 @@ from megatron_scmoe.platform import cpu_backend, megatron_workarounds
 from megatron_scmoe.platform.megatron_flags import TUNE_FLAG, TUNE_OFF
 from megatron_scmoe.platform.megatron_judgement import judged_by_megatron
 from megatron_scmoe.training import optimizer_state
+from megatron_scmoe.training.run_checks import data_parallel_size
 from megatron_scmoe.training.saved_run import SavedRun
 from megatron_scmoe.validation.rules import validate
 from megatron_scmoe.validation.settings import kinds_with_own_choice
@@ -188,7 +189,7 @@ def _needs_no_mask(args: argparse.Namespace) -> bool:
 def _shards_optimizer(args: argparse.Namespace) -> bool:
     return (
         _has_fast_kernels(args)
-        and _data_parallel_size(args) > 1
+        and data_parallel_size(args) > 1
         and args.optimizer == "adam"
         and args.ckpt_format == "torch_dist"
         and not (args.optimizer_cpu_offload or args.freeze_all_layers)
@@ -197,7 +198,7 @@ def _shards_optimizer(args: argparse.Namespace) -> bool:
 
 def _reduces_under_backward(args: argparse.Namespace) -> bool:
     """Over NCCL, and over gloo on a CPU."""
-    return _data_parallel_size(args) > 1 and not args.freeze_all_layers
+    return data_parallel_size(args) > 1 and not args.freeze_all_layers
 
 
 def _gathers_under_forward(args: argparse.Namespace) -> bool:
@@ -334,16 +335,6 @@ def _leave_out_refused(args: argparse.Namespace, found: Chosen) -> None:
     for choice in tried:
         if refusal(argparse.Namespace(**vars(args) | found.values | choice.values)) is None:
             found.choices.append(choice)
-
-
-def _data_parallel_size(args: argparse.Namespace) -> int:
-    others = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    size: int = args.world_size // others
-    return size
 
 
 def _has_one_queue(args: argparse.Namespace) -> bool:
